@@ -1,0 +1,180 @@
+"""A Hugging Face causal LM, seen as embedding, layers, norm and head.
+
+The library does not fork modelling files. It needs five parts of a decoder (embedding, rotary embedding, layers,
+final norm, head) and calls each as it is. Whether a model is *nothing but* these parts cannot be read from its
+attributes: some scale the embedding or the logits inside their own `forward`. So `Backbone` looks for the parts and
+refuses by name what lacks one; `runtime.check_fit` then compares logits with the model's own on a few tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from layerwise.cost import LayerShape, ModelShape
+from layerwise.plan import Part, Visit
+
+TESTED = "Llama, Qwen2, Qwen3, Mistral and Gemma3 text models are tested"
+_LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "past_key_values", "position_embeddings")
+_STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # the others rescale with the length of the text
+
+
+class UnsupportedModelError(ValueError):
+    """The model lacks a part that layerwise needs, or does more than its parts."""
+
+
+@dataclass(frozen=True, slots=True)
+class LayerKind:
+    """What differs between layers of one model: sliding window (tokens; None is all) and rotary embedding."""
+
+    window: int | None
+    rotary: str | None
+
+
+class _Nothing(nn.Module):
+    """Stands in for the attention or MLP that a partial visit leaves out: adds zero to the residual stream."""
+
+    def __init__(self, tuple_result: bool) -> None:
+        super().__init__()
+        self.tuple_result = tuple_result
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        zero = torch.zeros_like(hidden_states)
+        return (zero, None) if self.tuple_result else zero
+
+
+class Backbone:
+    """The parts of `model`.
+
+    Raises:
+        UnsupportedModelError: names the model's class and what does not fit.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.name = type(model).__name__
+        decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+        self.embedding = _part(self.name, "an input embedding", model.get_input_embeddings())
+        self.layers: Sequence[nn.Module] = _part(self.name, "'layers'", getattr(decoder, "layers", None))
+        self.norm: nn.Module = _part(self.name, "a final 'norm'", getattr(decoder, "norm", None))
+        self._rotary: nn.Module = _part(self.name, "'rotary_emb'", getattr(decoder, "rotary_emb", None))
+        self.head: nn.Module = _part(self.name, "an LM head", model.get_output_embeddings())
+        self.config = decoder.config
+        for layer in self.layers:
+            for part in ("self_attn", "mlp"):
+                _part(self.name, f"'{part}' in {type(layer).__name__}", getattr(layer, part, None))
+            missing = set(_LAYER_ARGUMENTS) - set(inspect.signature(type(layer).forward).parameters)
+            if missing:
+                raise UnsupportedModelError(f"{self.name} does not fit: its layers do not take {sorted(missing)}")
+        implementation = self.config._attn_implementation
+        if implementation not in ("sdpa", "eager"):
+            raise UnsupportedModelError(
+                f"{self.name} does not fit: attention '{implementation}' has no per-visit cache here; "
+                "load it with attn_implementation='sdpa'"
+            )
+        self.sdpa = implementation == "sdpa"
+        self.kinds = self._kinds()
+        self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
+        self._partial: dict[Visit, nn.Module] = {}
+
+    # -- the parts ---------------------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> int:
+        return len(self.layers)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embedding.weight.dtype
+
+    def module(self, visit: Visit) -> nn.Module:
+        """The module that runs `visit`.
+
+        A partial visit gets a copy of the layer that shares all its weights and has a stand-in for the branch
+        left out; since every decoder layer adds its branches to the residual stream, that leaves the rest as is.
+        """
+        if visit.part is Part.BOTH:
+            return self.layers[visit.layer]
+        if visit not in self._partial:
+            part = copy.copy(self.layers[visit.layer])
+            left_out = "mlp" if visit.part is Part.ATTENTION else "self_attn"
+            part._modules = {**part._modules, left_out: _Nothing(tuple_result=left_out == "self_attn")}
+            self._partial[visit] = part
+        return self._partial[visit]
+
+    def rotary(self, kind: str | None, positions: Tensor, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Cosines and sines at `positions` (rows, width), all below `stop`; each (rows, width, head size)."""
+        if not self._static_rope(kind):
+            return self._make_rotary(kind, positions, dtype)
+        key = (kind, dtype, positions.device)
+        if key not in self._tables or self._tables[key][0].shape[0] < stop:
+            everything = torch.arange(max(256, 2 * stop), device=positions.device)[None]
+            cosine, sine = self._make_rotary(kind, everything, dtype)
+            self._tables[key] = (cosine[0], sine[0])
+        cosine, sine = self._tables[key]
+        return cosine[positions], sine[positions]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and LM head: (..., hidden size) to (..., vocabulary)."""
+        logits = self.head(self.norm(hidden))
+        cap = getattr(self.config, "final_logit_softcapping", None)
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """The sizes that costs are computed from, read off the modules."""
+        layers = []
+        for layer in self.layers:
+            attention, mlp = _matrix_entries(layer.self_attn), _matrix_entries(layer.mlp)
+            everything = sum(parameter.numel() for parameter in layer.parameters())
+            query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
+            layers.append(
+                LayerShape(attention, mlp, everything - attention - mlp, query.out_features, key.out_features)
+            )
+        vocabulary, hidden = self.head.weight.shape
+        return ModelShape(tuple(layers), hidden, vocabulary, self.head.weight.element_size())
+
+    # -- what fits ---------------------------------------------------------------------------------------
+
+    def _kinds(self) -> tuple[LayerKind, ...]:
+        types = getattr(self.config, "layer_types", None) or [None] * len(self.layers)
+        unknown = set(types) - {None, "full_attention", "sliding_attention"}
+        if unknown:
+            raise UnsupportedModelError(f"{self.name} does not fit: it has layers of type {sorted(unknown)}; {TESTED}")
+        window = getattr(self.config, "sliding_window", None)
+        typed = "layer_type" in inspect.signature(type(self._rotary).forward).parameters
+        return tuple(
+            LayerKind(window if kind in (None, "sliding_attention") else None, kind if typed else None)
+            for kind in types
+        )
+
+    def _static_rope(self, kind: str | None) -> bool:
+        rope = self._rotary.rope_type
+        return (rope[kind] if isinstance(rope, dict) else rope) in _STATIC_ROPE
+
+    @torch.no_grad()
+    def _make_rotary(self, kind: str | None, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        like = torch.empty(0, dtype=dtype, device=positions.device)
+        return self._rotary(like, positions) if kind is None else self._rotary(like, positions, kind)
+
+
+def _part(model: str, what: str, found: Any) -> Any:
+    if found is None:
+        raise UnsupportedModelError(f"{model} does not fit: it has no {what}; {TESTED}")
+    return found
+
+
+def _matrix_entries(module: nn.Module) -> int:
+    return sum(m.weight.numel() for m in module.modules() if isinstance(m, nn.Linear))

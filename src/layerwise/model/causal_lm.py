@@ -1,0 +1,230 @@
+"""A causal LM whose `forward` and `generate` walk plans.
+
+`attach(model)` wraps a Hugging Face causal LM and leaves it as it was. The wrapper is itself a `PreTrainedModel`, so
+Trainer, perplexity scripts, `generate` and evaluation harnesses use it without knowing, and what they measure is
+the plan.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from layerwise.decoding.autoregressive import decode
+from layerwise.model.backbone import Backbone
+from layerwise.model.cache import Cache
+from layerwise.model.compiled import CompiledEngine, compiler_available
+from layerwise.model.packing import Packing
+from layerwise.model.runtime import EagerEngine, Engine, Runtime, check_fit
+from layerwise.plan import Plan
+from layerwise.policies import FixedPolicy, Policy
+from layerwise.trace import Phase, Trace
+
+EngineName = Literal["auto", "eager", "compiled"]
+
+
+class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
+    """`base` (a causal LM, with or without PEFT adapters) run by plans that `policy` decides."""
+
+    base_model_prefix = "base"
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+
+    def __init__(self, base: nn.Module, policy: Policy | None = None, engine: Engine | None = None) -> None:
+        inner = base.get_base_model() if hasattr(base, "peft_config") and hasattr(base, "get_base_model") else base
+        super().__init__(inner.config)
+        self.base = base
+        self.generation_config = inner.generation_config
+        self.all_tied_weights_keys = {
+            f"base.{alias}": f"base.{name}" for alias, name in getattr(base, "all_tied_weights_keys", {}).items()
+        }
+        self.runtime = Runtime(Backbone(inner), engine)
+        self.policy = policy or FixedPolicy(Plan.full(self.runtime.backbone.depth))
+        self.train(base.training)
+
+    # -- plans -------------------------------------------------------------------------------------------
+
+    @property
+    def depth(self) -> int:
+        """How many layers the model has."""
+        return self.runtime.backbone.depth
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan every row takes, or None if the policy decides per prompt. Assign a Plan or its text."""
+        return self.policy.plan if isinstance(self.policy, FixedPolicy) else None
+
+    @plan.setter
+    def plan(self, plan: Plan | str) -> None:
+        self.policy = FixedPolicy(self.read_plan(plan))
+
+    def read_plan(self, plan: Plan | str) -> Plan:
+        """Check a plan, or parse its text, for this model; ValueError if it does not fit."""
+        return Plan.parse(plan, self.depth) if isinstance(plan, str) else plan.check(self.depth)
+
+    def row_plans(self, rows: int, plans: Sequence[Plan | str] | None = None) -> list[Plan]:
+        """The plan of each row: `plans` if given (one a row), else what the policy says."""
+        if plans is None:
+            return list(self.policy.plans(rows))
+        if isinstance(plans, (str, Plan)) or len(plans) != rows:
+            raise ValueError(f"plans must be a list with one plan a row: {rows} rows")
+        return [self.read_plan(plan) for plan in plans]
+
+    # -- what Hugging Face asks of a model ---------------------------------------------------------------
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Input embeddings (rows, width, hidden size) of token ids (rows, width)."""
+        return self.runtime.backbone.embedding(input_ids.to(self.device))
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        plans: Sequence[Plan | str] | None = None,
+        trace: Trace | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """One pass that honours the plan.
+
+        Args:
+            input_ids: (rows, width) token ids; or `inputs_embeds` (rows, width, hidden size).
+            attention_mask: (rows, width) ones for tokens and zeros for padding, on either side.
+            position_ids: only as a check; a token's position is its number among the row's tokens.
+            past_key_values: a `layerwise.Cache`, continued in place. With `use_cache=True` a new one is made.
+            labels: (rows, width), -100 where no loss is wanted; shifted inside, as in transformers.
+            logits_to_keep: compute logits for the last so many columns only (0: all), or for the columns named.
+            plans: one plan a row, instead of the policy's.
+            trace: gets what ran.
+
+        Returns:
+            loss (if labels), logits (rows, kept, vocabulary), past_key_values (if cached).
+
+        Raises:
+            ValueError: inputs that contradict each other, or a request this model cannot honour.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give either input_ids or inputs_embeds")
+        if past_key_values is not None and not isinstance(past_key_values, Cache):
+            raise ValueError(f"past_key_values must be a layerwise.Cache, not {type(past_key_values).__name__}")
+        for unsupported in ("output_hidden_states", "output_attentions"):
+            if kwargs.pop(unsupported, None):
+                raise ValueError(f"{unsupported} is not recorded; call the base model for it")
+        kwargs.pop("return_dict", None)
+        if use_cache and past_key_values is None:
+            past_key_values = Cache((inputs_embeds if input_ids is None else input_ids).shape[0], 256)
+        if past_key_values is not None and torch.is_grad_enabled():
+            raise ValueError("a cache holds no gradients: call under torch.no_grad(), or without use_cache")
+        hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
+        rows, width, _ = hidden.shape
+        packing = Packing.of(rows, width, attention_mask)
+        self._check_positions(position_ids, packing, past_key_values, width)
+        hidden = self.runtime.forward(
+            packing.pack(hidden), self.row_plans(rows, plans), packing.counts, past_key_values, trace, Phase.PREFILL
+        )
+        hidden = packing.unpack(hidden)
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.runtime.backbone.logits(hidden[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.runtime.backbone.model.loss_function(
+                logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs
+            )
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' `generate`, walking plans; also takes `plans` (one a row) and `trace`.
+
+        Raises:
+            ValueError: beam search or an assistant model is asked for, or the prompt leaves no room to answer.
+        """
+        config = kwargs.get("generation_config")
+        beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
+        if beams > 1 or kwargs.get("assistant_model") is not None:
+            raise ValueError("layerwise decodes greedily or by sampling: set num_beams=1 and give no assistant_model")
+        kwargs.setdefault("custom_generate", decode)
+        return super().generate(*args, **kwargs)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.base.get_input_embeddings()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.base.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.runtime.backbone.model.get_decoder()
+
+    def save_pretrained(self, save_directory: str, **_: Any) -> None:
+        """Save as an adapter: plan or policy, PEFT weights if any, and the base model's fingerprint."""
+        from layerwise.hub import save_adapter
+
+        save_adapter(self, save_directory)
+
+    def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
+        """Upload what `save_pretrained` writes; returns the address of the commit."""
+        from layerwise.hub import push_adapter
+
+        return push_adapter(self, repo_id, **kwargs)
+
+    def _supports_default_dynamic_cache(self) -> bool:
+        return False  # `decode` makes a cache of slots
+
+    def _check_positions(
+        self, position_ids: Tensor | None, packing: Packing, cache: Cache | None, width: int
+    ) -> None:
+        if position_ids is None:
+            return
+        given = packing.pack(position_ids.expand(len(packing.counts), -1))
+        for row, count in enumerate(packing.counts):
+            first = cache.lengths[row] if cache is not None else 0
+            expected = torch.arange(first, first + count, device=given.device)
+            # A shift of all positions changes nothing with rotary embeddings, and padding shifts them.
+            if not torch.equal(given[row, :count] - given[row, 0], expected - first):
+                raise ValueError("position_ids must count each row's tokens in order; packed sequences do not fit")
+
+
+def attach(
+    model: nn.Module,
+    plan: Plan | str | None = None,
+    engine: EngineName = "eager",
+    notify: Callable[[str], None] | None = None,
+) -> LayerwiseForCausalLM:
+    """Make a causal LM walk plans; `model` itself is left as it was and shares its weights.
+
+    Args:
+        model: any Hugging Face causal LM that is embedding, decoder layers, norm and head; PEFT models too.
+        plan: a Plan or its text, such as "0-5 8-29"; the full plan if None.
+        engine: "eager" calls the modules as they are, "compiled" runs single tokens through fused kernels
+            (compiled at the first one), "auto" is compiled where a C++ compiler and a CPU are there.
+        notify: gets a line whenever a kernel has to be compiled.
+
+    Raises:
+        UnsupportedModelError: the model does not fit; says what is missing.
+        ValueError: the plan does not fit the model, or there is no such engine.
+    """
+    if engine not in ("auto", "eager", "compiled"):
+        raise ValueError(f"no engine '{engine}': choose auto, eager or compiled")
+    attached = LayerwiseForCausalLM(model)
+    backbone = attached.runtime.backbone
+    check_fit(backbone)
+    if plan is not None:
+        attached.plan = plan
+    if engine == "compiled" and not compiler_available():
+        raise ValueError("the compiled engine needs a C++ compiler (g++ or clang++): install one, or use eager")
+    if engine == "compiled" or (engine == "auto" and compiler_available() and backbone.device.type == "cpu"):
+        attached.runtime.engine = CompiledEngine(backbone, *([notify] if notify else []))
+    else:
+        attached.runtime.engine = EagerEngine(backbone)
+    return attached

@@ -1,0 +1,160 @@
+"""A frame: what the layers of one forward pass need to know besides the hidden states.
+
+Rows of a batch differ in length, in how many tokens they bring, and in plan. A frame holds those facts once per
+pass and derives from them, each at most once: rotary embeddings, attention masks and the places in the cache.
+Inside the runtime rows are packed to the left: row r brings counts[r] tokens, which continue its lengths[r]
+cached ones; the columns beyond counts[r] are padding, neither stored nor attended to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from layerwise.model.backbone import Backbone
+from layerwise.model.cache import Cache
+from layerwise.plan import Slot
+
+Rows = tuple[int, ...] | None  # a subset of the batch; None is every row
+
+
+@dataclass
+class Frame:
+    """One forward pass over `width` columns; `counts[r]` of them are tokens of row r.
+
+    Without a cache the pass starts at position 0 and stores nothing.
+    """
+
+    backbone: Backbone
+    counts: Sequence[int]
+    width: int
+    device: torch.device
+    dtype: torch.dtype
+    cache: Cache | None = None
+    _memo: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.starts = list(self.cache.lengths) if self.cache else [0] * len(self.counts)
+        ends = [start + count for start, count in zip(self.starts, self.counts, strict=True) if count]
+        self.stop = max(ends, default=0)
+        self.aligned = len(set(self.starts)) == 1 and set(self.counts) == {self.width}
+        if self.cache:
+            self.cache.reserve(self.stop)
+
+    def members(self, rows: Rows) -> Sequence[int]:
+        return range(len(self.counts)) if rows is None else rows
+
+    def index(self, rows: tuple[int, ...]) -> Tensor:
+        """`rows` as an index tensor."""
+        return self._once(("index", rows), lambda: torch.tensor(rows, device=self.device))
+
+    def positions(self, rows: Rows) -> Tensor:
+        """Position of every column: (1, width) if all rows agree, else (rows, width)."""
+
+        def make() -> Tensor:
+            columns = torch.arange(self.width, device=self.device)[None]
+            starts = [self.starts[row] for row in self.members(rows)]
+            if len(set(starts)) == 1:
+                return columns + starts[0]
+            return columns + torch.tensor(starts, device=self.device)[:, None]
+
+        return self._once(("positions", rows), make)
+
+    def rotary(self, layer: int, rows: Rows) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for the layer's kind of rotary embedding, each (1 or rows, width, head size)."""
+        kind = self.backbone.kinds[layer]
+        return self._once(
+            ("rotary", kind.rotary, rows),
+            lambda: self.backbone.rotary(kind.rotary, self.positions(rows), self.stop, self.dtype),
+        )
+
+    def mask(self, layer: int, slot: Slot | None, rows: Rows) -> Tensor | None:
+        """Additive mask (rows, 1, width, keys), or None where the attention kernel needs none."""
+        window = self.backbone.kinds[layer].window
+        seen = None
+        if self.cache and slot:
+            seen = self.cache.holes(slot, self.members(rows), self.starts_of(rows), self.device)
+        if seen is None:
+            return self._once(("mask", window, rows), lambda: self._mask(window, rows, None))
+        return self._mask(window, rows, seen)
+
+    def starts_of(self, rows: Rows) -> list[int]:
+        return [self.starts[row] for row in self.members(rows)]
+
+    def _mask(self, window: int | None, rows: Rows, seen: Tensor | None) -> Tensor | None:
+        keys = self.stop if self.cache else self.width
+        if seen is None and (window is None or keys <= window):
+            fresh = not any(self.starts)
+            # scaled_dot_product_attention knows the causal square and the single last query without a mask. A
+            # fresh batch needs no more: padding stands to the right of every token that counts.
+            square = self.backbone.sdpa and fresh and keys == self.width
+            if square or (self.width == 1 and self.aligned):
+                return None
+        position = self.positions(rows)[:, :, None]
+        index = torch.arange(keys, device=self.device)
+        allowed = index <= position
+        if window is not None:
+            allowed = allowed & (index > position - window)
+        if seen is not None:
+            members = seen if rows is None else seen[self.index(rows)]
+            new = (index >= position[:, :1]) & (index < position[:, :1] + self.width)
+            allowed = allowed & (members[:, None, :keys] | new)
+        floor = torch.finfo(self.dtype).min
+        return torch.where(allowed, 0.0, floor).to(self.dtype)[:, None]
+
+    def places(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Where tokens go: (row in the cache, index in the cache, row in this call, column), one entry a token."""
+
+        def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            quads = [
+                (row, self.starts[row] + column, call_row, column)
+                for call_row, row in enumerate(self.members(rows))
+                for column in range(self.counts[row])
+            ]
+            return tuple(torch.tensor(quads, device=self.device).T)
+
+        return self._once(("places", rows), make)
+
+    def view(self, slot: Slot | None, rows: Rows) -> SlotView | None:
+        """What a decoder layer gets as its `past_key_values`: the slot of this visit."""
+        return SlotView(self, slot, rows) if self.cache and slot else None
+
+    def _once(self, key: Any, make: Any) -> Any:
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
+
+
+@dataclass(slots=True)
+class SlotView:
+    """One slot of a cache, with the one method that Hugging Face attention calls."""
+
+    frame: Frame
+    slot: Slot
+    rows: Rows
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int = 0, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Store (rows, heads, width, size) keys and values; return all that the rows have, old and new.
+
+        `layer_idx` is ignored: the visit decides the slot, not the layer.
+        """
+        frame, cache = self.frame, self.frame.cache
+        store = cache.store(self.slot, keys)
+        if frame.aligned and self.rows is None:
+            start = frame.starts[0]
+            store.keys[:, :, start : frame.stop] = keys
+            store.values[:, :, start : frame.stop] = values
+        else:
+            row, index, call_row, column = frame.places(self.rows)
+            store.keys.transpose(1, 2)[row, index] = keys.transpose(1, 2)[call_row, column]
+            store.values.transpose(1, 2)[row, index] = values.transpose(1, 2)[call_row, column]
+        members = frame.members(self.rows)
+        cache.mark(self.slot, members, frame.starts_of(self.rows), [frame.counts[row] for row in members])
+        if self.rows is None:
+            return store.keys[:, :, : frame.stop], store.values[:, :, : frame.stop]
+        index = frame.index(self.rows)
+        return store.keys[index, :, : frame.stop], store.values[index, :, : frame.stop]

@@ -1,0 +1,64 @@
+"""Between the user's layout of a batch and the runtime's.
+
+Users pad on either side and say so with an attention mask; the runtime wants each row's tokens packed to the left.
+Token number t of a row has position t in both, which is what `generate` of transformers does too.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How many tokens each row has, and, unless all are in place already, the column each one comes from."""
+
+    counts: list[int]
+    order: Tensor | None  # (rows, width): column of the user's layout, tokens first
+
+    @classmethod
+    def of(cls, rows: int, width: int, attention_mask: Tensor | None) -> Packing:
+        """Read a mask (rows, width), or (rows, cached + width) whose last `width` columns count.
+
+        Raises:
+            ValueError: the mask is not of that shape, or a row has no token.
+        """
+        if attention_mask is None:
+            return cls([width] * rows, None)
+        if attention_mask.dim() != 2 or attention_mask.shape[0] != rows or attention_mask.shape[1] < width:
+            raise ValueError(
+                f"attention_mask must be (rows, columns) = ({rows}, {width}) of zeros and ones, "
+                f"not {tuple(attention_mask.shape)}"
+            )
+        mask = attention_mask[:, attention_mask.shape[1] - width :].bool()
+        counts = mask.sum(1).tolist()
+        if 0 in counts:
+            raise ValueError(f"row {counts.index(0)} of the batch has no token: its attention_mask is all zeros")
+        in_place = bool((mask[:, :-1] >= mask[:, 1:]).all())
+        return cls(counts, None if in_place else torch.argsort(mask.logical_not().int(), dim=1, stable=True))
+
+    def pack(self, columns: Tensor) -> Tensor:
+        """User layout to runtime layout: (rows, width) or (rows, width, values)."""
+        if self.order is None:
+            return columns
+        return columns.gather(1, _spread(self.order, columns))
+
+    def unpack(self, columns: Tensor) -> Tensor:
+        """Runtime layout to user layout: (rows, width, values); padding columns are undefined."""
+        if self.order is None:
+            return columns
+        return torch.zeros_like(columns).scatter(1, _spread(self.order, columns), columns)
+
+    def last(self, hidden: Tensor) -> Tensor:
+        """The last token's state of each row of a packed (rows, width, values): (rows, 1, values)."""
+        if len(set(self.counts)) == 1:
+            return hidden[:, self.counts[0] - 1 : self.counts[0]]
+        index = torch.tensor(self.counts, device=hidden.device) - 1
+        return hidden[torch.arange(len(index), device=hidden.device), index][:, None]
+
+
+def _spread(order: Tensor, like: Tensor) -> Tensor:
+    return order if like.dim() == 2 else order[:, :, None].expand(-1, -1, like.shape[2])

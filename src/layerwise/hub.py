@@ -128,6 +128,11 @@ def from_pretrained(
     return model
 
 
+def adapter_base(adapter: str | Path) -> str:
+    """The base model that an adapter's folder names; ValueError if it is none."""
+    return _read_about(Path(adapter))["base_model"]
+
+
 def _read_about(folder: Path) -> dict[str, Any]:
     file = folder / FILE
     if not file.is_file():
@@ -203,4 +208,4 @@ def _version() -> str:
         return "unknown"
 
 
-__all__ = ["fingerprint", "from_pretrained", "load_tokenizer", "push_adapter", "save_adapter"]
+__all__ = ["adapter_base", "fingerprint", "from_pretrained", "load_tokenizer", "push_adapter", "save_adapter"]

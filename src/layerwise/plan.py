@@ -58,9 +58,10 @@ class Slot:
     nth: int
 
 
-_ITEM = re.compile(r"(\d+)(?:-(\d+))?([am]?)(?:\*(\d+))?")
+_ITEM = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?([am]?)(?:\*(\d{1,6}))?", re.ASCII)
 _GRAMMAR = 'write layers and ranges such as "0-5 7*2 8-29"'
-MAX_REPEATS = 64  # a longer run of one block is a slip of the keyboard, and would exhaust the cache
+MAX_REPEATS = 64  # more in one item is a slip of the keyboard, and would exhaust the cache
+MAX_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -106,16 +107,16 @@ class Plan:
                 raise ValueError(f"'{item}' must repeat between 1 and {MAX_REPEATS} times; leave a layer out to skip it")
             if layers is not None and stop >= layers:
                 raise ValueError(f"'{item}' names layer {stop}, but the model's layers are 0-{layers - 1}")
-            if stop - start >= 10_000:
-                raise ValueError(f"'{item}' names {stop - start + 1} layers; no model is that deep")
+            if stop - start >= MAX_LAYERS:
+                raise ValueError(f"'{item}' names {stop - start + 1} layers, more than any model has: {_GRAMMAR}")
             visits += [Visit(layer, Part(part)) for layer in range(start, stop + 1)] * count
         return cls(tuple(visits))
 
     def check(self, layers: int) -> Plan:
         """Return the plan itself if a model with `layers` layers can run it, else raise ValueError."""
-        deepest = max(visit.layer for visit in self.visits)
-        if deepest >= layers or min(visit.layer for visit in self.visits) < 0:
-            raise ValueError(f"plan '{self}' names layer {deepest}, but the model's layers are 0-{layers - 1}")
+        for visit in self.visits:
+            if not 0 <= visit.layer < layers:
+                raise ValueError(f"plan '{self}' names layer {visit.layer}, but the model's layers are 0-{layers - 1}")
         return self
 
     # -- edits: each returns a new plan ------------------------------------------------------------------
@@ -126,11 +127,14 @@ class Plan:
 
     def repeat(self, first: int, last: int | None = None, times: int = 2) -> Plan:
         """With the consecutive whole visits `first`..`last` (one layer if `last` is None) run `times` times."""
-        block = tuple(Visit(layer) for layer in range(first, (first if last is None else last) + 1))
+        if times < 1:
+            raise ValueError(f"a block repeats at least once, not {times} times; use skip() to leave layers out")
+        last = first if last is None else last
+        block = tuple(Visit(layer) for layer in range(first, last + 1))
         for at in range(len(self.visits) - len(block) + 1):
             if block and self.visits[at : at + len(block)] == block:
                 return Plan(self.visits[:at] + block * times + self.visits[at + len(block) :])
-        raise ValueError(f"plan '{self}' does not visit layers {first}-{last or first} one after another")
+        raise ValueError(f"plan '{self}' does not visit the block {first}-{last} as a whole")
 
     def only(self, part: Part, *layers: int) -> Plan:
         """With just the attention or the MLP of `layers` run."""
@@ -141,6 +145,8 @@ class Plan:
 
     def __getitem__(self, where: slice) -> Plan:
         """The visits of a slice, as a plan: `plan[:8]` exits after eight visits."""
+        if not isinstance(where, slice):
+            raise TypeError("a plan is cut by slices, such as plan[:8]; for one visit see plan.visits")
         return Plan(self.visits[where])
 
     # -- what a plan says --------------------------------------------------------------------------------

@@ -81,6 +81,17 @@ def model_path(name: str | None = None, notify: Callable[[str], None] = lambda l
     return str(embedded.folder)
 
 
+def hub_models() -> list[str]:
+    """Ids of the models in the local Hugging Face cache."""
+    from huggingface_hub import scan_cache_dir
+    from huggingface_hub.errors import CacheNotFound
+
+    try:
+        return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
+    except CacheNotFound:
+        return []
+
+
 def load_base(name: str | None, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load a causal LM in evaluation mode; its `name_or_path` is the name it was asked for by.
 

@@ -32,18 +32,15 @@ def decode(
     stopping_criteria: StoppingCriteriaList,
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None = None,
+    attention_mask: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    past_key_values: Cache | None = None,
     plans: Sequence[Plan | str] | None = None,
     trace: Trace | None = None,
-    **model_inputs: Any,
+    **_: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Generate from a prompt (rows, width); the contract is that of transformers' `_sample`.
-
-    `model_inputs` may hold attention_mask, inputs_embeds and past_key_values. They have no names here because
-    transformers takes every named parameter for an option of its own and then passes it twice.
-    """
+    """Generate from a prompt (rows, width); the contract is that of transformers' `_sample`."""
     runtime = model.runtime
-    inputs_embeds: Tensor | None = model_inputs.get("inputs_embeds")
-    past_key_values: Cache | None = model_inputs.get("past_key_values")
     rows, given = input_ids.shape
     row_plans = model.row_plans(rows, plans)
     sequence = _Sequence(input_ids, generation_config)
@@ -51,7 +48,7 @@ def decode(
 
     cached = past_key_values.get_seq_length() if past_key_values is not None else 0
     prompt = model.embed(input_ids[:, cached:]) if inputs_embeds is None else inputs_embeds
-    packing = Packing.of(rows, prompt.shape[1], model_inputs.get("attention_mask"))
+    packing = Packing.of(rows, prompt.shape[1], attention_mask)
     cache = Cache(rows, cached + prompt.shape[1] + sequence.room) if past_key_values is None else past_key_values
     hidden = runtime.forward(packing.pack(prompt), row_plans, packing.counts, cache, trace, Phase.PREFILL)
     hidden = packing.last(hidden)

@@ -154,8 +154,15 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
         if beams > 1 or kwargs.get("assistant_model") is not None:
             raise ValueError("layerwise decodes greedily or by sampling: set num_beams=1 and give no assistant_model")
-        kwargs.setdefault("custom_generate", decode)
         return super().generate(*args, **kwargs)
+
+    def _sample(self, input_ids: Tensor, **kwargs: Any) -> Any:
+        """What `generate` calls once everything is prepared, greedy decoding included.
+
+        `generate(custom_generate=decode)` would be the public way in, but transformers then drops the streamer and
+        the tokenizer that stop strings need (5.23).
+        """
+        return decode(self, input_ids, **kwargs)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.base.get_input_embeddings()

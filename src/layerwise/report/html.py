@@ -78,8 +78,8 @@ pre, code { font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace
   color: var(--text); font: 600 11px/22px system-ui, sans-serif; text-align: center; white-space: nowrap; }
 .key { width: 24px; } .skip { background: none; border: 1px dashed var(--soft); opacity: .65; }
 .attention, .mlp, .split { border-color: var(--fill); color: var(--ink);
-  background: color-mix(in srgb, var(--fill) 28%, var(--page)); } .dense { gap: 1px; } .dense .cell { font-size: 8px; }
-.number { height: 15px; color: var(--soft); font: 11px/15px system-ui, sans-serif; text-align: center; }
+  background: color-mix(in srgb, var(--fill) 28%, var(--page)); } .dense .cell { font-size: 8px; letter-spacing: -1px; }
+.number { height: 15px; color: var(--soft); font: 11px/15px system-ui; text-align: center; } .strip.dense { gap: 1px; }
 summary { margin: 0 0 14px; cursor: pointer; } svg { display: block; width: 100%; min-width: 600px; height: auto; }
 svg text { fill: var(--soft); font-size: 12px; } svg line { stroke: var(--soft); } .bar { fill: var(--fill); }
 """

@@ -1,0 +1,46 @@
+"""The command line. Each command has a module of its own; torch is imported only inside a command that runs."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from layerwise.cli import bench, demo, generate, models
+
+app = typer.Typer(
+    name="layerwise",
+    help="Spend transformer layers where they matter.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("demo")(demo.run)
+app.command("generate")(generate.run)
+app.command("models")(models.run)
+app.add_typer(bench.app, name="bench")
+
+# typer brings its own copy of click, so the class that all usage errors share has no public name.
+_UsageError = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+
+
+def main() -> None:
+    """Run a command. A mistake of the user's is one line on stderr and exit code 2; Ctrl-C is 130."""
+    try:
+        status = app(standalone_mode=False)
+    except typer.Exit as stop:
+        status = stop.exit_code
+    except _UsageError as error:
+        _fail(error.format_message())
+    except (ValueError, OSError) as error:
+        _fail(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)
+    except (KeyboardInterrupt, typer.Abort):
+        print("\nstopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _fail(line: str) -> None:
+    print(f"layerwise: {line}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,81 @@
+"""layerwise bench: measurements against other libraries on this machine."""
+
+from __future__ import annotations
+
+import json as json_text
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from layerwise.cli import options
+
+app = typer.Typer(help="Measure speed side by side with other libraries.", no_args_is_help=True, rich_markup_mode=None)
+
+
+@app.callback()
+def _bench() -> None:
+    """Measure speed side by side with other libraries."""
+
+
+@app.command("decode")
+def decode(
+    model: options.Model = None,
+    engine: options.Engine = options.EngineChoice.auto,
+    new_tokens: Annotated[int, typer.Option(help="Tokens of each timed answer.")] = 128,
+    rounds: Annotated[int, typer.Option(help="How often each contender runs; medians are compared.")] = 5,
+    memory: Annotated[bool, typer.Option(help="Also measure the memory held at 2,000 tokens of context.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Greedy decoding of one prompt, against transformers' own generate."""
+    if new_tokens < 4 or rounds < 1:
+        raise ValueError("new-tokens must be at least 4 and rounds at least 1")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ValueError(f"cannot write '{out}': the folder '{out.parent}' does not exist")
+    options.quiet()
+    from layerwise.benchmarks.decode import bench_decode
+    from layerwise.sources import model_path
+
+    model_path(model, options.note)
+    result = bench_decode(model, engine.value, new_tokens, rounds, options.note)
+    if memory:
+        from layerwise.benchmarks.memory import bench_memory
+
+        options.note("measuring memory, each library in a process of its own")
+        result["memory"] = bench_memory(model, engine.value)
+    _print_decode(result)
+    if out is not None:
+        out.write_text(json_text.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {out}")
+    if json:
+        options.print_json(result)
+
+
+def _print_decode(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    table.add_column("contender")
+    table.add_column("tokens/s", justify="right")
+    table.add_column("ms per step", justify="right")
+    for name, speed in result["tokens_per_second"].items():
+        table.add_row(name, f"{speed:.1f}", f"{result['step_milliseconds'][name]:.2f}")
+    Console().print(table)
+    print(
+        f"\n{result['ratio_vs_hf_same_dtype']:.2f}x transformers in bfloat16, "
+        f"{result['ratio_vs_hf_best']:.2f}x its faster dtype, {result['ratio_vs_hf_float32']:.2f}x in float32\n"
+        f"{result['roofline_fraction']:.0%} of the memory bandwidth ({result['bandwidth_gb_per_second']:.1f} GB/s); "
+        f"half of the layers: {result['half_depth_speedup']:.2f}x, "
+        f"{result['half_depth_realised']:.0%} of the ideal {result['half_depth_ideal']:.2f}x\n"
+        f"float32 tokens identical to transformers': {'yes' if result['identical'] else 'NO'}"
+    )
+    if "memory" in result:
+        for who in ("layerwise", "transformers"):
+            used = result["memory"][who]
+            print(
+                f"{who}: {used['peak_mib']:.0f} MiB peak at {result['memory']['context']} tokens of context "
+                f"(weights {used['weights_mib']:.0f}, cache {used['cache_mib']:.0f}, "
+                f"{used['before_load_mib']:.0f} before loading)"
+            )

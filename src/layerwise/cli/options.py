@@ -1,0 +1,71 @@
+"""Options that several commands share, and what becomes of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from layerwise.model.causal_lm import LayerwiseForCausalLM
+
+
+class EngineChoice(StrEnum):
+    auto = "auto"
+    eager = "eager"
+    compiled = "compiled"
+
+
+class DtypeChoice(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+Model = Annotated[str | None, typer.Option(help="A name from 'layerwise models', a folder, or a Hugging Face id.")]
+Adapter = Annotated[str | None, typer.Option(help="A folder that save_pretrained wrote.")]
+PlanText = Annotated[str | None, typer.Option("--plan", help='Layers to run, such as "0-5 7*2 8-29"; default: all.')]
+Engine = Annotated[EngineChoice, typer.Option(help="How layers are run; auto is compiled where there is a compiler.")]
+Dtype = Annotated[DtypeChoice, typer.Option(help="Numbers the weights are held in.")]
+Json = Annotated[bool, typer.Option("--json", help="End the output with one JSON object on the last line.")]
+
+
+def note(line: str) -> None:
+    """A line for the person who waits; on stderr, so that it never mixes with results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def load(
+    model: str | None, adapter: str | None, plan: str | None, engine: EngineChoice, dtype: DtypeChoice
+) -> tuple[LayerwiseForCausalLM, PreTrainedTokenizerBase]:
+    """The model and tokenizer that the options name; says on stderr what takes long."""
+    from layerwise.plan import Plan
+
+    if plan is not None:
+        Plan.parse(plan)  # a slip in the text is told before seconds are spent on loading
+    quiet()
+    from layerwise.hub import adapter_base, from_pretrained
+    from layerwise.sources import load_tokenizer, model_path
+
+    name = model or (adapter_base(adapter) if adapter else None)
+    model_path(name, note)
+    loaded = from_pretrained(name, adapter=adapter, plan=plan, dtype=dtype.value, engine=engine.value, notify=note)
+    return loaded, load_tokenizer(name)
+
+
+def quiet() -> None:
+    """Keep progress bars and advice of the libraries below us out of the output."""
+    from huggingface_hub.utils import disable_progress_bars
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    disable_progress_bars()
+
+
+def print_json(value: dict[str, Any]) -> None:
+    print(json.dumps(value, ensure_ascii=False), flush=True)

@@ -1,0 +1,217 @@
+"""From a prompt to text, with what it took.
+
+Three layers: `decode` turns token ids into token ids; `Detokenizer` turns ids into text as they come; `answer` takes
+a string and gives a string, the plan of each token, and the time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layerwise.plan import Plan
+from layerwise.trace import Phase, Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from layerwise.model.causal_lm import LayerwiseForCausalLM
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are chosen: greedily at temperature 0, else by sampling with `seed`."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top-p must be above 0 and at most 1, not {self.top_p}")
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of transformers' `generate`."""
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A generated text; `pieces[i]` and `plans[i]` belong to token i.
+
+    `prefill_seconds` is the time to the first token, `decode_seconds` the time from there to the last.
+    """
+
+    pieces: tuple[str, ...]
+    plans: tuple[Plan, ...]
+    prompt_tokens: int
+    prefill_seconds: float
+    decode_seconds: float
+    stop_reason: str  # "end of answer", "max new tokens" or "end of context"
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.pieces)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decoding speed; the time to the first token is reading the prompt and does not count."""
+        return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 and self.decode_seconds > 0 else 0.0
+
+    @property
+    def layers_per_token(self) -> float:
+        """Mean layers run for each token generated."""
+        return sum(plan.depth for plan in self.plans) / len(self.plans)
+
+    def summary(self) -> str:
+        """One line for people."""
+        return (
+            f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s, "
+            f"{self.layers_per_token:.1f} layers per token, stopped at {self.stop_reason}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same for machines."""
+        return {
+            "text": self.text,
+            "tokens": self.tokens,
+            "prompt_tokens": self.prompt_tokens,
+            "tokens_per_second": round(self.tokens_per_second, 2),
+            "layers_per_token": round(self.layers_per_token, 3),
+            "prefill_seconds": round(self.prefill_seconds, 4),
+            "decode_seconds": round(self.decode_seconds, 4),
+            "stop_reason": self.stop_reason,
+            "plan": str(self.plans[-1]),
+        }
+
+
+class Detokenizer:
+    """Token ids to text, one piece a token; a token that ends inside a character gives "" until it is whole."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.start = 0  # what lies before is printed and no longer decoded again
+        self.shown = ""
+
+    def piece(self, token: int) -> str:
+        self.ids.append(token)
+        text = self.tokenizer.decode(self.ids[self.start :], skip_special_tokens=True)
+        if text.endswith("�") and len(self.ids) - self.start < 8:
+            return ""
+        piece = text[len(self.shown) :]
+        if piece.endswith("\n") or len(self.ids) - self.start > 64:
+            # One token of context stays: some tokenizers drop the space before the first word.
+            self.start = len(self.ids) - 1
+            text = self.tokenizer.decode(self.ids[self.start :], skip_special_tokens=True)
+        self.shown = text
+        return piece
+
+
+class _Watch:
+    """A streamer that notes times and passes text on."""
+
+    def __init__(self, detokenizer: Detokenizer, on_text: Callable[[str], None]) -> None:
+        self.detokenizer, self.on_text = detokenizer, on_text
+        self.pieces: list[str] = []
+        self.times: list[float] = []
+        self.prompt_seen = False
+
+    def put(self, tokens: Tensor) -> None:
+        if not self.prompt_seen:  # transformers streams the prompt first
+            self.prompt_seen = True
+            return
+        self.times.append(time.perf_counter())
+        self.pieces.append(self.detokenizer.piece(int(tokens.reshape(-1)[0])))
+        self.on_text(self.pieces[-1])
+
+    def end(self) -> None:
+        return None
+
+
+def encode(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None = None, context: int | None = None
+) -> dict[str, Tensor]:
+    """Token ids (1, width) and mask of a prompt, in the model's chat format if it has one.
+
+    Raises:
+        ValueError: the prompt is empty, or longer than `context` tokens.
+    """
+    if not prompt.strip():
+        raise ValueError("the prompt is empty: give some text in quotes")
+    if tokenizer.chat_template:
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": prompt})
+        encoded = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        encoded = tokenizer(f"{system}\n\n{prompt}" if system else prompt, return_tensors="pt")
+    width = encoded["input_ids"].shape[1]
+    if context is not None and width >= context:
+        raise ValueError(f"the prompt has {width} tokens, but the model's context ends at {context}: shorten it")
+    return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
+
+
+def context_length(model: LayerwiseForCausalLM) -> int | None:
+    """The most tokens, prompt and answer together, that the model was made for; None if it does not say."""
+    return getattr(model.runtime.backbone.config, "max_position_embeddings", None)
+
+
+def answer(
+    model: LayerwiseForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str,
+    system: str | None = None,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    on_text: Callable[[str], None] = lambda piece: None,
+) -> Answer:
+    """Answer one prompt; `on_text` gets the text as it is made.
+
+    Raises:
+        ValueError: the prompt is empty or too long, or there is nothing to generate.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max-new-tokens must be at least 1, not {max_new_tokens}")
+    sampling = sampling or Sampling()
+    context = context_length(model)
+    inputs = encode(tokenizer, prompt, system, context)
+    width = inputs["input_ids"].shape[1]
+    room = max_new_tokens if context is None else min(max_new_tokens, context - width)
+    watch, trace = _Watch(Detokenizer(tokenizer), on_text), Trace()
+    torch.manual_seed(sampling.seed)
+    began = time.perf_counter()
+    output = model.generate(
+        **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+        max_new_tokens=room,
+        streamer=watch,
+        trace=trace,
+        **sampling.options(),
+    )
+    ends = model.generation_config.eos_token_id
+    ended = output[0, -1].item() in (ends if isinstance(ends, list) else [ends])
+    limit = "max new tokens" if room == max_new_tokens else "end of context"
+    # The first token comes out of the pass over the prompt; each later one out of a pass of its own.
+    (prompt_plan, *_) = trace.plans(0, Phase.PREFILL)
+    return Answer(
+        pieces=tuple(watch.pieces),
+        plans=(prompt_plan, *trace.plans(0, Phase.DECODE)),
+        prompt_tokens=width,
+        prefill_seconds=watch.times[0] - began,
+        decode_seconds=watch.times[-1] - watch.times[0],
+        stop_reason="end of answer" if ended else limit,
+    )

@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -67,13 +68,14 @@ def model_path(name: str | None = None, notify: Callable[[str], None] = lambda l
     """The folder or hub id to load `name` from; converts the embedded model on first use.
 
     Raises:
-        ValueError: the embedded model's package is missing; says how to install it.
+        ValueError: there is no such model, or the embedded model's package is missing; says what to do.
     """
     name = str(name or DEFAULT)
     if os.path.isdir(name):
         return name
     embedded = EMBEDDED.get(name.lower())
     if embedded is None:
+        _require_on_hub(name)
         return name
     if not embedded.converted:
         notify(f"converting {embedded.name} (once; kept for later runs)")
@@ -90,6 +92,20 @@ def hub_models() -> list[str]:
         return sorted(repo.repo_id for repo in scan_cache_dir().repos if repo.repo_type == "model")
     except CacheNotFound:
         return []
+
+
+def _require_on_hub(name: str) -> None:
+    """One quick question to the hub; loading itself would retry an unreachable name for most of a minute."""
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+            HfApi().model_info(name, timeout=10)
+    except Exception as error:  # no such name, no network, no permission: the answer is the same
+        raise ValueError(
+            f"no model '{name}': it is no folder here, and no Hugging Face model that can be reached; "
+            "'layerwise models' lists what is at hand"
+        ) from error
 
 
 def load_base(name: str | None, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
@@ -117,24 +133,16 @@ def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(path)
 
 
-class _one_line:  # noqa: N801 - used as a statement
+@contextmanager
+def _one_line(name: str | None, path: str) -> Iterator[None]:
     """Turns the pages that loading errors print into one line."""
-
-    def __init__(self, name: str | None, path: str) -> None:
-        self.name, self.path = name or DEFAULT, path
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        if isinstance(error, (OSError, ValueError, KeyError)):
-            if os.path.isdir(self.path):
-                first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                raise ValueError(f"cannot load a causal language model from '{self.name}': {first}") from error
-            raise ValueError(
-                f"no model '{self.name}': it is no folder here, and no Hugging Face model that can be reached; "
-                f"'layerwise models' lists what is at hand"
-            ) from error
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if os.path.isdir(path) and not (Path(path) / "config.json").is_file():
+            reason = "the folder has no config.json"
+        raise ValueError(f"cannot load a causal language model from '{name or DEFAULT}': {reason}") from error
 
 
 def _convert(embedded: EmbeddedModel) -> None:

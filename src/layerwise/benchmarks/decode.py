@@ -118,18 +118,19 @@ def bench_decode(
 def _timed(
     model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, plan: Plan | None = None
 ) -> tuple[torch.Tensor, Stopwatch]:
-    """One greedy call of exactly `new_tokens` tokens."""
+    """One greedy call of exactly `new_tokens` tokens; the prompts are such that no answer ends before."""
     options: dict[str, Any] = {"plans": [plan]} if plan is not None else {}
     watch = Stopwatch()
     tokens = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
         do_sample=False,
         streamer=watch,
         **options,
     )
+    if tokens.shape[1] - prompt.shape[1] != new_tokens:
+        raise ValueError(f"an answer ended before {new_tokens} tokens, so times would not compare: ask for fewer")
     return tokens, watch
 
 

@@ -8,25 +8,25 @@ import typer
 
 from layerwise.cli import options
 
-TOOL_SYSTEM = """You are an expert in composing functions. Answer with one function call as JSON and nothing else.
-Functions: [{"name": "get_weather", "description": "Current weather of a city", "parameters": {"city": "string", \
-"unit": "celsius or fahrenheit"}}]"""
+TOOL_SYSTEM = """Answer with one JSON function call, nothing else.
+Function: get_weather(city, unit)
+Example question: How warm is it in Oslo, in fahrenheit?
+Example answer: {"name": "get_weather", "arguments": {"city": "Oslo", "unit": "fahrenheit"}}"""
 PROMPTS = (
-    ("tool call", TOOL_SYSTEM, "What is the weather in Lisbon, in celsius?"),
+    ("tool call", TOOL_SYSTEM, "How warm is it in Lisbon, in celsius?"),
     ("plan", None, "Write a short plan, in three steps, for learning to bake bread."),
-    ("question", None, "What is the capital of France, and on which river does it lie?"),
+    ("question", None, "What is the capital of France?"),
 )
 
 
 def reduced_plan(layers: int) -> str:
-    """A plan that leaves out a tenth of the layers.
+    """A plan with fewer layers: for the embedded model two less, found by trying; for others every eighth less.
 
-    For the embedded model the three of its 30 layers whose loss costs least, by measurement; for others three
-    spread over the middle.
+    Nothing was trained here. Which layers an input can spare is what the routers of this library learn.
     """
     from layerwise.plan import Plan
 
-    skipped = (4, 13, 25) if layers == 30 else (layers // 3, layers // 2, 2 * layers // 3)
+    skipped = (4, 25) if layers == 30 else tuple(range(layers // 8, layers - 2, 8)) or (layers // 2,)
     return str(Plan.full(layers).skip(*skipped))
 
 
@@ -92,8 +92,10 @@ def run(
         )
     console.print(table)
     console.print(
-        "\nSkipped layers are not run, so fewer layers are faster; the reduced plan is untrained, so its answers may "
-        "be worse.\nNext: layerwise generate \"YOUR PROMPT\" --plan \"0-5 8-29\" --html answer.html"
+        "\nSkipped layers are not run, so fewer layers take less time. Nothing was trained for the reduced plan: its\n"
+        "answers may be worse.\n\n"
+        'Next: layerwise generate "Why is the sky blue?" --plan "0-3 5-24 26-29" --html answer.html',
+        soft_wrap=True,
     )
     if json:
         options.print_json({"answers": rows, "engine": loaded.runtime.engine.name, "dtype": dtype.value})

@@ -60,11 +60,13 @@ def load(
 def quiet() -> None:
     """Keep progress bars and advice of the libraries below us out of the output."""
     from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils.logging import set_verbosity_error
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     disable_progress_bars()
+    set_verbosity_error()
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -1,0 +1,67 @@
+"""Write the tables of the README from the JSON in results/. With --check, only say whether they are up to date."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def decode_table(result: dict[str, Any]) -> str:
+    """The table of `layerwise bench decode`."""
+    speed, step = result["tokens_per_second"], result["step_milliseconds"]
+    lines = ["| batch-1 greedy decoding, SmolLM2-135M | tokens/s | ms per step |", "|---|---|---|"]
+    names = {
+        "transformers float32": "transformers, float32",
+        "transformers bfloat16": "transformers, bfloat16",
+        "layerwise float32": "layerwise, float32",
+        "layerwise bfloat16": "**layerwise, bfloat16**",
+        "layerwise half depth": "layerwise, bfloat16, 15 of 30 layers (speed only)",
+    }
+    lines += [f"| {shown} | {speed[name]:.1f} | {step[name]:.1f} |" for name, shown in names.items()]
+    where, memory = result["environment"], result["memory"]
+    lines += [
+        "",
+        f"**{result['ratio_vs_hf_same_dtype']:.1f}x** `generate` of transformers in bfloat16, "
+        f"{result['ratio_vs_hf_float32']:.1f}x in float32 with "
+        f"{'identical' if result['identical'] else 'DIFFERENT'} tokens; "
+        f"reading the weights once, at the bandwidth measured beside it, is {result["roofline_fraction"]:.0%} of a step; "
+        f"half of the layers give {result['half_depth_realised']:.0%} of their ideal speed-up (LM head included). "
+        f"Peak memory at {memory['context']:,} tokens of context: {memory['layerwise']['peak_mib']:.0f} MiB, "
+        f"transformers {memory['transformers']['peak_mib']:.0f}.",
+        "",
+        f"Medians of {result['rounds']} interleaved rounds, {result['new_tokens']} new tokens; {where['cpu']}, "
+        f"{where['threads']} threads, torch {where['torch']}, transformers {where['transformers']}, commit "
+        f"{where['commit']}. Again: `layerwise bench decode --out results/decode.json`, then `python tools/tables.py`.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {"decode": decode_table}
+
+
+def filled(text: str) -> str:
+    """`text` with every marked table made anew."""
+    for name, make in TABLES.items():
+        result = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        text = marked.sub(lambda found, table=make(result): f"{found[1]}{table}\n{found[2]}", text)
+    return text
+
+
+def main() -> int:
+    readme = ROOT / "README.md"
+    before = readme.read_text(encoding="utf-8")
+    after = filled(before)
+    if "--check" in sys.argv:
+        return int(before != after)
+    readme.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -29,7 +29,7 @@ def decode_table(result: dict[str, Any]) -> str:
         f"**{result['ratio_vs_hf_same_dtype']:.1f}x** `generate` of transformers in bfloat16, "
         f"{result['ratio_vs_hf_float32']:.1f}x in float32 with "
         f"{'identical' if result['identical'] else 'DIFFERENT'} tokens; "
-        f"reading the weights once, at the bandwidth measured beside it, is {result["roofline_fraction"]:.0%} of a step; "
+        f"reading the weights once, at the bandwidth measured beside it, is {result['roofline_fraction']:.0%} of a step; "
         f"half of the layers give {result['half_depth_realised']:.0%} of their ideal speed-up (LM head included). "
         f"Peak memory at {memory['context']:,} tokens of context: {memory['layerwise']['peak_mib']:.0f} MiB, "
         f"transformers {memory['transformers']['peak_mib']:.0f}.",

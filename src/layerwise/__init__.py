@@ -31,7 +31,21 @@ _HOMES = {
     "from_pretrained": "hub",
     "load_tokenizer": "sources",
 }
-__all__ = list(_HOMES)
+__all__ = [
+    "Cache",
+    "Cost",
+    "LayerwiseForCausalLM",
+    "Part",
+    "Phase",
+    "Plan",
+    "Trace",
+    "UnsupportedModelError",
+    "Visit",
+    "attach",
+    "fingerprint",
+    "from_pretrained",
+    "load_tokenizer",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -104,7 +104,9 @@ class Plan:
                 raise ValueError(f"'{item}' runs backwards: write '{stop}-{start}', or list the layers one by one")
             count = 1 if times is None else int(times)
             if not 1 <= count <= MAX_REPEATS:
-                raise ValueError(f"'{item}' must repeat between 1 and {MAX_REPEATS} times; leave a layer out to skip it")
+                raise ValueError(
+                    f"'{item}' must repeat between 1 and {MAX_REPEATS} times; leave a layer out to skip it"
+                )
             if layers is not None and stop >= layers:
                 raise ValueError(f"'{item}' names layer {stop}, but the model's layers are 0-{layers - 1}")
             if stop - start >= MAX_LAYERS:

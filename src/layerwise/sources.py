@@ -108,7 +108,9 @@ def _require_on_hub(name: str) -> None:
         ) from error
 
 
-def load_base(name: str | None, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_base(
+    name: str | None, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+) -> PreTrainedModel:
     """Load a causal LM in evaluation mode; its `name_or_path` is the name it was asked for by.
 
     Raises:

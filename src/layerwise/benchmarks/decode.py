@@ -132,5 +132,3 @@ def _timed(
     if tokens.shape[1] - prompt.shape[1] != new_tokens:
         raise ValueError(f"an answer ended before {new_tokens} tokens, so times would not compare: ask for fewer")
     return tokens, watch
-
-

@@ -17,7 +17,9 @@ def run(
     plan: options.PlanText = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens that hold this much probability.")] = 1.0,
+    top_p: Annotated[
+        float, typer.Option(help="Sample from the likeliest tokens that hold this much probability.")
+    ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     engine: options.Engine = options.EngineChoice.auto,

@@ -43,6 +43,8 @@ def decode(
     runtime = model.runtime
     rows, given = input_ids.shape
     row_plans = model.row_plans(rows, plans)
+    if rows == 1:
+        runtime.engine.prepare(row_plans)
     sequence = _Sequence(input_ids, generation_config)
     chooser = _Chooser(logits_processor, stopping_criteria, generation_config, rows)
 

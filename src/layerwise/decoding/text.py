@@ -193,6 +193,7 @@ def answer(
     width = inputs["input_ids"].shape[1]
     room = max_new_tokens if context is None else min(max_new_tokens, context - width)
     watch, trace = _Watch(Detokenizer(tokenizer), on_text), Trace()
+    model.runtime.engine.prepare(model.row_plans(1))  # compiling is neither reading nor decoding
     torch.manual_seed(sampling.seed)
     began = time.perf_counter()
     output = model.generate(

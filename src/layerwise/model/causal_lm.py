@@ -188,9 +188,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
     def _supports_default_dynamic_cache(self) -> bool:
         return False  # `decode` makes a cache of slots
 
-    def _check_positions(
-        self, position_ids: Tensor | None, packing: Packing, cache: Cache | None, width: int
-    ) -> None:
+    def _check_positions(self, position_ids: Tensor | None, packing: Packing, cache: Cache | None, width: int) -> None:
         if position_ids is None:
             return
         given = packing.pack(position_ids.expand(len(packing.counts), -1))

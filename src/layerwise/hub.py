@@ -37,7 +37,8 @@ def fingerprint(model: PreTrainedModel) -> str:
     """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if "lora_" in name or "lm_head" in name and getattr(model.config, "tie_word_embeddings", False):
+        tied_head = "lm_head" in name and getattr(model.config, "tie_word_embeddings", False)
+        if "lora_" in name or tied_head:
             continue
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // _SAMPLES)].to(torch.bfloat16).float().cpu()

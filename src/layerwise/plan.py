@@ -22,8 +22,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, lru_cache
-from itertools import groupby
-from os.path import commonprefix
+from itertools import groupby, takewhile
 
 
 class Part(StrEnum):
@@ -181,7 +180,8 @@ class Plan:
 
     def common_prefix(self, other: Plan) -> int:
         """How many first visits both plans share: up to there their hidden states and slots are the same."""
-        return len(commonprefix([self.visits, other.visits]))
+        pairs = zip(self.visits, other.visits, strict=False)
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
     def __str__(self) -> str:
         items: list[str] = []

@@ -8,6 +8,7 @@ cache, and the activations of the prompt.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import subprocess
@@ -87,10 +88,8 @@ def _peak() -> int:
 
 
 def _reset_peak() -> None:
-    try:
+    with contextlib.suppress(OSError):  # not Linux: the peak then includes loading, for both contenders
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
-        pass  # not Linux: the peak then includes loading, for both contenders
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -62,4 +63,4 @@ class Stopwatch:
     def step(self) -> float:
         """Median seconds of a decoding step; the prompt and the first token are left out."""
         ends = self.times[1:]  # the first entry is the prompt's
-        return median(later - earlier for earlier, later in zip(ends, ends[1:], strict=False))
+        return median(later - earlier for earlier, later in pairwise(ends))

@@ -41,7 +41,7 @@ def decode(
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Generate from a prompt (rows, width); the contract is that of transformers' `_sample`."""
     runtime = model.runtime
-    rows, given = input_ids.shape
+    rows = input_ids.shape[0]
     row_plans = model.row_plans(rows, plans)
     if rows == 1:
         runtime.engine.prepare(row_plans)

@@ -112,7 +112,9 @@ class Cache:
             ValueError: a length is negative or greater than what is stored.
         """
         lengths = [lengths] * self.rows if isinstance(lengths, int) else list(lengths)
-        if len(lengths) != self.rows or any(not 0 <= new <= old for new, old in zip(lengths, self.lengths)):
+        if len(lengths) != self.rows or any(
+            not 0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True)
+        ):
             raise ValueError(f"cannot roll rows of lengths {self.lengths} back to {lengths}")
         self.lengths = lengths
         for store in self.slots.values():

@@ -95,11 +95,12 @@ def test_one_compilation_serves_all_layers_and_the_next_process(monkeypatch: pyt
     notes: list[str] = []
     model = attach(tiny.model("llama"), engine="compiled", notify=notes.append)
     model.runtime.engine.prepare([Plan.full(6)])
-    assert len(notes) == 2 and model.runtime.engine.compile_seconds > 0  # the head, and one layer for all six
+    assert len(notes) == 4 and model.runtime.engine.compile_seconds > 0
+    # two kernels, a line before and one after each: the head, and one layer that serves all six
     monkeypatch.setattr(compiled, "_packages", {})
     again = attach(tiny.model("llama", seed=1), engine="compiled", notify=notes.append)
     again.runtime.engine.prepare([Plan.full(6)])
-    assert len(notes) == 2 and again.runtime.engine.compile_seconds == 0
+    assert len(notes) == 4 and again.runtime.engine.compile_seconds == 0
 
 
 def test_random_plans_with_holes_and_rollback_equal_eager() -> None:
@@ -128,6 +129,27 @@ def test_generate_is_the_same_token_for_token() -> None:
     options = {"max_new_tokens": 20, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     expected = base.generate(prompt, **options)
     assert torch.equal(attach(base, engine="compiled").generate(prompt, **options), expected)
+
+
+def test_replaced_parameters_are_noticed() -> None:
+    """Weights trained or merged in place, cast, or wrapped by PEFT after the kernels were made."""
+    from peft import LoraConfig, get_peft_model
+
+    prompt = torch.randint(3, 97, (1, 7), generator=torch.Generator().manual_seed(4))
+    options = {"max_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
+    base = tiny.model("llama")
+    model = attach(base, engine="compiled")
+    model.generate(prompt, **options)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
+    assert torch.equal(model.generate(prompt, **options), base.generate(prompt, **options))
+    base.double()
+    assert torch.equal(model.generate(prompt, **options), base.generate(prompt, **options))
+    base.float()
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
+    expected = adapted.generate(input_ids=prompt, **options)
+    assert torch.equal(model.generate(prompt, **options), expected)
 
 
 def test_gradients_and_batches_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:

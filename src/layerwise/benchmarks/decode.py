@@ -29,7 +29,7 @@ from layerwise.sources import load_base, load_tokenizer
 
 PROMPTS = (
     "Write a plan for a three day trip to Rome.",
-    "Explain in plain words how a bicycle stays upright.",
+    "Describe the water cycle in detail, with examples.",
     "List the steps to bake a loaf of bread, with times.",
 )
 
@@ -56,8 +56,8 @@ def bench_decode(
     depth = ours["bfloat16"].depth
     half = half_plan(depth)
 
-    def contender(model: PreTrainedModel, plan: Plan | None = None) -> Callable[[], list[Stopwatch]]:
-        return lambda: [_timed(model, prompt, new_tokens, plan)[1] for prompt in prompts[:1]]
+    def contender(model: PreTrainedModel, plan: Plan | None = None) -> Callable[[], Stopwatch]:
+        return lambda: _timed(model, prompts[0], new_tokens, plan)
 
     contenders = {
         "layerwise bfloat16": contender(ours["bfloat16"]),
@@ -68,8 +68,8 @@ def bench_decode(
     }
     notify("warming up, and comparing float32 tokens with transformers'")
     identical = [
-        torch.equal(_timed(ours["float32"], p, new_tokens)[0], _timed(models["float32"], p, new_tokens)[0])
-        for p in prompts
+        torch.equal(_greedy(ours["float32"], prompt, new_tokens), _greedy(models["float32"], prompt, new_tokens))
+        for prompt in prompts
     ]
     for run in contenders.values():
         run()
@@ -81,7 +81,7 @@ def bench_decode(
         if key == "layerwise bfloat16":
             notify(f"round {number + 1} of {count}")
             speeds.append(bandwidth())
-        watches[key] += result
+        watches[key].append(result)
     total = {key: median(watch.total for watch in taken) for key, taken in watches.items()}
     step = {key: median(watch.step for watch in taken) for key, taken in watches.items()}
 
@@ -115,20 +115,28 @@ def bench_decode(
     }
 
 
-def _timed(
-    model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, plan: Plan | None = None
-) -> tuple[torch.Tensor, Stopwatch]:
-    """One greedy call of exactly `new_tokens` tokens; the prompts are such that no answer ends before."""
+def _greedy(
+    model: PreTrainedModel,
+    prompt: torch.Tensor,
+    new_tokens: int,
+    plan: Plan | None = None,
+    streamer: Stopwatch | None = None,
+) -> torch.Tensor:
     options: dict[str, Any] = {"plans": [plan]} if plan is not None else {}
-    watch = Stopwatch()
-    tokens = model.generate(
+    return model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=new_tokens,
         do_sample=False,
-        streamer=watch,
+        streamer=streamer,
         **options,
     )
-    if tokens.shape[1] - prompt.shape[1] != new_tokens:
-        raise ValueError(f"an answer ended before {new_tokens} tokens, so times would not compare: ask for fewer")
-    return tokens, watch
+
+
+def _timed(model: PreTrainedModel, prompt: torch.Tensor, new_tokens: int, plan: Plan | None) -> Stopwatch:
+    """One greedy call of exactly `new_tokens` tokens; the prompt is such that the answer does not end before."""
+    watch = Stopwatch()
+    made = _greedy(model, prompt, new_tokens, plan, watch).shape[1] - prompt.shape[1]
+    if made != new_tokens:
+        raise ValueError(f"an answer ended after {made} of {new_tokens} tokens, so times do not compare: ask for fewer")
+    return watch

@@ -39,7 +39,11 @@ def decode(
     trace: Trace | None = None,
     **_: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Generate from a prompt (rows, width); the contract is that of transformers' `_sample`."""
+    """Generate from a prompt (rows, width); the contract is that of transformers' `_sample`.
+
+    Raises:
+        ValueError: the prompt is longer than the context that the model was made for.
+    """
     runtime = model.runtime
     rows = input_ids.shape[0]
     row_plans = model.row_plans(rows, plans)
@@ -50,6 +54,11 @@ def decode(
 
     cached = past_key_values.get_seq_length() if past_key_values is not None else 0
     prompt = model.embed(input_ids[:, cached:]) if inputs_embeds is None else inputs_embeds
+    context = getattr(model.runtime.backbone.config, "max_position_embeddings", None)
+    if context is not None and cached + prompt.shape[1] > context:
+        raise ValueError(
+            f"the prompt has {cached + prompt.shape[1]} tokens, but the model's context ends at {context}: shorten it"
+        )
     packing = Packing.of(rows, prompt.shape[1], attention_mask)
     cache = Cache(rows, cached + prompt.shape[1] + sequence.room) if past_key_values is None else past_key_values
     hidden = runtime.forward(packing.pack(prompt), row_plans, packing.counts, cache, trace, Phase.PREFILL)

@@ -148,7 +148,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         """transformers' `generate`, walking plans; also takes `plans` (one a row) and `trace`.
 
         Raises:
-            ValueError: beam search or an assistant model is asked for, or the prompt leaves no room to answer.
+            ValueError: beam search or an assistant model is asked for, or the prompt is longer than the context.
         """
         config = kwargs.get("generation_config")
         beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1

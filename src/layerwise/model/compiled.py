@@ -75,10 +75,17 @@ class CompiledEngine:
 
     @torch.no_grad()
     def prepare(self, plans: Iterable[Plan]) -> None:
-        """Find or compile the head and every kind of visit in `plans`."""
+        """Find or compile the head and every kind of visit in `plans`.
+
+        Kernels hold on to the parameters they were made for. Values may change under them; if parameters were
+        replaced since (another dtype or device, an adapter attached), their kernels are made anew here.
+        """
+        if self._head is not None and self._head.outdated(_Head(self.backbone)):
+            del self._head
         _ = self._head
         for visit in dict.fromkeys(visit for plan in plans for visit in plan):
-            if visit not in self._kernels:
+            known = self._kernels.get(visit)
+            if visit not in self._kernels or (known and known.outdated(_Layer(self.backbone, visit))):
                 self._build(visit)
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
@@ -134,8 +141,10 @@ class CompiledEngine:
                 began = time.perf_counter()
                 self.notify(f"compiling a kernel for {source.title} (once; kept for later runs)")
                 _package(source, path)
-                self.compile_seconds += time.perf_counter() - began
-            return _Kernel(path, source.weights)
+                seconds = time.perf_counter() - began
+                self.notify(f"compiled in {seconds:.1f} s")
+                self.compile_seconds += seconds
+            return _Kernel(path, source)
         except Exception as error:  # whatever the compiler stack raises, eager still gives the right answer
             reason = str(error).strip().splitlines()[:1]
             log.warning("layerwise: no kernel for %s, running it eagerly (%s)", source.title, *reason or ["no reason"])
@@ -164,9 +173,14 @@ class CompiledEngine:
 class _Kernel:
     """A loaded package and the weights of the one layer it is bound to."""
 
-    def __init__(self, path: Path, weights: list[Tensor]) -> None:
+    def __init__(self, path: Path, source: _Layer | _Head) -> None:
         self.run = _loaded(path)
-        self.weights = weights
+        self.weights = source.weights
+        self.made_for = [(id(weight), weight.dtype, weight.device) for weight in source.weights]
+
+    def outdated(self, source: _Layer | _Head) -> bool:
+        """Whether the module that `source` describes no longer has the parameters this kernel was made for."""
+        return self.made_for != [(id(weight), weight.dtype, weight.device) for weight in source.weights]
 
 
 _packages: dict[Path, Callable[[list[Tensor]], list[Tensor]]] = {}
@@ -251,7 +265,7 @@ class _Layer:
         self.backbone, self.visit = backbone, visit
         self.module = backbone.module(visit)
         self.kind = backbone.kinds[visit.layer]
-        self.weights = [tensor.detach() for tensor in _named_tensors(self.module).values()]
+        self.weights = list(_named_tensors(self.module).values())
         part = {Part.BOTH: "layers", Part.ATTENTION: "attention", Part.MLP: "MLPs"}[visit.part]
         self.title = f"{type(self.module).__name__} {part}"
 
@@ -275,16 +289,17 @@ class _Layer:
         """Arguments to trace with, and which of their sizes vary."""
         from torch.export import Dim
 
-        hidden = self.weights[0].new_zeros(1, 1, self.backbone.shape.hidden)
+        weights = tuple(weight.detach() for weight in self.weights)
+        hidden = weights[0].new_zeros(1, 1, self.backbone.shape.hidden)
         fixed = tuple(None for _ in self.weights)
         if not self.visit.attends:
-            return (hidden, (), tuple(self.weights)), (None, (), fixed)
+            return (hidden, (), weights), (None, (), fixed)
         index = torch.arange(40, device=hidden.device)
         cosine, sine = self.backbone.rotary(self.kind.rotary, index[None, -1:], 40, hidden.dtype)
         size = self.module.self_attn.head_dim
         cached = [hidden.new_zeros(1, self.module.self_attn.k_proj.out_features // size, 256, size) for _ in "kv"]
         varies = ({2: Dim.DYNAMIC}, {2: Dim.DYNAMIC}, {0: Dim.DYNAMIC}, None, None)
-        return (hidden, (*cached, index, cosine, sine), tuple(self.weights)), (None, varies, fixed)
+        return (hidden, (*cached, index, cosine, sine), weights), (None, varies, fixed)
 
 
 class _TracedLayer(nn.Module):
@@ -318,7 +333,7 @@ class _Head:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.tensors = {
-            f"{name}.{key}": tensor.detach()
+            f"{name}.{key}": tensor
             for name, module in (("norm", backbone.norm), ("head", backbone.head))
             for key, tensor in _named_tensors(module).items()
         }
@@ -332,7 +347,8 @@ class _Head:
         return _TracedHead(self)
 
     def example(self) -> tuple[tuple[Any, ...], None]:
-        return (self.weights[0].new_zeros(1, 1, self.backbone.shape.hidden), tuple(self.weights)), None
+        weights = tuple(weight.detach() for weight in self.weights)
+        return (weights[0].new_zeros(1, 1, self.backbone.shape.hidden), weights), None
 
 
 class _TracedHead(nn.Module):

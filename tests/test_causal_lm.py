@@ -222,22 +222,20 @@ def test_continuing_with_a_cache_equals_one_pass(name: str, plan: str) -> None:
 @torch.no_grad()
 def test_ragged_rows_continue_with_a_cache_and_masks_of_either_length() -> None:
     model = attach(tiny.model("gemma3"), "0-3 3a 4-5")
-    first, mask = padded(9, [9, 4], "right")
-    then = tokens(2, 3, seed=1)
+    first, mask = padded(9, [9, 4], "left")
+    then, more = padded(3, [3, 2], "right", seed=1)
     for long in (True, False):
         cache = model(first, attention_mask=mask, use_cache=True).past_key_values
-        ones = torch.ones_like(then)
-        positions = torch.arange(3)[None] + torch.tensor([[9], [4]])
         found = model(
             then,
-            attention_mask=torch.cat([mask, ones], 1) if long else ones,
-            position_ids=positions,
+            attention_mask=torch.cat([mask, more], 1) if long else more,
+            position_ids=torch.arange(3)[None] + torch.tensor([[9], [4]]),
             past_key_values=cache,
         )
-        assert cache.lengths == [12, 7] and found.past_key_values is cache
-        for row, length in enumerate((9, 4)):
-            whole = torch.cat([first[row, :length], then[row]])[None]
-            torch.testing.assert_close(found.logits[row], model(whole).logits[0, -3:], **CLOSE)
+        assert cache.lengths == [12, 6] and found.past_key_values is cache
+        for row, (old, new) in enumerate(((9, 3), (4, 2))):
+            whole = torch.cat([first[row, 9 - old :], then[row, :new]])[None]
+            torch.testing.assert_close(found.logits[row, :new], model(whole).logits[0, -new:], **CLOSE)
 
 
 # -- contradictions ------------------------------------------------------------------------------------------
@@ -262,7 +260,8 @@ def test_wrong_arguments_are_refused() -> None:
     one_line(lambda: model(ids, attention_mask=torch.ones(2, 5)), "attention_mask", "(2, 5)")
     one_line(lambda: model(ids, attention_mask=torch.tensor([[1] * 6, [0] * 6])), "row 1")
     one_line(lambda: model(ids, plans=["0-5"]), "plans", "2 rows")
-    one_line(lambda: model(ids, plans="0-5"), "plans", "2 rows")
+    for not_a_list in ("0-5", "05", Plan.of([0, 5])):  # two characters, two visits: not two plans
+        one_line(lambda plans=not_a_list: model(ids, plans=plans), "plans", "2 rows")
     one_line(lambda: model(ids, plans=["0-5", "0-6"]), "layer 6")
 
 

@@ -277,16 +277,21 @@ def test_the_model_card_names_library_base_and_plan(
     assert PLAN in card and fingerprint(load(base)) in card and "from_pretrained" in card
 
 
-def test_a_card_that_the_user_has_edited_stays_and_any_other_is_replaced(base: Path, tmp_path: Path) -> None:
+def test_a_card_that_the_user_wrote_or_edited_stays_and_ours_is_renewed(base: Path, tmp_path: Path) -> None:
     model, card = attach(load(base), PLAN), tmp_path / "README.md"
     model.save_pretrained(str(tmp_path))
     edited = card.read_text(encoding="utf-8") + "\nTrained by hand: 30 \N{EURO SIGN}.\n"
     card.write_text(edited, encoding="utf-8")
     model.save_pretrained(str(tmp_path))
     assert card.read_text(encoding="utf-8") == edited
-    card.write_text("# Some other card\n", encoding="utf-8")
+    card.unlink()
     model.save_pretrained(str(tmp_path))
-    assert "library_name: layerwise" in card.read_text(encoding="utf-8")
+    model.plan = "0-2"
+    model.save_pretrained(str(tmp_path))
+    assert '"plan": "0-2"' in card.read_text(encoding="utf-8")
+    card.write_text("# My own card\n", encoding="utf-8")
+    model.save_pretrained(str(tmp_path))
+    assert card.read_text(encoding="utf-8") == "# My own card\n"
 
 
 class FakeHub:

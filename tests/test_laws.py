@@ -16,7 +16,7 @@ from layerwise.model import cache as cache_module
 from layerwise.model.backbone import Backbone
 from layerwise.model.cache import Cache, SlotStore
 from layerwise.model.runtime import Runtime
-from layerwise.plan import Part, Plan, schedule
+from layerwise.plan import Part, Plan
 from layerwise.trace import Phase, Trace
 
 FULL = Plan.full(LAYERS)
@@ -198,17 +198,20 @@ def test_a_ragged_cached_batch_equals_its_rows_though_some_bring_no_tokens(name:
         for row, plan, found in zip(rows, plans, feed_in_chunks(of, rows, plans, kept, rng), strict=True):
             close(found, alone(of, row, plan))
         assert kept.lengths == [len(row) for row in rows]
+        stored = [tensor for store in kept.slots.values() for tensor in (store.keys, store.values)]
+        assert not any(tensor[at, :, len(row) :].any() for tensor in stored for at, row in enumerate(rows))
 
 
 @EVERY_ARCHITECTURE
-def test_rows_of_one_length_with_different_plans_decode_as_alone(name: str) -> None:
-    rng = random.Random(6)
+def test_a_row_that_joins_while_another_decodes_equals_it_alone(name: str) -> None:
+    rng = random.Random(18)
     of = runtime(name)
-    rows, plans, kept = [row_of(rng, 2 * WINDOW) for _ in range(3)], plans_of(rng, 3), Cache(3, 1)
-    passes = [feed(of, [row[: WINDOW - 1] for row in rows], plans, kept)]
-    passes += [feed(of, [[row[at]] for row in rows], plans, kept) for at in range(WINDOW - 1, 2 * WINDOW)]
-    for row, plan, found in zip(rows, plans, zip(*passes, strict=True), strict=True):
-        close(torch.cat(found), alone(of, row, plan))
+    for plans in ([FULL, FULL], FIXED[:2], plans_of(rng, 2)):
+        rows, kept = [row_of(rng, WINDOW + 1), row_of(rng, WINDOW + 1)], Cache(2, 1)
+        first, _ = feed(of, [rows[0][:-1], []], plans, kept)
+        second, joined = feed(of, [rows[0][-1:], rows[1]], plans, kept)  # as wide as the longest row, yet no square
+        close(torch.cat([first, second]), alone(of, rows[0], plans[0]))
+        close(joined, alone(of, rows[1], plans[1]))
 
 
 # -- holes ---------------------------------------------------------------------------------------------------
@@ -411,27 +414,24 @@ def test_what_a_plan_leaves_out_is_not_run_and_the_trace_says_what_was(name: str
     for number, layer in enumerate(of.backbone.layers):
         for part, module in (("layer", layer), ("self_attn", layer.self_attn), ("mlp", layer.mlp)):
             count(module, number, part)
-    for rows in (1, 1, 1, 2, 4):
-        plans, kept, trace, passes = plans_of(rng, rows), Cache(rows, 1), Trace(), 3
+    for plans in (plans_of(rng, 1), plans_of(rng, 2), plans_of(rng, 4), plans_of(rng, 1) * 3, FIXED[4:7]):
+        kept, trace, tokens = Cache(len(plans), 1), Trace(), Counter()
+        expected: Counter[tuple[int, str]] = Counter()
         ran.clear()
         calls.clear()
-        for _ in range(passes):
-            feed(of, [row_of(rng, 2) for _ in plans], plans, kept, trace)
-        visits = [visit for plan in plans for visit in plan] * passes
-        expected = Counter((visit.layer, "layer") for visit in visits)
-        expected += Counter((visit.layer, "self_attn") for visit in visits if visit.part is not Part.MLP)
-        expected += Counter((visit.layer, "mlp") for visit in visits if visit.part is not Part.ATTENTION)
+        for counts in ((2, 1, 2, 1), (1, 0, 1, 0), (1, 1, 1, 1), (0, 0, 3, 0), (0, 0, 0, 0)):
+            feed(of, [row_of(rng, count) for count, _ in zip(counts, plans, strict=False)], plans, kept, trace)
+            for row, (plan, count) in enumerate(zip(plans, counts, strict=False)):
+                tokens[row] += count
+                for visit in plan if count else ():
+                    expected[visit.layer, "layer"] += 1
+                    expected[visit.layer, "self_attn"] += visit.part is not Part.MLP
+                    expected[visit.layer, "mlp"] += visit.part is not Part.ATTENTION
         assert ran == expected
-        assert trace.calls == calls["layer"] == passes * len(schedule(tuple(plans)))
-        assert [list(trace.plans(row, Phase.PREFILL)) for row in range(rows)] == [[plan] * 6 for plan in plans]
-
-
-def test_a_row_without_tokens_runs_nothing() -> None:
-    plans, kept, trace = [Plan.parse("1"), Plan.parse("0 2"), Plan.parse("1 3")], Cache(3, 1), Trace()
-    for rows in ([[3, 4], [], [5]], [[], [], []]):
-        feed(runtime("llama"), rows, plans, kept, trace)
-        assert (trace.calls, [len(list(trace.plans(row))) for row in range(3)]) == (2, [2, 0, 1])
-        assert kept.lengths == [2, 0, 1]
+        assert trace.calls == calls["layer"]
+        assert [list(trace.plans(row, Phase.PREFILL)) for row in range(len(plans))] == [
+            [plan] * tokens[row] for row, plan in enumerate(plans)
+        ]
 
 
 # -- gradients -----------------------------------------------------------------------------------------------

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from layerwise.cost import Cost
-    from layerwise.hub import fingerprint, from_pretrained
+    from layerwise.hub import from_pretrained
     from layerwise.model.backbone import UnsupportedModelError
     from layerwise.model.cache import Cache
     from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
+    from layerwise.model.fingerprint import fingerprint
     from layerwise.plan import Part, Plan, Visit
     from layerwise.sources import load_tokenizer
     from layerwise.trace import Phase, Trace
@@ -27,7 +28,7 @@ _HOMES = {
     "UnsupportedModelError": "model.backbone",
     "Visit": "plan",
     "attach": "model.causal_lm",
-    "fingerprint": "hub",
+    "fingerprint": "model.fingerprint",
     "from_pretrained": "hub",
     "load_tokenizer": "sources",
 }

@@ -8,8 +8,8 @@ does not fail, it answers a little worse, so nobody would notice.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
+from layerwise.model.fingerprint import fingerprint
 from layerwise.plan import Plan
 from layerwise.policies.fixed import policy_from_dict
 from layerwise.sources import load_base, load_tokenizer
@@ -27,47 +28,44 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 FILE = "layerwise.json"
-_SAMPLES = 64
-
-
-def fingerprint(model: PreTrainedModel) -> str:
-    """A short digest of a model's weights: the same for float32 and bfloat16 copies, another for other weights.
-
-    Digests names, shapes and some 64 evenly spaced values of each tensor, rounded to bfloat16; adapters are left out.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        tied_head = "lm_head" in name and getattr(model.config, "tie_word_embeddings", False)
-        if "lora_" in name or tied_head:
-            continue
-        flat = tensor.detach().reshape(-1)
-        sample = flat[:: max(1, len(flat) // _SAMPLES)].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name.replace('base_layer.', '')} {tuple(tensor.shape)}".encode())
-        digest.update(sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+FORMAT = 1
 
 
 def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
-    """Write `model` as an adapter directory that `from_pretrained` and PEFT load."""
+    """Write `model` as an adapter directory that `from_pretrained` and PEFT load.
+
+    If the base's own weights were trained since `attach`, they are saved too, in `base/`.
+    """
+    if model.merged:
+        raise ValueError(
+            "this adapter's weights are merged into the model: load it with engine='eager' to save it again"
+        )
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     inner = model.runtime.backbone.model
+    adapted = hasattr(model.base, "peft_config")
+    base_fingerprint = fingerprint(inner)
+    trained = not adapted and base_fingerprint != model.attached_to
     about = {
-        "format": 1,
+        "format": FORMAT,
         "policy": model.policy.to_dict(),
-        "base_model": inner.config.name_or_path,
-        "base_fingerprint": fingerprint(inner),
+        "base_model": "base" if trained else inner.config.name_or_path,
+        "base_inside": trained,
+        "base_fingerprint": base_fingerprint,
+        "adapted": adapted,
         "layers": model.depth,
         "layerwise_version": _version(),
     }
-    if hasattr(model.base, "peft_config"):
-        model.base.save_pretrained(str(folder), safe_serialization=True)
+    card = folder / "README.md"
+    kept = _card_of_the_user(folder)
+    if trained:
+        inner.save_pretrained(str(folder / "base"))
+    if adapted:
+        _save_peft(model.base, folder)
     else:
         _save_empty_peft(inner, folder)
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
-    card = folder / "README.md"
-    if not card.exists() or "library_name: layerwise" not in card.read_text(encoding="utf-8"):
-        card.write_text(_card(about), encoding="utf-8")
+    card.write_text(_card(about) if kept is None else kept, encoding="utf-8")  # PEFT has written one of its own
 
 
 def push_adapter(model: LayerwiseForCausalLM, repo_id: str, private: bool = False, token: str | None = None) -> str:
@@ -98,7 +96,7 @@ def from_pretrained(
     Args:
         name: a name from `layerwise models`, a local folder, a Hugging Face id, or an adapter's folder; the
             embedded model if None.
-        adapter: an adapter's folder; its own base model is loaded unless `name` says another.
+        adapter: an adapter's folder or Hugging Face id; its own base model is loaded unless `name` says another.
         plan: overrides the adapter's policy.
         dtype: "float32", "bfloat16", or "auto" for what the checkpoint holds.
         engine, notify: as in `attach`.
@@ -108,7 +106,8 @@ def from_pretrained(
     """
     if adapter is None and name is not None and (Path(name) / FILE).is_file():
         name, adapter = None, name
-    about = _read_about(Path(adapter)) if adapter is not None else None
+    adapter = _adapter_folder(adapter) if adapter is not None else None
+    about = _read_about(adapter) if adapter is not None else None
     base: nn.Module = load_base(name or (about["base_model"] if about else None), dtype, device)
     if about is None:
         return attach(base, plan, engine, notify)
@@ -117,38 +116,74 @@ def from_pretrained(
             f"adapter '{adapter}' was made for other weights than '{base.config.name_or_path}': "
             f"load it with the base model '{about['base_model']}' it was trained on"
         )
-    if _has_weights(Path(adapter)):
+    if about["adapted"]:
         from peft import PeftModel
 
-        base = PeftModel.from_pretrained(base, str(adapter))
+        try:
+            base = PeftModel.from_pretrained(base, str(adapter)).eval()
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the weights of adapter '{adapter}' cannot be loaded: {reason}") from error
         if engine != "eager":
             base = base.merge_and_unload()  # merged weights are read once; separate ones cost extra calls
     model = attach(base, plan, engine, notify)
+    model.merged = about["adapted"] and engine != "eager"
     if plan is None:
         model.policy = policy_from_dict(about["policy"], model.depth)
     return model
 
 
 def adapter_base(adapter: str | Path) -> str:
-    """The base model that an adapter's folder names; ValueError if it is none."""
-    return _read_about(Path(adapter))["base_model"]
+    """The base model that an adapter names; ValueError if it is none."""
+    return _read_about(_adapter_folder(adapter))["base_model"]
+
+
+def _adapter_folder(adapter: str | Path) -> Path:
+    """A local folder as it is; anything else is asked for on the hub."""
+    if Path(adapter).is_dir():
+        return Path(adapter)
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        HfApi().model_info(str(adapter), timeout=10)
+        return Path(snapshot_download(str(adapter)))
+    except Exception as error:  # no such name, no network, no permission: the answer is the same
+        raise ValueError(
+            f"no adapter '{adapter}': it is no folder here, and none on the hub that can be reached"
+        ) from error
 
 
 def _read_about(folder: Path) -> dict[str, Any]:
+    """The contents of layerwise.json, checked; a base model inside the folder gets its path."""
     file = folder / FILE
     if not file.is_file():
         raise ValueError(f"'{folder}' is no adapter: it has no {FILE}")
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
-        return {"base_model": about["base_model"], "base_fingerprint": about["base_fingerprint"], **about}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"'{file}' is damaged ({error}): save the adapter again") from error
+        expected = {"base_model": str, "base_fingerprint": str, "policy": dict, "adapted": bool}
+        wrong = [key for key, kind in expected.items() if not isinstance(about[key], kind) or about[key] == ""]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{file}' is damaged ({error!r}): save the adapter again") from error
+    if about.get("format") != FORMAT:
+        raise ValueError(f"'{file}' has format {about.get('format')}, this version reads {FORMAT}: update layerwise")
+    if wrong:
+        raise ValueError(f"'{file}' is damaged (wrong {', '.join(wrong)}): save the adapter again")
+    if about.get("base_inside"):
+        about["base_model"] = str(folder / "base")
+    return about
 
 
-def _has_weights(folder: Path) -> bool:
-    """Whether the adapter changes the base: a plan alone is saved with an empty LoRA, which need not be loaded."""
-    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    return config.get("r") != 1 or config.get("layers_to_transform") != [0]
+def _save_peft(model: Any, folder: Path) -> None:
+    """PEFT's own files, for the one active adapter; PEFT puts any but "default" into a folder of its name."""
+    active = model.active_adapters
+    if len(active) != 1:
+        raise ValueError(f"{len(active)} PEFT adapters are active: activate one before saving")
+    model.save_pretrained(str(folder), selected_adapters=active)
+    own = folder / active[0]
+    if active[0] != "default" and own.is_dir():
+        for file in own.iterdir():
+            shutil.move(str(file), str(folder / file.name))
+        own.rmdir()
 
 
 def _save_empty_peft(model: PreTrainedModel, folder: Path) -> None:
@@ -181,6 +216,18 @@ def _save_empty_peft(model: PreTrainedModel, folder: Path) -> None:
         str(folder / "adapter_model.safetensors"),
         metadata={"format": "pt"},
     )
+
+
+def _card_of_the_user(folder: Path) -> str | None:
+    """The model card in `folder`, unless there is none or it is, word for word, what was written for its adapter."""
+    try:
+        written = (folder / "README.md").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    try:
+        return None if written == _card(json.loads((folder / FILE).read_text(encoding="utf-8"))) else written
+    except (OSError, ValueError, KeyError, TypeError):
+        return written
 
 
 def _card(about: dict[str, Any]) -> str:

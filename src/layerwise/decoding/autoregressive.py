@@ -8,6 +8,7 @@ lengths, and a row that has finished is not run any more.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from layerwise.model.cache import Cache
-from layerwise.model.packing import Packing
+from layerwise.model.packing import Packing, check_positions, last_of
 from layerwise.plan import Plan
 from layerwise.trace import Phase, Trace
 
@@ -33,6 +34,7 @@ def decode(
     generation_config: GenerationConfig,
     streamer: BaseStreamer | None = None,
     attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
     inputs_embeds: Tensor | None = None,
     past_key_values: Cache | None = None,
     plans: Sequence[Plan | str] | None = None,
@@ -52,17 +54,15 @@ def decode(
     sequence = _Sequence(input_ids, generation_config)
     chooser = _Chooser(logits_processor, stopping_criteria, generation_config, rows)
 
-    cached = past_key_values.get_seq_length() if past_key_values is not None else 0
-    prompt = model.embed(input_ids[:, cached:]) if inputs_embeds is None else inputs_embeds
-    context = getattr(model.runtime.backbone.config, "max_position_embeddings", None)
-    if context is not None and cached + prompt.shape[1] > context:
-        raise ValueError(
-            f"the prompt has {cached + prompt.shape[1]} tokens, but the model's context ends at {context}: shorten it"
-        )
-    packing = Packing.of(rows, prompt.shape[1], attention_mask)
-    cache = Cache(rows, cached + prompt.shape[1] + sequence.room) if past_key_values is None else past_key_values
-    hidden = runtime.forward(packing.pack(prompt), row_plans, packing.counts, cache, trace, Phase.PREFILL)
-    hidden = packing.last(hidden)
+    # transformers drops a mask of ones, and keeps its width.
+    masked = generation_config._mask_length if attention_mask is None else attention_mask.shape[1]
+    only_new = masked is not None and masked > input_ids.shape[1]
+    prompt = _Prompt.of(model, input_ids, attention_mask, inputs_embeds, past_key_values, only_new)
+    if past_key_values is None and position_ids is not None:
+        check_positions(position_ids, prompt.packing)
+    cache = Cache(rows, max(prompt.counts) + sequence.room) if past_key_values is None else past_key_values
+    hidden = runtime.forward(prompt.embedded, row_plans, prompt.counts, cache, trace, Phase.PREFILL)
+    hidden = last_of(hidden, prompt.counts)
     while True:
         tokens = chooser.choose(sequence.so_far, runtime.engine.logits(hidden)[:, -1].float())
         sequence.append(tokens)
@@ -75,10 +75,58 @@ def decode(
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
-        return sequence.so_far
+        return sequence.so_far.contiguous()
     return GenerateDecoderOnlyOutput(
-        sequences=sequence.so_far, scores=chooser.scores, logits=chooser.logits, past_key_values=cache
+        sequences=sequence.so_far.contiguous(), scores=chooser.scores, logits=chooser.logits, past_key_values=cache
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """What has to be read before the first token: embeddings packed to the left, and how many each row has."""
+
+    embedded: Tensor
+    counts: list[int]
+    packing: Packing
+
+    @classmethod
+    def of(
+        cls,
+        model: LayerwiseForCausalLM,
+        input_ids: Tensor,
+        mask: Tensor | None,
+        inputs_embeds: Tensor | None,
+        cache: Cache | None,
+        only_new: bool,
+    ) -> _Prompt:
+        """As in transformers, `input_ids` with a cache hold the cached tokens too, unless the mask is wider."""
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        rows, width = given.shape[:2]
+        packing = Packing.of(rows, width, mask)
+        packed, counts = packing.pack(given), packing.counts
+        lengths = [0] * rows if cache is None else cache.lengths
+        if cache is not None:
+            if inputs_embeds is not None:
+                raise ValueError("a cache is continued with input_ids: leave inputs_embeds out")
+            if cache.rows != rows:
+                raise ValueError(f"the cache has {cache.rows} rows, the prompt {rows}: continue the same batch")
+            if not only_new:
+                packed, counts = _after(packed, counts, lengths)
+        context = getattr(model.runtime.backbone.config, "max_position_embeddings", None)
+        longest = max(length + count for length, count in zip(lengths, counts, strict=True))
+        if context is not None and longest > context:
+            raise ValueError(f"the prompt has {longest} tokens, but the model's context ends at {context}: shorten it")
+        return cls(model.embed(packed) if inputs_embeds is None else packed, counts, packing)
+
+
+def _after(packed: Tensor, counts: list[int], lengths: list[int]) -> tuple[Tensor, list[int]]:
+    """The tokens of each row that its cache does not hold yet, packed to the left."""
+    fresh = [count - length for count, length in zip(counts, lengths, strict=True)]
+    if min(fresh) < 1:
+        row = fresh.index(min(fresh))
+        raise ValueError(f"row {row} has {counts[row]} tokens and its cache {lengths[row]}: nothing is left to read")
+    columns = torch.arange(max(fresh), device=packed.device) + torch.tensor(lengths, device=packed.device)[:, None]
+    return packed.gather(1, columns.clamp(max=packed.shape[1] - 1)), fresh
 
 
 class _Sequence:
@@ -118,7 +166,8 @@ class _Chooser:
         self.scores: tuple[Tensor, ...] | None = () if keep and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if keep and config.output_logits else None
         self.unfinished: Tensor | None = None
-        self.rows = rows
+        # As in transformers: without an end token nobody pads, and finished rows go on until all are done.
+        self.padding = rows > 1 and self.pad is not None and any(hasattr(c, "eos_token_id") for c in criteria)
 
     def choose(self, sequence: Tensor, logits: Tensor) -> Tensor:
         """The next token of each row, (rows,); finished rows get padding."""
@@ -131,12 +180,13 @@ class _Chooser:
             tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         else:
             tokens = scores.argmax(dim=-1)
-        if self.rows > 1 and self.unfinished is not None and self.pad is not None:
+        if self.padding and self.unfinished is not None:
             tokens = torch.where(self.unfinished, tokens, self.pad.to(tokens.device))
         return tokens
 
     def still_running(self, sequence: Tensor) -> list[int]:
         """1 for each row that goes on, 0 for each that is done."""
-        going = ~self.criteria(sequence, None)
+        going = ~self.criteria(sequence, self.scores)
         self.unfinished = going if self.unfinished is None else self.unfinished & going
-        return self.unfinished.int().tolist()
+        running = self.unfinished.int().tolist()
+        return running if self.padding else [max(running)] * len(running)

@@ -98,6 +98,9 @@ class Answer:
         }
 
 
+MOST_HELD = 6  # a character has at most four bytes, so what is not whole by then is really broken
+
+
 class Detokenizer:
     """Token ids to text, one piece a token; a token that ends inside a character gives "" until it is whole."""
 
@@ -106,14 +109,17 @@ class Detokenizer:
         self.ids: list[int] = []
         self.start = 0  # what lies before is printed and no longer decoded again
         self.shown = ""
+        self.held = 0  # tokens waiting for the rest of a character
 
     def piece(self, token: int) -> str:
         self.ids.append(token)
         text = self.tokenizer.decode(self.ids[self.start :], skip_special_tokens=True)
-        if text.endswith("�") and len(self.ids) - self.start < 8:
+        if text.endswith("�") and self.held < MOST_HELD:
+            self.held += 1
             return ""
+        self.held = 0
         piece = text[len(self.shown) :]
-        if piece.endswith("\n") or len(self.ids) - self.start > 64:
+        if piece.endswith("\n") or (len(self.ids) - self.start > 64 and not text.endswith("�")):
             # One token of context stays: some tokenizers drop the space before the first word.
             self.start = len(self.ids) - 1
             text = self.tokenizer.decode(self.ids[self.start :], skip_special_tokens=True)

@@ -83,7 +83,6 @@ class Backbone:
         self.sdpa = implementation == "sdpa"
         self.kinds = self._kinds()
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
-        self._partial: dict[Visit, nn.Module] = {}
 
     # -- the parts ---------------------------------------------------------------------------------------
 
@@ -107,12 +106,11 @@ class Backbone:
         """
         if visit.part is Part.BOTH:
             return self.layers[visit.layer]
-        if visit not in self._partial:
-            part = copy.copy(self.layers[visit.layer])
-            left_out = "mlp" if visit.part is Part.ATTENTION else "self_attn"
-            part._modules = {**part._modules, left_out: _Nothing(tuple_result=left_out == "self_attn")}
-            self._partial[visit] = part
-        return self._partial[visit]
+        # Copied anew for each call: a kept copy would miss a later train(), eval() or gradient checkpointing.
+        part = copy.copy(self.layers[visit.layer])
+        left_out = "mlp" if visit.part is Part.ATTENTION else "self_attn"
+        part._modules = {**part._modules, left_out: _Nothing(tuple_result=left_out == "self_attn")}
+        return part
 
     def rotary(self, kind: str | None, positions: Tensor, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines at `positions` (rows, width), all below `stop`; each (rows, width, head size)."""
@@ -172,7 +170,7 @@ class Backbone:
 
 def _part(model: str, what: str, found: Any) -> Any:
     if found is None:
-        raise UnsupportedModelError(f"{model} does not fit: it has no {what}; {TESTED}")
+        raise UnsupportedModelError(f"{model} does not fit: it lacks {what}; {TESTED}")
     return found
 
 

@@ -118,17 +118,21 @@ class Cache:
             raise ValueError(f"cannot roll rows of lengths {self.lengths} back to {lengths}")
         self.lengths = lengths
         for store in self.slots.values():
-            for row, length in enumerate(lengths):
-                store.ends[row] = min(store.ends[row], length)
-                if store.seen is not None:
+            store.ends = [min(end, length) for end, length in zip(store.ends, lengths, strict=True)]
+            if store.seen is not None:
+                for row, length in enumerate(lengths):
                     store.seen[row, length:] = False
+                held = store.seen.sum(1).tolist()
+                if all(bool(store.seen[row, :count].all()) for row, count in enumerate(held)):
+                    # No hole is left, so nothing tells this slot from one that never had any.
+                    store.ends, store.seen = held, None
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep the rows named, in that order; a row may be named twice (a beam, a draft tree)."""
         self.lengths = [self.lengths[row] for row in rows]
         self.rows = len(rows)
         for store in self.slots.values():
-            index = torch.tensor(rows, device=store.keys.device)
+            index = torch.tensor(rows, dtype=torch.long, device=store.keys.device)
             store.keys, store.values = store.keys[index], store.values[index]
             store.ends = [store.ends[row] for row in rows]
             store.seen = None if store.seen is None else store.seen[index]

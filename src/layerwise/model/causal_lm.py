@@ -16,16 +16,18 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layerwise.decoding.autoregressive import decode
-from layerwise.model.backbone import Backbone
+from layerwise.model.backbone import Backbone, UnsupportedModelError
 from layerwise.model.cache import Cache
 from layerwise.model.compiled import CompiledEngine, compiler_available
-from layerwise.model.packing import Packing
+from layerwise.model.fingerprint import fingerprint
+from layerwise.model.packing import Packing, check_positions
 from layerwise.model.runtime import EagerEngine, Engine, Runtime, check_fit
 from layerwise.plan import Plan
 from layerwise.policies import FixedPolicy, Policy
 from layerwise.trace import Phase, Trace
 
 EngineName = Literal["auto", "eager", "compiled"]
+_UNRECORDED = ("output_hidden_states", "output_attentions")
 
 
 class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
@@ -38,16 +40,25 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
     accepts_loss_kwargs = True
 
     def __init__(self, base: nn.Module, policy: Policy | None = None, engine: Engine | None = None) -> None:
-        inner = base.get_base_model() if hasattr(base, "peft_config") and hasattr(base, "get_base_model") else base
+        inner = base
+        if hasattr(base, "peft_config") and hasattr(base, "get_base_model"):
+            if any(config.is_prompt_learning for config in base.peft_config.values()):
+                raise UnsupportedModelError(
+                    "PEFT prompt learning does not fit: use adapters in the layers, such as LoRA"
+                )
+            inner = base.get_base_model()
+        backbone = Backbone(inner)
         super().__init__(inner.config)
         self.base = base
         self.generation_config = inner.generation_config
         self.all_tied_weights_keys = {
             f"base.{alias}": f"base.{name}" for alias, name in getattr(base, "all_tied_weights_keys", {}).items()
         }
-        self.runtime = Runtime(Backbone(inner), engine)
+        self.runtime = Runtime(backbone, engine)
         self.policy = policy or FixedPolicy(Plan.full(self.runtime.backbone.depth))
-        self.train(base.training)
+        self.training = base.training
+        self.attached_to = fingerprint(inner)  # tells at save whether the base was trained since
+        self.merged = False  # set when an adapter's weights were merged into the base
 
     # -- plans -------------------------------------------------------------------------------------------
 
@@ -67,7 +78,11 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
 
     def read_plan(self, plan: Plan | str) -> Plan:
         """Check a plan, or parse its text, for this model; ValueError if it does not fit."""
-        return Plan.parse(plan, self.depth) if isinstance(plan, str) else plan.check(self.depth)
+        if isinstance(plan, str):
+            return Plan.parse(plan, self.depth)
+        if not isinstance(plan, Plan):
+            raise ValueError(f"a plan is a Plan or its text, not {plan!r}")
+        return plan.check(self.depth)
 
     def row_plans(self, rows: int, plans: Sequence[Plan | str] | None = None) -> list[Plan]:
         """The plan of each row: `plans` if given (one a row), else what the policy says."""
@@ -119,7 +134,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("give either input_ids or inputs_embeds")
         if past_key_values is not None and not isinstance(past_key_values, Cache):
             raise ValueError(f"past_key_values must be a layerwise.Cache, not {type(past_key_values).__name__}")
-        for unsupported in ("output_hidden_states", "output_attentions"):
+        for unsupported in _UNRECORDED:
             if kwargs.pop(unsupported, None):
                 raise ValueError(f"{unsupported} is not recorded; call the base model for it")
         kwargs.pop("return_dict", None)
@@ -130,7 +145,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         rows, width, _ = hidden.shape
         packing = Packing.of(rows, width, attention_mask)
-        self._check_positions(position_ids, packing, past_key_values, width)
+        if position_ids is not None:
+            check_positions(position_ids, packing)
         hidden = self.runtime.forward(
             packing.pack(hidden), self.row_plans(rows, plans), packing.counts, past_key_values, trace, Phase.PREFILL
         )
@@ -150,10 +166,23 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: beam search or an assistant model is asked for, or the prompt is longer than the context.
         """
-        config = kwargs.get("generation_config")
-        beams = kwargs.get("num_beams") or getattr(config, "num_beams", None) or 1
-        if beams > 1 or kwargs.get("assistant_model") is not None:
+        config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
+
+        def asked(name: str) -> Any:
+            given = kwargs.get(name)
+            given = getattr(config, name, None) if given is None else given
+            return getattr(self.generation_config, name, None) if given is None else given
+
+        if (asked("num_beams") or 1) > 1 or asked("prompt_lookup_num_tokens") or kwargs.get("assistant_model"):
             raise ValueError("layerwise decodes greedily or by sampling: set num_beams=1 and give no assistant_model")
+        if asked("cache_implementation"):
+            raise ValueError("layerwise brings its own cache: leave cache_implementation out")
+        for unsupported in _UNRECORDED:
+            if asked(unsupported):
+                raise ValueError(f"{unsupported} is not recorded; call the base model for it")
+        cache = kwargs.get("past_key_values")
+        if cache is not None and not isinstance(cache, Cache):
+            raise ValueError(f"past_key_values must be a layerwise.Cache, not {type(cache).__name__}")
         return super().generate(*args, **kwargs)
 
     def _sample(self, input_ids: Tensor, **kwargs: Any) -> Any:
@@ -187,17 +216,6 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _supports_default_dynamic_cache(self) -> bool:
         return False  # `decode` makes a cache of slots
-
-    def _check_positions(self, position_ids: Tensor | None, packing: Packing, cache: Cache | None, width: int) -> None:
-        if position_ids is None:
-            return
-        given = packing.pack(position_ids.expand(len(packing.counts), -1))
-        for row, count in enumerate(packing.counts):
-            first = cache.lengths[row] if cache is not None else 0
-            expected = torch.arange(first, first + count, device=given.device)
-            # A shift of all positions changes nothing with rotary embeddings, and padding shifts them.
-            if not torch.equal(given[row, :count] - given[row, 0], expected - first):
-                raise ValueError("position_ids must count each row's tokens in order; packed sequences do not fit")
 
 
 def attach(

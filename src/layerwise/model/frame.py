@@ -69,7 +69,8 @@ class Frame:
         kind = self.backbone.kinds[layer]
         return self._once(
             ("rotary", kind.rotary, rows),
-            lambda: self.backbone.rotary(kind.rotary, self.positions(rows), self.stop, self.dtype),
+            # Padding columns have positions too, beyond the last token's.
+            lambda: self.backbone.rotary(kind.rotary, self.positions(rows), max(self.starts) + self.width, self.dtype),
         )
 
     def mask(self, layer: int, slot: Slot | None, rows: Rows) -> Tensor | None:

@@ -6,6 +6,7 @@ Token number t of a row has position t in both, which is what `generate` of tran
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,12 +53,25 @@ class Packing:
             return columns
         return torch.zeros_like(columns).scatter(1, _spread(self.order, columns), columns)
 
-    def last(self, hidden: Tensor) -> Tensor:
-        """The last token's state of each row of a packed (rows, width, values): (rows, 1, values)."""
-        if len(set(self.counts)) == 1:
-            return hidden[:, self.counts[0] - 1 : self.counts[0]]
-        index = torch.tensor(self.counts, device=hidden.device) - 1
-        return hidden[torch.arange(len(index), device=hidden.device), index][:, None]
+
+def last_of(packed: Tensor, counts: Sequence[int]) -> Tensor:
+    """The last token's state of each row of a packed (rows, width, values): (rows, 1, values)."""
+    if len(set(counts)) == 1:
+        return packed[:, counts[0] - 1 : counts[0]]
+    index = torch.tensor(counts, device=packed.device) - 1
+    return packed[torch.arange(len(index), device=packed.device), index][:, None]
+
+
+def check_positions(position_ids: Tensor, packing: Packing) -> None:
+    """Refuse positions (rows or 1, width) that do not count each row's tokens in order.
+
+    A shift of a whole row is fine: with rotary embeddings it changes nothing, and padding causes it.
+    """
+    given = packing.pack(position_ids.expand(len(packing.counts), -1))
+    for row, count in enumerate(packing.counts):
+        steps = torch.arange(count, device=given.device)
+        if not torch.equal(given[row, :count] - given[row, 0], steps):
+            raise ValueError("position_ids must count each row's tokens in order; packed sequences do not fit")
 
 
 def _spread(order: Tensor, like: Tensor) -> Tensor:

@@ -118,7 +118,12 @@ class Runtime:
         steps = schedule(tuple(plans))
         if 0 in counts:
             steps = _without(steps, {row for row, count in enumerate(counts) if count == 0}, rows)
-        hidden = self.run(embedded, steps, frame, trace)
+        try:
+            hidden = self.run(embedded, steps, frame, trace)
+        except BaseException:  # Ctrl-C too: what the first layers stored must not outlive the pass
+            if cache is not None:
+                cache.rollback(cache.lengths)
+            raise
         if cache is not None:
             cache.advance(counts)
         if trace is not None:
@@ -145,7 +150,7 @@ def check_fit(backbone: Backbone) -> None:
         UnsupportedModelError: the model does more than embedding, layers, norm and head.
     """
     model, name = backbone.model, backbone.name
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         tokens = torch.arange(1, 9, device=backbone.device)[None] % backbone.embedding.weight.shape[0]
@@ -155,7 +160,8 @@ def check_fit(backbone: Backbone) -> None:
     except Exception as error:  # whatever a foreign model raises, the user must learn which model it was
         raise UnsupportedModelError(f"{name} does not fit: calling its layers failed ({error}); {TESTED}") from error
     finally:
-        model.train(training)
+        for module, training in modes:
+            module.training = training
     tolerance = 1e-3 if backbone.dtype == torch.float32 else 5e-2
     gap = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
     if not gap <= tolerance:

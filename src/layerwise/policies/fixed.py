@@ -42,4 +42,6 @@ def policy_from_dict(saved: dict[str, Any], layers: int) -> Policy:
     """
     if saved.get("kind") != "fixed":
         raise ValueError(f"unknown policy '{saved.get('kind')}': the adapter needs a newer layerwise")
+    if not isinstance(saved.get("plan"), str):
+        raise ValueError("the adapter's policy holds no plan: save the adapter again")
     return FixedPolicy(Plan.parse(saved["plan"], layers))

@@ -391,7 +391,7 @@ SMALL = {**tiny._COMMON, "num_hidden_layers": 2}
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4)), "no 'layers'"),
+        (lambda: GPT2LMHeadModel(GPT2Config(vocab_size=97, n_embd=32, n_layer=2, n_head=4)), "lacks 'layers'"),
         (lambda: MambaForCausalLM(MambaConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2)), "norm"),
         (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, embedding_multiplier=3.0)), "logits differ"),
         (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0)), "logits differ"),

@@ -9,6 +9,7 @@ from functools import cache
 
 import pytest
 import torch
+from slow import slow_walk
 from tiny import ARCHITECTURES, LAYERS, VOCABULARY, WINDOW, model, random_plan
 from torch import Tensor, nn
 
@@ -91,53 +92,6 @@ def exact(found: Tensor, expected: Tensor) -> None:
     assert torch.equal(found, expected)
 
 
-# -- the slow walk -------------------------------------------------------------------------------------------
-
-
-def slow_walk(name: str, of: Runtime, row: Row, plans: Sequence[Plan]) -> Tensor:
-    """Logits of a row whose token t goes through plans[t]: token by token, visit by visit, no keys kept.
-
-    Each slot remembers the states that entered it, with their positions; a visit runs the layer's attention on all
-    of them again. Uses the modules of Hugging Face and nothing of the package.
-    """
-    whole = of.backbone.model
-    visitors: dict[tuple[int, int], tuple[list[int], list[Tensor]]] = {}
-    logits = []
-    for position, (token, plan) in enumerate(zip(row, plans, strict=True)):
-        hidden = whole.get_input_embeddings()(torch.tensor([[token]]))
-        attended: Counter[int] = Counter()
-        for visit in plan.visits:
-            layer = whole.model.layers[visit.layer]
-            if visit.part is not Part.MLP:
-                places, states = visitors.setdefault((visit.layer, attended[visit.layer]), ([], []))
-                attended[visit.layer] += 1
-                places.append(position)
-                states.append(hidden)
-                hidden = hidden + slow_attention(name, whole.model, visit.layer, places, torch.cat(states, 1))
-            if visit.part is not Part.ATTENTION and name == "gemma3":
-                normed = layer.pre_feedforward_layernorm(hidden)
-                hidden = hidden + layer.post_feedforward_layernorm(layer.mlp(normed))
-            elif visit.part is not Part.ATTENTION:
-                hidden = hidden + layer.mlp(layer.post_attention_layernorm(hidden))
-        logits.append(whole.lm_head(whole.model.norm(hidden))[0])
-    return torch.cat(logits)
-
-
-def slow_attention(name: str, decoder: nn.Module, number: int, places: list[int], states: Tensor) -> Tensor:
-    """What the attention of layer `number` adds to the last of `states` (1, n, hidden), which stand at `places`."""
-    layer = decoder.layers[number]
-    at = torch.tensor(places)
-    distance = at[:, None] - at[None]
-    allowed = distance >= 0
-    if name == "mistral-window" or (name == "gemma3" and number % 2 == 0):
-        allowed &= distance < WINDOW
-    mask = torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)[None, None]
-    kind = [["sliding_attention", "full_attention"][number % 2]] if name == "gemma3" else []
-    rotary = decoder.rotary_emb(states, at[None], *kind)
-    added, _ = layer.self_attn(layer.input_layernorm(states), position_embeddings=rotary, attention_mask=mask)
-    return (layer.post_attention_layernorm(added) if name == "gemma3" else added)[:, -1:]
-
-
 # -- one pass, and chunks ------------------------------------------------------------------------------------
 
 
@@ -158,7 +112,7 @@ def test_an_uncached_pass_equals_the_slow_walk(name: str, attention: str) -> Non
     of = runtime(name, attention)
     for plan in [*FIXED[:5], *plans_of(rng, 2)]:
         row = row_of(rng, WINDOW + 3)
-        close(alone(of, row, plan), slow_walk(name, of, row, [plan] * len(row)))
+        close(alone(of, row, plan), slow_walk(name, of.backbone.model, row, [plan] * len(row)))
 
 
 @EVERY_MODEL
@@ -229,7 +183,7 @@ def test_a_token_attends_to_those_that_visited_its_slot_and_to_none_other(name: 
             plan = rng.choice(choice)
             found += feed(of, part, [plan], kept)
             plans += [plan] * len(part[0])
-        close(torch.cat(found), slow_walk(name, of, row, plans))
+        close(torch.cat(found), slow_walk(name, of.backbone.model, row, plans))
 
 
 @EVERY_MODEL
@@ -270,7 +224,7 @@ def test_any_history_of_passes_rollbacks_and_selections_equals_the_slow_walk(nam
     assert sum(map(len, rows)) > 2 * WINDOW
     for row in filter(None, rows):
         tokens, plans, found = map(list, zip(*row, strict=True))
-        close(torch.stack(found), slow_walk(name, of, tokens, plans))
+        close(torch.stack(found), slow_walk(name, of.backbone.model, tokens, plans))
 
 
 # -- rollback ------------------------------------------------------------------------------------------------

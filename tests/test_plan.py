@@ -31,7 +31,7 @@ MALFORMED = [  # text, model depth, item that the message must name, what it mus
     ("3*0", None, "'3*0'", "between 1 and 64"),
     ("7*999", None, "'7*999'", "between 1 and 64"),
     ("0-3*65", None, "'0-3*65'", "between 1 and 64"),
-    ("0-999999", None, "'0-999999'", "no model is that deep"),
+    ("0-999999", None, "'0-999999'", "more than any model has"),
     ("-1", None, "'-1'", "write layers and ranges"),
     ("1.5", None, "'1.5'", "write layers and ranges"),
     ("9z", None, "'9z'", "write layers and ranges"),
@@ -209,7 +209,7 @@ def test_repeat_takes_the_first_of_several_blocks() -> None:
     ],
 )
 def test_repeat_of_a_block_not_visited_raises(text: str, block: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=rf"'{text}' does not visit layers {block[0]}-{block[-1]}"):
+    with pytest.raises(ValueError, match=rf"'{text}' does not visit the block {block[0]}-{block[-1]}"):
         Plan.parse(text).repeat(*block)
 
 

@@ -108,7 +108,7 @@ def from_pretrained(
         name, adapter = None, name
     adapter = _adapter_folder(adapter) if adapter is not None else None
     about = _read_about(adapter) if adapter is not None else None
-    base: nn.Module = load_base(name or (about["base_model"] if about else None), dtype, device)
+    base: nn.Module = load_base(name or (_named_base(adapter, about) if about else None), dtype, device)
     if about is None:
         return attach(base, plan, engine, notify)
     if fingerprint(base) != about["base_fingerprint"]:
@@ -135,7 +135,14 @@ def from_pretrained(
 
 def adapter_base(adapter: str | Path) -> str:
     """The base model that an adapter names; ValueError if it is none."""
-    return _read_about(_adapter_folder(adapter))["base_model"]
+    folder = _adapter_folder(adapter)
+    return _named_base(folder, _read_about(folder))
+
+
+def _named_base(folder: Path, about: dict[str, Any]) -> str:
+    if not about["base_model"]:
+        raise ValueError(f"adapter '{folder}' was made for a model without a name: say which base model to load")
+    return about["base_model"]
 
 
 def _adapter_folder(adapter: str | Path) -> Path:
@@ -161,7 +168,7 @@ def _read_about(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads(file.read_text(encoding="utf-8"))
         expected = {"base_model": str, "base_fingerprint": str, "policy": dict, "adapted": bool}
-        wrong = [key for key, kind in expected.items() if not isinstance(about[key], kind) or about[key] == ""]
+        wrong = [key for key, kind in expected.items() if not isinstance(about[key], kind)]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{file}' is damaged ({error!r}): save the adapter again") from error
     if about.get("format") != FORMAT:

@@ -173,7 +173,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             given = getattr(config, name, None) if given is None else given
             return getattr(self.generation_config, name, None) if given is None else given
 
-        if (asked("num_beams") or 1) > 1 or asked("prompt_lookup_num_tokens") or kwargs.get("assistant_model"):
+        assisted = asked("prompt_lookup_num_tokens") or asked("assistant_early_exit") or kwargs.get("assistant_model")
+        if (asked("num_beams") or 1) > 1 or assisted:
             raise ValueError("layerwise decodes greedily or by sampling: set num_beams=1 and give no assistant_model")
         if asked("cache_implementation"):
             raise ValueError("layerwise brings its own cache: leave cache_implementation out")

@@ -1,0 +1,147 @@
+"""Edges of saving and loading adapters: each test is of something that once went wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from test_causal_lm import one_line
+from test_hub import copied, load, logits, with_lora
+
+from layerwise import LayerwiseForCausalLM, Plan, attach, from_pretrained
+from layerwise.model.causal_lm import EngineName
+from layerwise.model.compiled import compiler_available
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, as the hub would give it."""
+    folder = tmp_path_factory.mktemp("base")
+    tiny.model("llama").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of an adapter that is a plan and nothing else."""
+    folder = tmp_path_factory.mktemp("adapter")
+    attach(load(base), "0-3").save_pretrained(str(folder))
+    return folder
+
+
+def assert_comes_back(model: LayerwiseForCausalLM, base: Path, folder: Path) -> None:
+    """`model` answers unlike its base with the same plan, and so does what is loaded after saving it."""
+    expected = logits(model)
+    assert (expected - logits(attach(load(base), model.plan))).abs().max() > 1e-3
+    model.save_pretrained(str(folder))
+    again = from_pretrained(folder, engine="eager")
+    assert again.plan == model.plan
+    torch.testing.assert_close(logits(again), expected, rtol=0, atol=0)
+
+
+# -- what is saved comes back --------------------------------------------------------------------------------
+
+
+def test_a_lora_of_rank_one_on_layer_0_is_not_taken_for_a_plan_alone(base: Path, tmp_path: Path) -> None:
+    assert_comes_back(attach(with_lora(load(base), r=1, layers_to_transform=[0])), base, tmp_path)
+
+
+def test_full_fine_tuning_comes_back(base: Path, tmp_path: Path) -> None:
+    model = attach(load(base), "0-3")
+    with torch.no_grad():
+        model.base.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    assert_comes_back(model, base, tmp_path)
+
+
+def test_modules_that_peft_trains_whole_come_back(base: Path, tmp_path: Path) -> None:
+    lora = with_lora(load(base), modules_to_save=["lm_head"])
+    model = attach(lora)
+    untrained = logits(model)
+    with torch.no_grad():
+        lora.base_model.model.lm_head.modules_to_save["default"].weight.mul_(1.5)
+    assert not torch.equal(logits(model), untrained)
+    assert_comes_back(model, base, tmp_path)
+
+
+def test_a_peft_adapter_with_a_name_comes_back(base: Path, tmp_path: Path) -> None:
+    options = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    assert_comes_back(attach(get_peft_model(load(base), options, adapter_name="mine").eval()), base, tmp_path)
+
+
+@pytest.mark.parametrize("engine", ["auto", "compiled"])
+def test_a_merged_lora_is_not_saved_as_a_plan_alone(base: Path, tmp_path: Path, engine: EngineName) -> None:
+    if engine == "compiled" and not compiler_available():
+        pytest.skip("no C++ compiler")
+    attach(with_lora(load(base))).save_pretrained(str(tmp_path / "lora"))
+    merged = from_pretrained(tmp_path / "lora", engine=engine)
+    one_line(lambda: merged.save_pretrained(str(tmp_path / "again")), "merged", "engine='eager'")
+    assert not (tmp_path / "again").exists()
+
+
+# -- damaged folders -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "mentions"),
+    [
+        ({"policy": "x"}, ["layerwise.json", "damaged", "policy"]),
+        ({"policy": {"kind": "fixed"}}, ["policy", "no plan"]),
+        ({"policy": {"kind": "fixed", "plan": 3}}, ["policy", "no plan"]),
+        ({"base_model": ""}, ["without a name", "which base model"]),
+        ({"format": 2}, ["layerwise.json", "format 2", "update layerwise"]),
+        ({"format": None}, ["layerwise.json", "format None"]),
+    ],
+    ids=["policy is text", "no plan", "plan is a number", "empty base model", "newer format", "no format"],
+)
+def test_what_layerwise_json_must_not_say(
+    adapter: Path, tmp_path: Path, changes: dict[str, Any], mentions: list[str]
+) -> None:
+    folder = copied(adapter, tmp_path, **changes)
+    one_line(lambda: from_pretrained(folder, engine="eager"), *mentions)
+
+
+def test_a_layerwise_json_without_a_policy_is_refused(adapter: Path, tmp_path: Path) -> None:
+    file = copied(adapter, tmp_path) / "layerwise.json"
+    about = json.loads(file.read_text(encoding="utf-8"))
+    del about["policy"]
+    file.write_text(json.dumps(about), encoding="utf-8")
+    one_line(lambda: from_pretrained(tmp_path, engine="eager"), str(file), "damaged", "policy")
+
+
+def test_a_layerwise_json_that_is_not_utf_8_is_refused(adapter: Path, tmp_path: Path) -> None:
+    file = copied(adapter, tmp_path) / "layerwise.json"
+    file.write_bytes(json.dumps({**json.loads(file.read_bytes()), "note": "é"}, ensure_ascii=False).encode("latin-1"))
+    one_line(lambda: from_pretrained(tmp_path, engine="eager"), str(file), "damaged", "UnicodeDecodeError")
+
+
+def test_only_weights_need_the_configuration_of_peft(base: Path, adapter: Path, tmp_path: Path) -> None:
+    plan = copied(adapter, tmp_path)
+    (plan / "adapter_config.json").unlink()
+    assert from_pretrained(plan, engine="eager").plan == Plan.parse("0-3")
+    lora = tmp_path / "lora"
+    attach(with_lora(load(base))).save_pretrained(str(lora))
+    (lora / "adapter_config.json").unlink()
+    one_line(lambda: from_pretrained(lora, engine="eager"), str(lora), "cannot be loaded", "adapter_config.json")
+
+
+# -- cards ---------------------------------------------------------------------------------------------------
+
+
+def test_the_card_is_renewed_with_the_plan(base: Path, tmp_path: Path) -> None:
+    for plan in ("0-3", "0-2"):
+        attach(load(base), plan).save_pretrained(str(tmp_path))
+        assert f'"plan": "{plan}"' in (tmp_path / "README.md").read_text(encoding="utf-8")
+
+
+def test_an_edited_card_of_a_lora_stays(base: Path, tmp_path: Path) -> None:
+    model, card = attach(with_lora(load(base))), tmp_path / "README.md"
+    model.save_pretrained(str(tmp_path))
+    edited = card.read_text(encoding="utf-8") + "\nmy notes\n"
+    card.write_text(edited, encoding="utf-8")
+    model.save_pretrained(str(tmp_path))
+    assert card.read_text(encoding="utf-8") == edited

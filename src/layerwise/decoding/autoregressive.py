@@ -55,7 +55,7 @@ def decode(
     chooser = _Chooser(logits_processor, stopping_criteria, generation_config, rows)
 
     # transformers drops a mask of ones, and keeps its width.
-    masked = generation_config._mask_length if attention_mask is None else attention_mask.shape[1]
+    masked = getattr(generation_config, "_mask_length", None) if attention_mask is None else attention_mask.shape[1]
     only_new = masked is not None and masked > input_ids.shape[1]
     prompt = _Prompt.of(model, input_ids, attention_mask, inputs_embeds, past_key_values, only_new)
     if past_key_values is None and position_ids is not None:

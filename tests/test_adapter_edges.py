@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from test_causal_lm import one_line
@@ -16,14 +15,6 @@ from test_hub import copied, load, logits, with_lora
 from layerwise import LayerwiseForCausalLM, Plan, attach, from_pretrained
 from layerwise.model.causal_lm import EngineName
 from layerwise.model.compiled import compiler_available
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, as the hub would give it."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny.model("llama").save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -26,14 +26,6 @@ IDS = tokens(2, 9)
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model, as the hub would give it."""
-    folder = tmp_path_factory.mktemp("base")
-    tiny.model("llama").save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def adapter(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of an adapter that is a plan and nothing else."""
     folder = tmp_path_factory.mktemp("adapter")

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from layerwise import Phase, Plan, Trace, attach
-from layerwise.decoding.text import Answer, Detokenizer, Sampling, answer, context_length, encode
+from layerwise.decoding.text import Answer, Detokenizer, Sampling, answer, encode
 
 CONTEXT = 48
 TEMPLATE = (
@@ -217,7 +217,7 @@ def test_an_answer_stops_at_the_end_token() -> None:
 def test_an_answer_ends_with_the_context() -> None:
     tokenizer = byte_tokenizer()
     model = attach(word_model(tokenizer))
-    assert context_length(model) == CONTEXT
+    assert model.runtime.backbone.context == CONTEXT
     width = encode(tokenizer, "the fox")["input_ids"].shape[1]
     for asked, tokens, reason in (
         (1000, CONTEXT - width, "end of context"),

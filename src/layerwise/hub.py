@@ -22,7 +22,7 @@ from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
 from layerwise.model.fingerprint import fingerprint
 from layerwise.plan import Plan
 from layerwise.policies.fixed import policy_from_dict
-from layerwise.sources import load_base, load_tokenizer
+from layerwise.sources import load_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -261,6 +261,3 @@ def _version() -> str:
         return version("layerwise")
     except PackageNotFoundError:
         return "unknown"
-
-
-__all__ = ["adapter_base", "fingerprint", "from_pretrained", "load_tokenizer", "push_adapter", "save_adapter"]

@@ -112,7 +112,7 @@ class _Prompt:
                 raise ValueError(f"the cache has {cache.rows} rows, the prompt {rows}: continue the same batch")
             if not only_new:
                 packed, counts = _after(packed, counts, lengths)
-        context = getattr(model.runtime.backbone.config, "max_position_embeddings", None)
+        context = model.runtime.backbone.context
         longest = max(length + count for length, count in zip(lengths, counts, strict=True))
         if context is not None and longest > context:
             raise ValueError(f"the prompt has {longest} tokens, but the model's context ends at {context}: shorten it")

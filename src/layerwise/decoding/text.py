@@ -172,11 +172,6 @@ def encode(
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
-def context_length(model: LayerwiseForCausalLM) -> int | None:
-    """The most tokens, prompt and answer together, that the model was made for; None if it does not say."""
-    return getattr(model.runtime.backbone.config, "max_position_embeddings", None)
-
-
 def answer(
     model: LayerwiseForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -194,7 +189,7 @@ def answer(
     if max_new_tokens < 1:
         raise ValueError(f"max-new-tokens must be at least 1, not {max_new_tokens}")
     sampling = sampling or Sampling()
-    context = context_length(model)
+    context = model.runtime.backbone.context
     inputs = encode(tokenizer, prompt, system, context)
     width = inputs["input_ids"].shape[1]
     room = max_new_tokens if context is None else min(max_new_tokens, context - width)

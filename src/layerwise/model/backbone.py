@@ -91,6 +91,11 @@ class Backbone:
         return len(self.layers)
 
     @property
+    def context(self) -> int | None:
+        """The most tokens, prompt and answer together, that the model was made for; None if it does not say."""
+        return getattr(self.config, "max_position_embeddings", None)
+
+    @property
     def device(self) -> torch.device:
         return self.head.weight.device
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
+from layerwise.model.exit_head import ExitHead
 from layerwise.model.fingerprint import fingerprint
 from layerwise.plan import Plan
 from layerwise.policies.fixed import policy_from_dict
@@ -56,6 +57,9 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
         "layers": model.depth,
         "layerwise_version": _version(),
     }
+    if model.exit_head is not None:
+        about["exit_head"] = {"exit": model.exit_head.exit, "tokens": len(model.exit_head.vocabulary)}
+        model.exit_head.save(folder)
     card = folder / "README.md"
     kept = _card_of_the_user(folder)
     if trained:
@@ -130,6 +134,8 @@ def from_pretrained(
     model.merged = about["adapted"] and engine != "eager"
     if plan is None:
         model.policy = policy_from_dict(about["policy"], model.depth)
+    if about.get("exit_head"):
+        model.exit_head = ExitHead.load(adapter, model.runtime.backbone)
     return model
 
 

@@ -7,11 +7,20 @@ of a long generation stays small.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 from layerwise.plan import Plan
+
+
+class Source(StrEnum):
+    """Who made a token."""
+
+    DECODED = "decoded"  # one pass, one token
+    DRAFTED = "drafted"  # proposed by a draft and accepted by the verification
+    VERIFIED = "verified"  # chosen by the verification itself, after the last draft it accepted
 
 
 class Phase(StrEnum):
@@ -38,6 +47,10 @@ class Trace:
 
     rows: list[list[Span]] = field(default_factory=list)
     calls: int = 0
+    sources: list[list[Source]] = field(default_factory=list)  # of each token generated, per row
+    drafted: int = 0  # tokens proposed, over all rows
+    accepted: int = 0
+    drafts: Counter[str] = field(default_factory=Counter)  # how often each draft was chosen, by its text form
 
     def record(self, row: int, plan: Plan, phase: Phase, tokens: int) -> None:
         """Add `tokens` tokens of `row`; extends the last span if plan and phase are the same."""
@@ -48,6 +61,21 @@ class Trace:
             spans[-1].tokens += tokens
         elif tokens:
             spans.append(Span(plan, phase, tokens))
+
+    def made(self, row: int, source: Source) -> None:
+        """Note who made the next token of `row`."""
+        while len(self.sources) <= row:
+            self.sources.append([])
+        self.sources[row].append(source)
+
+    @property
+    def acceptance(self) -> float:
+        """Share of drafted tokens that were accepted; 0.0 if none was drafted."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    def of(self, rows: Sequence[int]) -> RowsOfTrace:
+        """The same trace for a batch whose row i is row `rows[i]` here."""
+        return RowsOfTrace(self, rows)
 
     def plans(self, row: int, *phases: Phase) -> Iterator[Plan]:
         """The plan of each token of `row`, one by one; only those of `phases`, if any are named."""
@@ -64,3 +92,22 @@ class Trace:
         spans = [span for row in self.rows for span in row if not phases or span.phase in phases]
         tokens = sum(span.tokens for span in spans)
         return sum(span.plan.depth * span.tokens for span in spans) / tokens if tokens else 0.0
+
+
+@dataclass(slots=True)
+class RowsOfTrace:
+    """A trace seen from a batch that holds only some of its rows."""
+
+    trace: Trace
+    numbers: Sequence[int]
+
+    @property
+    def calls(self) -> int:
+        return self.trace.calls
+
+    @calls.setter
+    def calls(self, calls: int) -> None:
+        self.trace.calls = calls
+
+    def record(self, row: int, plan: Plan, phase: Phase, tokens: int) -> None:
+        self.trace.record(self.numbers[row], plan, phase, tokens)

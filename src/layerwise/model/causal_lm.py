@@ -19,6 +19,7 @@ from layerwise.decoding.autoregressive import decode
 from layerwise.model.backbone import Backbone, UnsupportedModelError
 from layerwise.model.cache import Cache
 from layerwise.model.compiled import CompiledEngine, compiler_available
+from layerwise.model.exit_head import ExitHead
 from layerwise.model.fingerprint import fingerprint
 from layerwise.model.packing import Packing, check_positions
 from layerwise.model.runtime import EagerEngine, Engine, Runtime, check_fit
@@ -58,6 +59,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.policy = policy or FixedPolicy(Plan.full(self.runtime.backbone.depth))
         self.training = base.training
         self.attached_to = fingerprint(inner)  # tells at save whether the base was trained since
+        self.exit_head: ExitHead | None = None  # drafts for this model, if it was trained
         self.merged = False  # set when an adapter's weights were merged into the base
 
     # -- plans -------------------------------------------------------------------------------------------

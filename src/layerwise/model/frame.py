@@ -43,7 +43,8 @@ class Frame:
         self.stop = max(ends, default=0)
         self.aligned = len(set(self.starts)) == 1 and set(self.counts) == {self.width}
         if self.cache:
-            self.cache.reserve(self.stop)
+            # Kernels write the columns of padding as well, beyond the tokens of a row.
+            self.cache.reserve(max(self.starts) + self.width)
 
     def members(self, rows: Rows) -> Sequence[int]:
         return range(len(self.counts)) if rows is None else rows
@@ -95,6 +96,10 @@ class Frame:
             square = self.backbone.sdpa and fresh and keys == self.width
             if square or (self.width == 1 and self.aligned):
                 return None
+        return self._additive(window, rows, seen)
+
+    def _additive(self, window: int | None, rows: Rows, seen: Tensor | None) -> Tensor:
+        keys = self.stop if self.cache else self.width
         position = self.positions(rows)[:, :, None]
         index = torch.arange(keys, device=self.device)
         allowed = index <= position
@@ -106,6 +111,20 @@ class Frame:
             allowed = allowed & (members[:, None, :keys] | new)
         floor = torch.finfo(self.dtype).min
         return torch.where(allowed, 0.0, floor).to(self.dtype)[:, None]
+
+    def few(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What a kernel for a few tokens of every row needs, all memory of its own: the index in the cache of each
+        column (rows, width), the additive float32 mask (rows, 1, width, keys), cosines and sines (rows, width, head size)."""
+        kind = self.backbone.kinds[layer]
+
+        def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            rows = len(self.counts)
+            columns = torch.arange(self.width, device=self.device) + torch.tensor(self.starts, device=self.device)[:, None]
+            mask = self._additive(kind.window, None, None).float().expand(rows, -1, -1, -1).contiguous()
+            cosine, sine = (table.expand(rows, -1, -1).contiguous() for table in self.rotary(layer, None))
+            return columns, mask, cosine, sine
+
+        return self._once(("few", kind), make)
 
     def places(self, rows: Rows) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Where tokens go: (row in the cache, index in the cache, row in this call, column), one entry a token."""

@@ -6,13 +6,13 @@ calls to make, makes them in that order, and knows no method by name:
     for step in steps:
         hidden[step.rows] = engine(step.visit, hidden[step.rows], slot of the visit)
 
-`steps` may be any iterable, also a generator that looks at `pass.hidden` before it yields the next step: that is how
-a router decides about a layer from the state that enters it.
+`steps` may be any iterable, also a generator that is shown the hidden states (`observe`) before it yields the next
+step: that is how a router decides about a layer from the state that enters it, and how training collects the exits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -77,8 +77,18 @@ class Runtime:
         self.backbone = backbone
         self.engine = engine or EagerEngine(backbone)
 
-    def run(self, hidden: Tensor, steps: Iterable[Step], frame: Frame, trace: Trace | None = None) -> Tensor:
-        """Walk `steps`: (rows, width, hidden size) to the same shape, before the final norm."""
+    def run(
+        self,
+        hidden: Tensor,
+        steps: Iterable[Step],
+        frame: Frame,
+        trace: Trace | None = None,
+        observe: Callable[[Step, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Walk `steps`: (rows, width, hidden size) to the same shape, before the final norm.
+
+        `observe` gets each step with the hidden states of all rows after it, before the next step is asked for.
+        """
         calls = 0
         for step in steps:
             if step.rows is None:
@@ -87,6 +97,8 @@ class Runtime:
                 index = frame.index(step.rows)
                 hidden = hidden.index_copy(0, index, self.engine.visit(step, hidden[index], frame))
             calls += 1
+            if observe is not None:
+                observe(step, hidden)
         if trace is not None:
             trace.calls += calls
         return hidden
@@ -99,6 +111,7 @@ class Runtime:
         cache: Cache | None = None,
         trace: Trace | None = None,
         phase: Phase = Phase.PREFILL,
+        visits: slice | None = None,
     ) -> Tensor:
         """One pass over a batch packed to the left.
 
@@ -108,6 +121,8 @@ class Runtime:
             counts: tokens of each row in this pass (all `width` if None); rows with 0 are left alone.
             cache: continued and extended in place if given.
             trace: gets what ran.
+            visits: only these visits of the plan, which must be the same for all rows. They keep the slots they
+                have in the whole plan, so a pass may be cut in two: `[:c]`, then `[c:]` on what the first gave.
 
         Returns:
             Hidden states before the final norm, (rows, width, hidden size); padding columns are undefined.
@@ -116,6 +131,9 @@ class Runtime:
         counts = [width] * rows if counts is None else counts
         frame = Frame(self.backbone, counts, width, embedded.device, embedded.dtype, cache)
         steps = schedule(tuple(plans))
+        if visits is not None:
+            assert len(set(plans)) == 1, "only a plan that all rows share can be cut"
+            steps = steps[visits]
         if 0 in counts:
             steps = _without(steps, {row for row, count in enumerate(counts) if count == 0}, rows)
         try:
@@ -128,7 +146,9 @@ class Runtime:
             cache.advance(counts)
         if trace is not None:
             for row, (plan, count) in enumerate(zip(plans, counts, strict=True)):
-                trace.record(row, plan, phase, count)
+                ran = plan if visits is None else plan.visits[visits]
+                if ran:
+                    trace.record(row, plan if visits is None else Plan(ran), phase, count)
         return hidden
 
 

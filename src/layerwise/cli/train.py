@@ -1,0 +1,95 @@
+"""layerwise train: training recipes. The flags are the fields of the recipe's dataclass."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import MISSING, fields
+from enum import StrEnum
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from layerwise.cli import options
+from layerwise.training.config import LayerSkipConfig
+
+app = typer.Typer(help="Train a model to spend its layers well.", no_args_is_help=True, rich_markup_mode=None)
+
+
+class RecipeChoice(StrEnum):
+    paper = "paper"
+    frozen = "frozen"
+
+
+@app.callback()
+def _train() -> None:
+    """Train a model to spend its layers well."""
+
+
+def _with_flags(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that takes `**chosen` one flag for each field of the dataclass `config`.
+
+    `data` is the argument; a field's help is in its metadata. typer reads a function's signature, so that is what is
+    made here.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True)
+        kinds = get_type_hints(config)
+        flags = []
+        for one in fields(config):
+            text = one.metadata["help"]
+            info = typer.Argument(help=text) if one.name == "data" else typer.Option(help=text)
+            default = inspect.Parameter.empty if one.default is MISSING else one.default
+            flags.append(
+                inspect.Parameter(
+                    one.name,
+                    inspect.Parameter.KEYWORD_ONLY,
+                    default=default,
+                    annotation=Annotated[kinds[one.name], info],
+                )
+            )
+        kept = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        everything = sorted([*flags, *kept], key=lambda p: p.default is not inspect.Parameter.empty)
+        command.__signature__ = own.replace(  # type: ignore[attr-defined]
+            parameters=[p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in everything]
+        )
+        command.__annotations__ = {p.name: p.annotation for p in everything}
+        return command
+
+    return decorate
+
+
+@app.command("layerskip")
+@_with_flags(LayerSkipConfig)
+def layerskip(
+    *,
+    recipe: Annotated[
+        RecipeChoice, typer.Option(help="paper: layer dropout and early exits; frozen: exits of an untouched model.")
+    ] = RecipeChoice.paper,
+    exit: Annotated[int | None, typer.Option("--exit", help="Recipe frozen: the exit is after so many layers.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    json: options.Json = False,
+    **chosen: Any,
+) -> None:
+    """Teach early layers to predict, as LayerSkip does (arXiv 2404.16710): exits for self-speculative decoding."""
+    if recipe is RecipeChoice.paper and exit is not None:
+        raise ValueError("--exit belongs to --recipe frozen: the paper's recipe trains all exits")
+    if recipe is RecipeChoice.frozen and exit is None:
+        raise ValueError("--recipe frozen trains one exit: say after how many layers with --exit")
+    config = LayerSkipConfig(**chosen)
+    options.quiet()
+    from layerwise.sources import model_path
+
+    model_path(config.model, options.note)
+    if recipe is RecipeChoice.frozen:
+        from layerwise.training import frozen
+
+        out = frozen.train(config, exit, options.note, resume)
+    else:
+        from layerwise.training import layerskip as recipe_of_the_paper
+
+        out = recipe_of_the_paper.train(config, options.note, resume)
+    print(f"wrote {out}")
+    if json:
+        options.print_json({"adapter": str(out), "config": config.to_dict()})

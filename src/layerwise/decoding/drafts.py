@@ -1,0 +1,75 @@
+"""Drafts: who proposes the next few tokens, written as text.
+
+    off           nobody: plain decoding
+    ngram         copy what followed the last words where they occurred before (prompt lookup)
+    head          the exit head that an adapter brings
+    exit:8        the first 8 layers, the final norm and the head
+    plan:0-5 20-29   any plan
+    auto          whichever of these is fastest here, chosen while running
+
+Behind a comma stands the most tokens to draft at once: `exit:8,6`. Without it, the length follows from the measured
+acceptance and times. `ngram+exit:8` copies where it can and uses the other draft where it cannot.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from layerwise.plan import Plan
+
+MOST = 15  # drafted tokens of a pass; the verification of more costs more than it can give
+_FORMS = 'write auto, off, ngram, head, "exit:8", "exit:8,6" or "plan:0-5 20-29"'
+_KINDS = ("auto", "off", "ngram", "head", "exit", "plan")
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """What drafts: `kind` is one of auto, off, ngram, head, plan; `length` is None where it adapts.
+
+    An early exit after E layers is the plan of the first E visits, `exit` says how many; `lookup` puts n-grams first.
+    """
+
+    kind: str
+    exit: int | None = None
+    plan: Plan | None = None
+    length: int | None = None
+    lookup: bool = False
+
+    @classmethod
+    def parse(cls, text: str, layers: int | None = None) -> Draft:
+        """Read the text form.
+
+        Raises:
+            ValueError: it is no draft, or one that a model of `layers` layers cannot run.
+        """
+        body, lookup = text.strip(), False
+        if body.startswith("ngram+"):
+            body, lookup = body.removeprefix("ngram+"), True
+        kind, _, rest = body.partition(":")
+        plain, comma, length = rest.rpartition(",") if ":" in body else kind.rpartition(",")
+        if not comma:
+            plain = rest if ":" in body else kind
+        kind = kind if ":" in body else plain
+        if kind not in _KINDS or (":" in body) != (kind in ("exit", "plan")) or (lookup and kind not in _KINDS[3:]):
+            raise ValueError(f"'{text}' is no draft: {_FORMS}")
+        if comma and not re.fullmatch(r"\s*\d{1,3}\s*", length):
+            raise ValueError(f"'{text}': the length after the comma must be a number from 1 to {MOST}")
+        tokens = int(length) if comma else None
+        if tokens is not None and (kind in ("auto", "off") or not 1 <= tokens <= MOST):
+            raise ValueError(f"'{text}' is no draft: a length, from 1 to {MOST}, goes with ngram, head, exit and plan")
+        if kind == "plan":
+            return cls("plan", plan=Plan.parse(plain, layers), length=tokens, lookup=lookup)
+        if kind == "exit":
+            if not re.fullmatch(r"\d{1,4}", plain):
+                raise ValueError(f"'{text}' is no draft: say after how many layers to exit, such as exit:8")
+            exit = int(plain)
+            if exit < 1 or (layers is not None and exit >= layers):
+                until = f"{layers - 1}, for the model has {layers} layers" if layers else "one less than the model has"
+                raise ValueError(f"'{text}': an exit is after 1 to {until}")
+            return cls("exit", exit=exit, length=tokens, lookup=lookup)
+        return cls(kind, length=tokens, lookup=lookup)
+
+    def __str__(self) -> str:
+        body = {"exit": f"exit:{self.exit}", "plan": f"plan:{self.plan}"}.get(self.kind, self.kind)
+        return ("ngram+" if self.lookup else "") + body + (f",{self.length}" if self.length else "")

@@ -1,0 +1,115 @@
+"""An exit head: a small draft model beside an untouched base, which sees how deep the last verified token got.
+
+An early exit of a model that was not trained for it predicts badly: in a deep, thin model the information comes late.
+But after each verification the deep state of the last token is there for nothing, and it says most of what is to come.
+The exit head joins both,
+
+    u[t] = F [norm(h_E[t]); norm(g[t-1])]       h_E: the current token after E layers (E = 0: its embedding)
+    s[t] = layer(u[t])                          one decoder layer, with a KV cache of its own
+    logits[t] = head(norm(s[t]))                rows of the LM head for the most frequent tokens only
+
+where g[t-1] is the base's last hidden state of the token before, or, while drafting, the head's own s[t-1] in its
+place. Feeding back deep states is due to EAGLE (arXiv 2401.15077), training on one's own feedback to EAGLE-3 (arXiv
+2503.01840), the cut head to FR-Spec (arXiv 2502.14856). Verification uses the whole vocabulary, so the output stays exact.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.model.backbone import Backbone
+
+FILE = "exit_head.safetensors"
+
+
+class ExitHead(nn.Module):
+    """A head for `base` at the exit after `exit` layers, starting as a copy of the base's last layer and norm.
+
+    Args:
+        base: the model that is drafted for; it is read, never changed.
+        exit: E, how many layers the current token runs before the head sees it.
+        vocabulary: ids of the tokens that can be drafted, (tokens,).
+
+    Raises:
+        ValueError: there is no such exit, or no token.
+    """
+
+    def __init__(self, base: Backbone, exit: int, vocabulary: Sequence[int]) -> None:
+        super().__init__()
+        if not 0 <= exit < base.depth:
+            raise ValueError(f"an exit head sits after 0 to {base.depth - 1} layers, not {exit}")
+        if not vocabulary:
+            raise ValueError("an exit head needs at least one token to draft: give it a vocabulary")
+        self.exit = exit
+        hidden = base.shape.hidden
+        like = {"dtype": base.dtype, "device": base.device}
+        epsilon = getattr(base.config, "rms_norm_eps", 1e-6)
+        self.early_norm = nn.RMSNorm(hidden, epsilon, **like)
+        self.deep_norm = nn.RMSNorm(hidden, epsilon, **like)
+        self.fuse = nn.Linear(2 * hidden, hidden, bias=False, **like)
+        self.layer = copy.deepcopy(base.layers[-1]).requires_grad_(True)
+        self.norm = copy.deepcopy(base.norm).requires_grad_(True)
+        self.register_buffer("vocabulary", torch.tensor(sorted(vocabulary), device=base.device))
+        self.head = nn.Linear(hidden, len(vocabulary), bias=base.head.bias is not None, **like).requires_grad_(False)
+        self.cut(base)
+
+    @torch.no_grad()
+    def cut(self, base: Backbone) -> None:
+        """Take the rows of the base's LM head that belong to the vocabulary."""
+        self.head.weight.copy_(base.head.weight[self.vocabulary])
+        if self.head.bias is not None:
+            self.head.bias.copy_(base.head.bias[self.vocabulary])
+
+    def join(self, early: Tensor, deep: Tensor) -> Tensor:
+        """u from h_E and g, each (..., hidden size)."""
+        return self.fuse(torch.cat([self.early_norm(early), self.deep_norm(deep)], -1))
+
+    def backbone(self, base: Backbone) -> Backbone:
+        """The head's layer, norm and cut head as a backbone of one layer, to be run as any other."""
+        own = copy.copy(base)
+        own.__dict__.pop("shape", None)
+        own.layers, own.norm, own.head = [self.layer], self.norm, self.head
+        own.kinds = base.kinds[-1:]
+        return own
+
+    # -- saving ------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write the trained weights, in bfloat16; the head's rows are the base's and are left out."""
+        from safetensors.torch import save_file
+
+        tensors = {
+            name: tensor.contiguous() if name == "vocabulary" else tensor.to(torch.bfloat16).contiguous()
+            for name, tensor in self.state_dict().items()
+            if not name.startswith("head.")
+        }
+        save_file(tensors, str(Path(folder) / FILE), metadata={"format": "pt", "exit": str(self.exit)})
+
+    @classmethod
+    def load(cls, folder: str | Path, base: Backbone) -> ExitHead:
+        """Read what `save` wrote, for the same base.
+
+        Raises:
+            ValueError: the file is missing, damaged or made for a model of another shape.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder) / FILE
+        try:
+            with safe_open(str(path), "pt") as file:
+                exit = int(file.metadata()["exit"])
+                tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            made = cls(base, exit, tensors["vocabulary"].tolist())
+            missing, unexpected = made.load_state_dict(tensors, strict=False)
+        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the exit head '{path}' cannot be loaded: {reason}") from error
+        if unexpected or any(not name.startswith("head.") for name in missing):
+            raise ValueError(f"the exit head '{path}' was made for a model of another shape: train it again")
+        return made.eval().requires_grad_(False)

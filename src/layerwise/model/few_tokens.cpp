@@ -1,0 +1,305 @@
+// The two products of a decoder layer, for a few tokens.
+//
+// Linear maps, y = x W^T: x (tokens, k), W (n, k), both row-major.
+// A general matrix product is made for large x; for 2 to 32 tokens it reaches a fraction of the memory bandwidth.
+// Here W is streamed once, in tiles of ROWS rows. A tile stays in the first-level cache while it meets all tokens,
+// GROUP of them at a time, so that ROWS x GROUP sums live in registers; meanwhile the next tile is prefetched.
+// Sums are kept in float32. Vectors are the compiler's own (GCC and Clang), so no instruction set is named, except
+// for bfloat16 dot products where the processor has them.
+//
+// Attention over a cache: the scores of a head are such a product too, with the keys as W. Keys and values are read
+// where they are; a fused kernel of the framework would first copy them out of the preallocated cache.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int ROWS = 4;
+constexpr int GROUP = 6;
+constexpr int LANES = 16;
+
+using Floats = float __attribute__((vector_size(4 * LANES)));
+using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+using Words = uint32_t __attribute__((vector_size(4 * LANES)));
+using Eight = float __attribute__((vector_size(32)));
+using Four = float __attribute__((vector_size(16)));
+
+inline Floats load(const float* from) {
+  Floats loaded;
+  std::memcpy(&loaded, from, sizeof loaded);
+  return loaded;
+}
+
+inline Floats load(const at::BFloat16* from) {  // a bfloat16 is the upper half of a float32
+  Halves halves;
+  std::memcpy(&halves, from, sizeof halves);
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Floats loaded;
+  std::memcpy(&loaded, &words, sizeof loaded);
+  return loaded;
+}
+
+inline float total(const Floats& sums) {
+  Eight low, high;
+  std::memcpy(&low, &sums, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&sums) + sizeof low, sizeof high);
+  low += high;
+  Four first, second;
+  std::memcpy(&first, &low, sizeof first);
+  std::memcpy(&second, reinterpret_cast<const char*>(&low) + sizeof first, sizeof second);
+  first += second;
+  return (first[0] + first[1]) + (first[2] + first[3]);
+}
+
+// One tile of `rows` rows of W with `tokens` tokens of x. k is a multiple of LANES.
+template <int rows, int tokens, typename W, typename Y>
+inline void tile(const W* w, const float* x, Y* y, int64_t k, int64_t n, bool fetch) {
+  Floats sums[rows][tokens] = {};
+  for (int64_t i = 0; i < k; i += LANES) {
+    Floats weights[rows];
+    if (fetch) {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) __builtin_prefetch(w + (rows + r) * k + i);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) weights[r] = load(w + r * k + i);
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) {
+      const Floats inputs = load(x + t * k + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) sums[r][t] += weights[r] * inputs;
+    }
+  }
+  for (int t = 0; t < tokens; ++t)
+    for (int r = 0; r < rows; ++r) y[t * n + r] = static_cast<Y>(total(sums[r][t]));
+}
+
+#ifdef __AVX512BF16__
+// The same with bfloat16 products of 32 lanes, summed in float32. k is a multiple of 2 * LANES.
+template <int rows, int tokens, typename Y>
+inline void tile(const at::BFloat16* w, const at::BFloat16* x, Y* y, int64_t k, int64_t n, bool fetch) {
+  __m512 sums[rows][tokens];
+  for (int r = 0; r < rows; ++r)
+    for (int t = 0; t < tokens; ++t) sums[r][t] = _mm512_setzero_ps();
+  for (int64_t i = 0; i < k; i += 2 * LANES) {
+    __m512bh weights[rows];
+    if (fetch) {
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) __builtin_prefetch(w + (rows + r) * k + i);
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) weights[r] = (__m512bh)_mm512_loadu_si512(w + r * k + i);
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) {
+      const __m512bh inputs = (__m512bh)_mm512_loadu_si512(x + t * k + i);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], weights[r], inputs);
+    }
+  }
+  for (int t = 0; t < tokens; ++t)
+    for (int r = 0; r < rows; ++r) y[t * n + r] = static_cast<Y>(_mm512_reduce_add_ps(sums[r][t]));
+}
+#endif
+
+template <int rows, typename W, typename X, typename Y>
+inline void all_tokens(const W* w, const X* x, Y* y, int64_t tokens, int64_t k, int64_t n) {
+  for (int64_t t = 0; t < tokens; t += GROUP) {
+    const W* const from = w;
+    const X* const in = x + t * k;
+    Y* const out = y + t * n;
+    const bool fetch = t == 0;
+    switch (tokens - t) {
+      case 1: tile<rows, 1>(from, in, out, k, n, fetch); break;
+      case 2: tile<rows, 2>(from, in, out, k, n, fetch); break;
+      case 3: tile<rows, 3>(from, in, out, k, n, fetch); break;
+      case 4: tile<rows, 4>(from, in, out, k, n, fetch); break;
+      case 5: tile<rows, 5>(from, in, out, k, n, fetch); break;
+      default: tile<rows, GROUP>(from, in, out, k, n, fetch);
+    }
+  }
+}
+
+template <typename W, typename X>
+void multiply(const W* w, const X* x, W* y, int64_t tokens, int64_t k, int64_t n) {
+  at::parallel_for(0, n / ROWS, 8, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block)
+      all_tokens<ROWS>(w + block * ROWS * k, x, y + block * ROWS, tokens, k, n);
+  });
+  for (int64_t row = n / ROWS * ROWS; row < n; ++row) all_tokens<1>(w + row * k, x, y + row, tokens, k, n);
+}
+
+at::Tensor few_token_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
+  const int64_t n = weight.size(0), k = weight.size(1);
+  const auto type = weight.scalar_type();
+  const bool fits = weight.is_contiguous() && k % (2 * LANES) == 0 && input.scalar_type() == type &&
+                    (type == at::kFloat || type == at::kBFloat16);
+  if (!fits) return at::linear(input, weight, bias);
+  const auto x = input.contiguous();
+  const int64_t tokens = x.numel() / k;
+  auto sizes = input.sizes().vec();
+  sizes.back() = n;
+  auto y = at::empty(sizes, weight.options());
+  if (type == at::kFloat) {
+    multiply(weight.const_data_ptr<float>(), x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), tokens, k, n);
+  } else {
+#ifdef __AVX512BF16__
+    const at::BFloat16* const inputs = x.const_data_ptr<at::BFloat16>();
+#else
+    const auto widened = x.to(at::kFloat);
+    const float* const inputs = widened.const_data_ptr<float>();
+#endif
+    multiply(weight.const_data_ptr<at::BFloat16>(), inputs, y.mutable_data_ptr<at::BFloat16>(), tokens, k, n);
+  }
+  return bias ? y.add_(*bias) : y;
+}
+
+// exp(x) for x <= 0, to 2e-7: 2^n times a polynomial on half a unit either side of 0 (Cephes' expf).
+inline Floats exponential(Floats x) {
+  using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+  x = x < -87.f ? Floats{} - 87.f : x;
+  const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // towards 0, so up: the nearest integer
+  const Floats whole = __builtin_convertvector(n, Floats);
+  const Floats r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  Floats p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const Ints bits = (n + 127) << 23;
+  Floats power;
+  std::memcpy(&power, &bits, sizeof power);
+  return p * power;
+}
+
+// Softmax of scores (scaled, plus mask) in place; the row has room up to a multiple of LANES. Returns 1 / sum.
+inline float soften(float* scores, const float* mask, int64_t keys, float scale) {
+  float most = -INFINITY;
+  for (int64_t i = 0; i < keys; ++i) {
+    scores[i] = scores[i] * scale + mask[i];
+    most = std::max(most, scores[i]);
+  }
+  for (int64_t i = keys; i % LANES; ++i) scores[i] = -INFINITY;
+  Floats sum = {};
+  for (int64_t i = 0; i < keys; i += LANES) {
+    const Floats e = exponential(load(scores + i) - most);
+    std::memcpy(scores + i, &e, sizeof e);
+    sum += e;
+  }
+  for (int64_t i = keys; i % LANES; ++i) sum[0] -= scores[i];  // exp(-87) each, at most
+  return 1.f / total(sum);
+}
+
+// out[t] = sum over keys of weights[t][key] * values[key], for LANES values at a time.
+template <int tokens, typename V>
+inline void mix(const float* weights, int64_t stride, const V* values, int64_t keys, int64_t size, Floats* out) {
+  Floats sums[tokens] = {};
+  for (int64_t key = 0; key < keys; ++key) {
+    const Floats value = load(values + key * size);
+#pragma GCC unroll 8
+    for (int t = 0; t < tokens; ++t) sums[t] += weights[t * stride + key] * value;
+  }
+  for (int t = 0; t < tokens; ++t) out[t] = sums[t];
+}
+
+template <typename T, typename X>
+void attend_head(const X* query, const T* keys, const T* values, const float* mask, T* out, int64_t tokens,
+                 int64_t length, int64_t size, int64_t out_stride, float scale, std::vector<float>& scores) {
+  const int64_t stride = (length + LANES - 1) / LANES * LANES;
+  scores.resize(tokens * stride);
+  int64_t key = 0;
+  for (; key + ROWS <= length; key += ROWS)
+    all_tokens<ROWS>(keys + key * size, query, scores.data() + key, tokens, size, stride);
+  for (; key < length; ++key) all_tokens<1>(keys + key * size, query, scores.data() + key, tokens, size, stride);
+  std::vector<float> norms(tokens);
+  for (int64_t t = 0; t < tokens; ++t) norms[t] = soften(scores.data() + t * stride, mask + t * length, length, scale);
+  for (int64_t at = 0; at < size; at += LANES) {
+    for (int64_t t = 0; t < tokens; t += 8) {
+      const float* const weights = scores.data() + t * stride;
+      Floats mixed[8];
+      const int64_t now = std::min<int64_t>(8, tokens - t);
+      switch (now) {
+        case 1: mix<1>(weights, stride, values + at, length, size, mixed); break;
+        case 2: mix<2>(weights, stride, values + at, length, size, mixed); break;
+        case 3: mix<3>(weights, stride, values + at, length, size, mixed); break;
+        case 4: mix<4>(weights, stride, values + at, length, size, mixed); break;
+        case 5: mix<5>(weights, stride, values + at, length, size, mixed); break;
+        case 6: mix<6>(weights, stride, values + at, length, size, mixed); break;
+        case 7: mix<7>(weights, stride, values + at, length, size, mixed); break;
+        default: mix<8>(weights, stride, values + at, length, size, mixed);
+      }
+      for (int64_t i = 0; i < now; ++i)
+        for (int lane = 0; lane < LANES; ++lane)
+          out[(t + i) * out_stride + at + lane] = static_cast<T>(mixed[i][lane] * norms[t + i]);
+    }
+  }
+}
+
+// query (rows, heads, tokens, size), keys and values (rows, key heads, capacity, size) of which the first `length`
+// count, mask (rows, 1, tokens, length) added to the scaled scores, float32. Gives (rows, tokens, heads, size).
+at::Tensor few_token_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
+                               const at::Tensor& mask, double scale) {
+  const int64_t rows = query.size(0), heads = query.size(1), tokens = query.size(2), size = query.size(3);
+  const int64_t groups = keys.size(1), capacity = keys.size(2), length = mask.size(3), shared = heads / groups;
+  const auto type = keys.scalar_type();
+  const bool fits = keys.is_contiguous() && values.is_contiguous() && size % (2 * LANES) == 0 &&
+                    (type == at::kFloat || type == at::kBFloat16) && query.scalar_type() == type;
+  if (!fits) {
+    const auto k = keys.narrow(2, 0, length).repeat_interleave(shared, 1);
+    const auto v = values.narrow(2, 0, length).repeat_interleave(shared, 1);
+    return at::scaled_dot_product_attention(query, k, v, mask.to(type), 0.0, false, scale).transpose(1, 2).contiguous();
+  }
+  const auto q = query.contiguous(), m = mask.contiguous();
+#ifdef __AVX512BF16__
+  const auto x = q;
+#else
+  const auto x = q.to(at::kFloat);
+#endif
+  auto out = at::empty({rows, tokens, heads, size}, query.options());
+  const auto run = [&](auto* result, const auto* k, const auto* v, const auto* inputs) {
+    at::parallel_for(0, rows * heads, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> scores;
+      for (int64_t item = begin; item < end; ++item) {
+        const int64_t row = item / heads, head = item % heads, group = row * groups + head / shared;
+        attend_head(inputs + item * tokens * size, k + group * capacity * size, v + group * capacity * size,
+                    m.const_data_ptr<float>() + row * tokens * length, result + (row * tokens * heads + head) * size,
+                    tokens, length, size, heads * size, static_cast<float>(scale), scores);
+      }
+    });
+  };
+  if (type == at::kFloat) {
+    run(out.mutable_data_ptr<float>(), keys.const_data_ptr<float>(), values.const_data_ptr<float>(),
+        q.const_data_ptr<float>());
+  } else {
+#ifdef __AVX512BF16__
+    const auto* const inputs = x.const_data_ptr<at::BFloat16>();
+#else
+    const auto* const inputs = x.const_data_ptr<float>();
+#endif
+    run(out.mutable_data_ptr<at::BFloat16>(), keys.const_data_ptr<at::BFloat16>(),
+        values.const_data_ptr<at::BFloat16>(), inputs);
+  }
+  return out;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(layerwise, library) {
+  library.def("few_token_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("few_token_attention(Tensor query, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(layerwise, CPU, library) {
+  library.impl("few_token_linear", few_token_linear);
+  library.impl("few_token_attention", few_token_attention);
+}

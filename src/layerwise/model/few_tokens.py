@@ -1,0 +1,76 @@
+"""Loads `few_tokens.cpp`: a layer's products for a few tokens at memory speed, as operators of `torch.ops.layerwise`.
+
+Verifying a draft means running 2 to 16 tokens at once. The weights have to be read from memory once, as for a single
+token, so it should take about as long; measured on 2 cores in float32, all layers of a 135M model take 17 ms for one
+token and 20 ms for eight with this operator, and 53 ms for eight with `torch.nn.functional.linear`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from layerwise.paths import cache_dir
+
+SOURCE = Path(__file__).with_name("few_tokens.cpp")
+_FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
+
+
+def compiler() -> str | None:
+    """The C++ compiler of this machine, or None."""
+    return next((name for name in (os.environ.get("CXX") or "g++", "g++", "clang++") if shutil.which(name)), None)
+
+
+@cache
+def load_operators(notify: Callable[[str], None]) -> None:
+    """Make `torch.ops.layerwise` ready: compiled once, kept on disk.
+
+    few_token_linear: input (..., k), weight (n, k), bias (n) or None, to (..., n).
+    few_token_attention: query (rows, heads, tokens, size), keys and values (rows, key heads, capacity, size), additive
+        float32 mask (rows, 1, tokens, length), scale, to (rows, tokens, heads, size); the first `length` keys count.
+
+    Raises:
+        OSError, subprocess.CalledProcessError: there is no compiler, or it fails.
+    """
+    facts = (SOURCE.read_text(encoding="utf-8"), _FLAGS, torch.__version__, torch.backends.cpu.get_cpu_capability())
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+    path = cache_dir("kernels") / f"{key}.so"
+    if not path.exists():
+        notify("compiling operators for a few tokens (once; kept for later runs)")
+        _build(path)
+    torch.ops.load_library(str(path))
+
+    @torch.library.register_fake("layerwise::few_token_linear")
+    def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return input.new_empty((*input.shape[:-1], weight.shape[0]))
+
+    @torch.library.register_fake("layerwise::few_token_attention")
+    def _(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+        rows, heads, tokens, size = query.shape
+        return query.new_empty((rows, tokens, heads, size))
+
+
+def _build(path: Path) -> None:
+    """Compile into `path`; the file appears whole or not at all."""
+    from torch.utils.cpp_extension import include_paths
+
+    found = compiler()
+    if found is None:
+        raise FileNotFoundError("no C++ compiler")
+    library = Path(torch.__file__).parent / "lib"
+    includes = [f"-I{folder}" for folder in [*include_paths(), sysconfig.get_paths()["include"]]]
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        command = [found, *_FLAGS, str(SOURCE), "-o", str(made), *includes, f"-L{library}", "-lc10", "-ltorch_cpu"]
+        subprocess.run(command, check=True, capture_output=True)
+        os.replace(made, path)

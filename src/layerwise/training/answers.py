@@ -1,0 +1,88 @@
+"""A model's own greedy answers to prompts: what a draft that leaves the model untouched is taught with.
+
+A draft is right when it says what the model will say, not what a reference says. So the frozen recipe is taught on
+the model's own text (as in Kangaroo, arXiv 2404.18911, and EAGLE, arXiv 2401.15077), written here in batches: prompts of
+similar length together, a row leaves its batch when it has ended. Each finished batch is appended to the file, so a run
+that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from layerwise.data import Example, prompt_ids
+from layerwise.model.cache import Cache
+from layerwise.model.packing import last_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from layerwise.model.causal_lm import LayerwiseForCausalLM
+
+
+@torch.no_grad()
+def greedy_answers(
+    model: LayerwiseForCausalLM, prompts: Sequence[Sequence[int]], max_new_tokens: int, ends: Sequence[int]
+) -> list[list[int]]:
+    """The greedy continuation of each prompt, up to and with the first token of `ends`, by the model's own plan."""
+    runtime, (plan, *_) = model.runtime, model.row_plans(1)
+    counts = [len(prompt) for prompt in prompts]
+    tokens = torch.zeros(len(prompts), max(counts), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    live, answers = list(range(len(prompts))), [[] for _ in prompts]
+    cache = Cache(len(prompts), max(counts) + max_new_tokens)
+    hidden = runtime.forward(model.embed(tokens), [plan] * len(live), counts, cache)
+    hidden = last_of(hidden, counts)
+    while True:
+        chosen = runtime.engine.logits(hidden)[:, -1].argmax(-1).tolist()
+        for row, token in zip(live, chosen, strict=True):
+            answers[row].append(token)
+        going = [at for at, token in enumerate(chosen) if token not in ends]
+        if not going or len(answers[live[0]]) == max_new_tokens:
+            return answers
+        if len(going) < len(live):
+            cache.select(going)
+            live = [live[at] for at in going]
+        step = model.embed(torch.tensor([[chosen[at]] for at in going]))
+        hidden = runtime.forward(step, [plan] * len(live), None, cache)
+
+
+def write_answers(
+    model: LayerwiseForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    out: Path,
+    max_new_tokens: int = 160,
+    rows: int = 32,
+) -> Iterator[int]:
+    """Append (prompt, answer) token ids as JSON lines to `out`; yields how many prompts are done.
+
+    Prompts that the file holds already are passed over.
+    """
+    import json
+
+    done = set()
+    if out.exists():
+        done = {json.loads(line)["id"] for line in out.read_text(encoding="utf-8").splitlines()}
+    eos = model.generation_config.eos_token_id
+    ends = eos if isinstance(eos, list) else [eos]
+    model.runtime.engine.prepare(model.row_plans(1), few=True)
+    prompts = [(number, prompt_ids(one, tokenizer)) for number, one in enumerate(examples)]
+    pending = sorted((p for p in prompts if p[0] not in done), key=lambda p: len(p[1]))
+    finished = len(done)
+    with out.open("a", encoding="utf-8") as file:
+        for at in range(0, len(pending), rows):
+            batch = pending[at : at + rows]
+            answers = greedy_answers(model, [ids for _, ids in batch], max_new_tokens, ends)
+            for (number, ids), answer in zip(batch, answers, strict=True):
+                file.write(
+                    json.dumps({"id": number, "kind": examples[number].kind, "prompt": ids, "answer": answer}) + "\n"
+                )
+            file.flush()
+            finished += len(batch)
+            yield finished

@@ -1,0 +1,123 @@
+"""What a LayerSkip training is told; one dataclass from which the command line takes its flags and defaults.
+
+Kept apart from the code that trains, so that `layerwise train --help` need not import torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+Dropout = Literal["constant", "growing", "decaying"]
+Curriculum = Literal["rotational", "gradual"]
+Precision = Literal["bfloat16", "float32"]
+LearningRateSchedule = Literal["cosine", "linear", "constant_with_warmup"]
+_FREE_TO_CHANGE = ("out", "save_every", "log_every")  # a resumed training may differ in these
+
+
+def _help(text: str) -> dict[str, str]:
+    return {"help": text}
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSkipRecipe:
+    """The choices of the method itself (arXiv 2404.16710); the schedules are in `training.schedules`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    p_max: float = field(default=0.1, metadata=_help("Rate at which the last layer is dropped."))
+    dropout: Dropout = field(default="constant", metadata=_help("How the drop rate changes over training."))
+    inverse_survival: bool = field(
+        default=False, metadata=_help("Scale what surviving layers add by 1/(1-p), as the successor paper does.")
+    )
+    e_scale: float = field(
+        default=1.0, metadata=_help("How much early exits count in the loss, beside the last layer.")
+    )
+    curriculum: Curriculum = field(default="rotational", metadata=_help("Which exits take part in a step."))
+    every: int = field(default=8, metadata=_help("Rotational curriculum: every so many layers have an exit in a step."))
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.p_max < 1, f"p-max must be at least 0 and below 1, not {self.p_max}")
+        _require(self.e_scale >= 0, f"e-scale must be 0 or more, not {self.e_scale}")
+        _require(self.every >= 1, f"every must be 1 or more, not {self.every}")
+        _choice("dropout", self.dropout, Dropout)
+        _choice("curriculum", self.curriculum, Curriculum)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSkipConfig(LayerSkipRecipe):
+    """A whole training run.
+
+    One step uses `gradient_accumulation` batches of at most `tokens_per_batch` tokens, padding included, however many
+    processes share them: they are the sizes of the *global* batch.
+
+    Raises:
+        ValueError: a value is out of range, or there is no such file of examples.
+    """
+
+    data: str = field(metadata=_help("JSON lines file of examples, each with 'messages'."))
+    out: str = field(metadata=_help("Folder for the adapter, with checkpoints inside."))
+    model: str | None = field(
+        default=None, metadata=_help("A name from 'layerwise models', a folder, or a Hugging Face id.")
+    )
+    rank: int = field(default=8, metadata=_help("LoRA rank, alpha is twice as much; 0 trains all the weights."))
+    steps: int | None = field(default=None, metadata=_help("How many optimizer steps to train; instead of epochs."))
+    epochs: float | None = field(
+        default=None, metadata=_help("How often to go through the data; 1 if steps are not given.")
+    )
+    tokens_per_batch: int = field(
+        default=2048, metadata=_help("Most tokens of a batch, padding included, over all processes.")
+    )
+    gradient_accumulation: int = field(default=4, metadata=_help("Batches of an optimizer step."))
+    learning_rate: float = field(default=1e-4, metadata=_help("Highest learning rate."))
+    learning_rate_schedule: LearningRateSchedule = field(
+        default="cosine", metadata=_help("How the learning rate falls after the warm-up.")
+    )
+    warmup: int = field(default=20, metadata=_help("Steps over which the learning rate rises."))
+    max_length: int = field(default=1024, metadata=_help("Examples of more tokens are left out."))
+    precision: Precision = field(
+        default="bfloat16", metadata=_help("Numbers to compute in; trained weights are float32 in any case.")
+    )
+    seed: int = field(default=0, metadata=_help("Seed of batches, LoRA and layer dropout."))
+    save_every: int = field(default=200, metadata=_help("Steps between checkpoints."))
+    log_every: int = field(default=10, metadata=_help("Steps between lines of progress."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.rank >= 0, f"rank must be 0 (train all weights) or more, not {self.rank}")
+        _require(self.steps is None or self.epochs is None, "give either steps or epochs, not both")
+        for name in ("steps", "epochs", "tokens_per_batch", "gradient_accumulation", "save_every", "log_every"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
+        _require(self.learning_rate > 0, f"learning-rate must be above 0, not {self.learning_rate}")
+        _require(self.warmup >= 0, f"warmup must be 0 or more steps, not {self.warmup}")
+        _require(self.max_length >= 2, f"max-length must be 2 tokens or more, not {self.max_length}")
+        _require(0 <= self.seed < 2**32, f"seed must be between 0 and 2^32 - 1, not {self.seed}")
+        _choice("precision", self.precision, Precision)
+        _choice("learning-rate-schedule", self.learning_rate_schedule, LearningRateSchedule)
+        _require(Path(self.data).is_file(), f"there is no file '{self.data}': give a file of JSON lines")
+        _require(not Path(self.out).is_file(), f"'{self.out}' is a file: give a folder to write the adapter to")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def check_resumable(self, saved: dict[str, Any]) -> None:
+        """Refuse to resume a training whose `to_dict` was `saved`, unless it would go on as it began."""
+        for name, value in self.to_dict().items():
+            if name not in _FREE_TO_CHANGE and saved.get(name) != value:
+                raise ValueError(
+                    f"the training in '{self.out}' began with {name.replace('_', '-')} {saved.get(name)}, not {value}: "
+                    "resume it with the same options, or give another folder"
+                )
+
+
+def _require(holds: bool, otherwise: str) -> None:
+    if not holds:
+        raise ValueError(otherwise)
+
+
+def _choice(name: str, value: str, kind: Any) -> None:
+    _require(value in kind.__args__, f"no {name} '{value}': choose {', '.join(kind.__args__)}")

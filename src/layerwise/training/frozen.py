@@ -1,0 +1,236 @@
+"""The frozen recipe: teach an exit head to draft for a model that is left as it is.
+
+Three things decide how often a draft is accepted, and they shape this recipe.
+
+*What is imitated.* The model's own greedy answers, and at each position its own distribution (distillation):
+`answers.jsonl` is written first, and the hidden states of those texts are the inputs.
+
+*What the head sees.* At the first drafted token, the deep state of the last verified one; after that its own states.
+So the head is run `unroll` times over each text: pass k is fed with the states that pass k-1 made of the token before,
+and attends to what it would find in its cache: true positions up to its own pass, and one position of each later pass
+(as in EAGLE-3, arXiv 2503.01840, "training-time test"). Later passes count less.
+
+*What it can say.* The tokens that are most frequent in the answers; the LM head is the most expensive part of a draft.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.data import IGNORED, read_jsonl
+from layerwise.data.examples import Tokens
+from layerwise.model.causal_lm import LayerwiseForCausalLM
+from layerwise.model.exit_head import ExitHead
+from layerwise.model.frame import Frame
+from layerwise.plan import Plan, Slot, Step, Visit
+from layerwise.training.config import LayerSkipConfig
+from layerwise.training.trainer import RecipeTrainer, run_training
+
+DISCOUNT = 0.8  # weight of pass k+1 beside pass k
+
+
+class FrozenExit(nn.Module):
+    """The loss of the recipe around `model`, whose `exit_head` is the only thing that is trained.
+
+    Args:
+        model: with an `exit_head`; its own weights get no gradient.
+        unroll: how many drafted tokens the head is trained on in a row.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: LayerwiseForCausalLM, unroll: int = 3) -> None:
+        super().__init__()
+        model.base.requires_grad_(False)
+        self.model = model
+        self.unroll = unroll
+        self._states: dict[bytes, tuple[Tensor, Tensor]] = {}
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        places: Tensor | None = None,
+        step: int = 0,
+    ) -> dict[str, Tensor]:
+        """Distillation loss on a batch of right-padded rows (rows, width), summed over answer positions.
+
+        Returns:
+            `loss`, and as (numerator, denominator): `agreement_1`, ..., the share of positions at which pass k and the
+            model have the same likeliest token.
+        """
+        head = self.model.exit_head
+        rows, width = input_ids.shape
+        counts = [width] * rows if attention_mask is None else attention_mask.sum(1).tolist()
+        early, deep = self._base_states(input_ids, counts)
+        # Queries: the positions t whose next token belongs to the answer. Position 0 has nothing before it.
+        asked = torch.zeros_like(labels, dtype=torch.bool)
+        asked[:, 1:-1] = labels[:, 2:] != IGNORED
+        position, valid = _gathered(asked)
+        distribution = self._teacher(_take(deep, position))
+        loss: Tensor | float = 0.0
+        result: dict[str, Tensor] = {}
+        frame = Frame(head.backbone(self.model.runtime.backbone), counts, width, deep.device, deep.dtype)
+        before = torch.cat([torch.zeros_like(deep[:, :1]), deep[:, :-1]], 1)  # g[t-1]
+        everywhere, cached = torch.arange(width, device=deep.device).expand(rows, -1), _Keys()
+        states = self._layer(head.join(early, before), frame, everywhere, cached, 0)
+        for number in range(self.unroll):
+            if number:
+                # Pass k at position t is fed the state of pass k-1 at t-1, where that exists, else the deep state.
+                fed = _take(torch.cat([torch.zeros_like(states[:, :1]), states[:, :-1]], 1), position)
+                joined = head.join(_take(early, position), fed)
+                found = self._layer(joined, frame, position, cached, number)
+                kept = torch.where(valid[..., None], found.to(states.dtype), _take(states, position))
+                states = states.scatter(1, position[..., None].expand_as(kept), kept)
+            else:
+                found = _take(states, position)
+            logits = head.head(head.norm(found[valid])).float()
+            share = DISCOUNT**number
+            loss = loss + share * nn.functional.cross_entropy(logits, distribution[valid], reduction="sum")
+            same = (logits.argmax(-1) == distribution[valid].argmax(-1)).sum()
+            result[f"agreement_{number + 1}"] = torch.stack([same, valid.sum()]).float()
+        return {"loss": loss, **result}
+
+    @torch.no_grad()
+    def _teacher(self, deep: Tensor) -> Tensor:
+        """The model's distribution over the vocabulary that can be drafted."""
+        backbone = self.model.runtime.backbone
+        return self.model.exit_head.head(backbone.norm(deep)).float().softmax(-1)
+
+    @torch.no_grad()
+    def _base_states(self, input_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """h_E and the last hidden states (rows, width, hidden size); kept for the next pass over the data."""
+        keys = [input_ids[row, :count].numpy().tobytes() for row, count in enumerate(counts)]
+        if any(key not in self._states for key in keys):
+            self._remember(input_ids, counts, keys)
+        dtype = self.model.exit_head.fuse.weight.dtype
+        pairs = [self._states[key] for key in keys]
+        return tuple(nn.utils.rnn.pad_sequence([pair[i] for pair in pairs], True).to(dtype) for i in (0, 1))
+
+    def _remember(self, input_ids: Tensor, counts: Sequence[int], keys: Sequence[bytes]) -> None:
+        exit, full = self.model.exit_head.exit, Plan.full(self.model.depth)
+        runtime, rows = self.model.runtime, len(counts)
+        embedded = self.model.embed(input_ids)
+        early = runtime.forward(embedded, [full[:exit]] * rows, counts) if exit else embedded
+        deep = runtime.forward(early, [full[exit:]] * rows, counts)
+        for row, (count, key) in enumerate(zip(counts, keys, strict=True)):
+            self._states[key] = tuple(t[row, :count].to(torch.bfloat16).clone() for t in (early, deep))
+
+    def _layer(self, joined: Tensor, frame: Frame, position: Tensor, cached: _Keys, number: int) -> Tensor:
+        """One pass of the head's layer over the queries at `position` (rows, queries)."""
+        head, backbone = self.model.exit_head, frame.backbone
+        rotary = backbone.rotary(backbone.kinds[0].rotary, position, frame.width, joined.dtype)
+        cached.position = position
+        floor = torch.finfo(joined.dtype).min
+        columns = torch.arange(frame.width, device=position.device)
+        allowed = columns <= position[..., None] - number  # the first pass's
+        if number:
+            # One key of each later pass: of pass j at position t - k + j.
+            later = [cached.positions[j][:, None] == position[..., None] - (number - j) for j in range(1, number)]
+            own = position[:, None] == position[..., None]
+            allowed = torch.cat([allowed, *later, own], -1)
+        mask = torch.where(allowed, 0.0, floor).to(joined.dtype)[:, None]
+        return head.layer(
+            joined,
+            attention_mask=mask,
+            position_ids=position,
+            past_key_values=cached,
+            use_cache=True,
+            position_embeddings=rotary,
+        )
+
+
+class _Keys:
+    """Keys and values of all passes so far, as a decoder layer sees a cache."""
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.positions: list[Tensor] = []
+        self.position: Tensor
+
+    def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        self.keys.append(keys)
+        self.values.append(values)
+        self.positions.append(self.position)
+        return torch.cat(self.keys, 2), torch.cat(self.values, 2)
+
+
+def _gathered(asked: Tensor) -> tuple[Tensor, Tensor]:
+    """The columns of the True entries of each row, packed to the left (rows, most), and which of them count."""
+    most = max(1, int(asked.sum(1).max()))
+    order = torch.argsort(asked.int(), dim=1, descending=True, stable=True)[:, :most]
+    return order, asked.gather(1, order)
+
+
+def _take(states: Tensor, position: Tensor) -> Tensor:
+    return states.gather(1, position[..., None].expand(-1, -1, states.shape[-1]))
+
+
+def most_frequent(answers: Sequence[Sequence[int]], most: int) -> list[int]:
+    """The `most` tokens that occur most often in `answers`, or fewer if there are no more."""
+    counts = Counter(token for answer in answers for token in answer)
+    return [token for token, _ in counts.most_common(most)]
+
+
+def train(
+    config: LayerSkipConfig,
+    exit: int = 0,
+    notify: Callable[[str], None] = lambda line: None,
+    resume: bool = False,
+    adapter: str | None = None,
+    vocabulary: int = 8192,
+    unroll: int = 3,
+    max_new_tokens: int = 160,
+) -> Path:
+    """Write the model's answers to the prompts of `config.data`, train an exit head on them, save it as an adapter.
+
+    Raises:
+        ValueError: no usable data or model; the folder holds a training and `resume` was not asked for, or the reverse.
+        KeyboardInterrupt: Ctrl-C; a checkpoint was written and `notify` was told how to go on.
+    """
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    answered = _answers(config, adapter, out / "answers.jsonl", max_new_tokens, notify)
+    tokens = [Tokens(a["prompt"] + a["answer"], [IGNORED] * len(a["prompt"]) + a["answer"]) for a in answered]
+    tokens = [one for one in tokens if len(one.input_ids) <= min(config.max_length, config.tokens_per_batch)]
+    drafted = most_frequent([a["answer"] for a in answered], vocabulary)
+
+    def make(steps: int) -> FrozenExit:
+        from layerwise.hub import from_pretrained
+
+        torch.manual_seed(config.seed)
+        model = from_pretrained(config.model, adapter=adapter, dtype=config.precision, engine="eager")
+        model.exit_head = ExitHead(model.runtime.backbone, exit, drafted).float()
+        return FrozenExit(model, unroll)
+
+    return run_training(config, make, RecipeTrainer, notify, resume, (tokens, 0))
+
+
+def _answers(
+    config: LayerSkipConfig, adapter: str | None, path: Path, max_new_tokens: int, notify: Callable[[str], None]
+) -> list[dict[str, Any]]:
+    """The model's greedy answers to the prompts of `config.data`, read from `path` as far as they are there."""
+    from layerwise.hub import from_pretrained
+    from layerwise.sources import load_tokenizer
+    from layerwise.training.answers import write_answers
+
+    tokenizer = load_tokenizer(config.model)
+    examples = read_jsonl(config.data)
+    if not path.exists() or len(path.read_text(encoding="utf-8").splitlines()) < len(examples):
+        model = from_pretrained(config.model, adapter=adapter, dtype=config.precision)
+        for done in write_answers(model, tokenizer, examples, path, max_new_tokens):
+            notify(f"{done} of {len(examples)} answers written")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -17,6 +17,9 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from layerwise.decoding.drafts import Draft
+from layerwise.decoding.judge import Judge
+from layerwise.decoding.speculative import speculate
 from layerwise.model.cache import Cache
 from layerwise.model.packing import Packing, check_positions, last_of
 from layerwise.plan import Plan
@@ -39,18 +42,20 @@ def decode(
     past_key_values: Cache | None = None,
     plans: Sequence[Plan | str] | None = None,
     trace: Trace | None = None,
+    draft: Draft | str | None = None,
     **_: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Generate from a prompt (rows, width); the contract is that of transformers' `_sample`.
 
     Raises:
-        ValueError: the prompt is longer than the context that the model was made for.
+        ValueError: the prompt is longer than the context that the model was made for, or there is no such draft.
     """
     runtime = model.runtime
     rows = input_ids.shape[0]
     row_plans = model.row_plans(rows, plans)
-    if rows == 1:
-        runtime.engine.prepare(row_plans)
+    chosen_draft = model.read_draft(draft)
+    speculative = chosen_draft.kind != "off"
+    model.prepare(row_plans, chosen_draft, few=speculative or rows > 1)
     sequence = _Sequence(input_ids, generation_config)
     chooser = _Chooser(logits_processor, stopping_criteria, generation_config, rows)
 
@@ -61,6 +66,18 @@ def decode(
     if past_key_values is None and position_ids is not None:
         check_positions(position_ids, prompt.packing)
     cache = Cache(rows, max(prompt.counts) + sequence.room) if past_key_values is None else past_key_values
+    if speculative:
+        judge = Judge(logits_processor, stopping_criteria, generation_config, runtime.backbone.shape.vocabulary)
+        if rows > 1 and (judge.scores is not None or judge.logits is not None):
+            raise ValueError("scores and logits of a batch are not kept while drafting: use draft='off', or one row")
+        read = (prompt.tokens, prompt.embedded, prompt.counts)
+        padding = chooser.pad.to(input_ids.device) if chooser.padding else None
+        whole = speculate(model, input_ids, read, row_plans, cache, chosen_draft, judge, padding, streamer, trace)
+        if not generation_config.return_dict_in_generate:
+            return whole
+        return GenerateDecoderOnlyOutput(
+            sequences=whole, scores=judge.scores, logits=judge.logits, past_key_values=cache
+        )
     hidden = runtime.forward(prompt.embedded, row_plans, prompt.counts, cache, trace, Phase.PREFILL)
     hidden = last_of(hidden, prompt.counts)
     while True:
@@ -85,6 +102,7 @@ def decode(
 class _Prompt:
     """What has to be read before the first token: embeddings packed to the left, and how many each row has."""
 
+    tokens: Tensor  # (rows, width), packed to the left; (rows, 0) if embeddings were given
     embedded: Tensor
     counts: list[int]
     packing: Packing
@@ -116,7 +134,9 @@ class _Prompt:
         longest = max(length + count for length, count in zip(lengths, counts, strict=True))
         if context is not None and longest > context:
             raise ValueError(f"the prompt has {longest} tokens, but the model's context ends at {context}: shorten it")
-        return cls(model.embed(packed) if inputs_embeds is None else packed, counts, packing)
+        if inputs_embeds is not None:
+            return cls(input_ids.new_zeros(rows, 0), packed, counts, packing)
+        return cls(packed, model.embed(packed), counts, packing)
 
 
 def _after(packed: Tensor, counts: list[int], lengths: list[int]) -> tuple[Tensor, list[int]]:

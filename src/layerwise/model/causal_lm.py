@@ -7,6 +7,7 @@ the plan.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,8 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layerwise.decoding.autoregressive import decode
+from layerwise.decoding.drafts import Draft
+from layerwise.decoding.tuner import Tuner
 from layerwise.model.backbone import Backbone, UnsupportedModelError
 from layerwise.model.cache import Cache
 from layerwise.model.compiled import CompiledEngine, compiler_available
@@ -60,6 +63,11 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.training = base.training
         self.attached_to = fingerprint(inner)  # tells at save whether the base was trained since
         self.exit_head: ExitHead | None = None  # drafts for this model, if it was trained
+        self.exits: tuple[int, ...] = ()  # exits that were trained: drafts that `auto` tries
+        self._draft = Draft("off")
+        self._tuners: dict[str, Tuner] = {}
+        self._head_runtime: Runtime | None = None
+        self._cut_runtime: Runtime | None = None
         self.merged = False  # set when an adapter's weights were merged into the base
 
     # -- plans -------------------------------------------------------------------------------------------
@@ -93,6 +101,68 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         if isinstance(plans, (str, Plan)) or len(plans) != rows:
             raise ValueError(f"plans must be a list with one plan a row: {rows} rows")
         return [self.read_plan(plan) for plan in plans]
+
+    # -- drafts ------------------------------------------------------------------------------------------
+
+    @property
+    def draft(self) -> Draft:
+        """How `generate` drafts unless told otherwise; off at first. Assign a Draft or its text, such as "auto"."""
+        return self._draft
+
+    @draft.setter
+    def draft(self, draft: Draft | str) -> None:
+        self._draft = self.read_draft(draft)
+
+    def read_draft(self, draft: Draft | str | None) -> Draft:
+        """Check a draft, or parse its text, for this model; the model's own if None; ValueError if it does not fit."""
+        if draft is None:
+            return self._draft
+        if isinstance(draft, str):
+            draft = Draft.parse(draft, self.depth)
+        if not isinstance(draft, Draft):
+            raise ValueError(f"a draft is a Draft or its text, not {draft!r}")
+        if draft.kind == "head" and self.exit_head is None:
+            raise ValueError("this model has no exit head to draft with: load an adapter that brings one, or use auto")
+        if draft.plan is not None:
+            draft.plan.check(self.depth)
+        return Draft.parse(str(draft), self.depth)
+
+    def tuner(self, draft: Draft, rows: int) -> Tuner:
+        """What was measured of `draft` for batches of so many rows; kept from answer to answer."""
+        return self._tuners.setdefault(f"{draft} {rows}", Tuner())
+
+    @property
+    def head_runtime(self) -> Runtime | None:
+        """The exit head, run as a model of one layer by the same engine; None if there is no head."""
+        if self.exit_head is None:
+            return None
+        if self._head_runtime is None or self._head_runtime.engine.name != self.runtime.engine.name:
+            own = self.exit_head.backbone(self.runtime.backbone)
+            self._head_runtime = Runtime(own, self._engine_for(own))
+        return self._head_runtime
+
+    def draft_logits(self) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
+        """The logits a plan drafts with, and of which tokens: those of the exit head's vocabulary, if there is one."""
+        if self.exit_head is None:
+            return self.runtime.engine.logits, None
+        if self._cut_runtime is None or self._cut_runtime.engine.name != self.runtime.engine.name:
+            cut = copy.copy(self.runtime.backbone)
+            cut.__dict__.pop("shape", None)
+            cut.head = self.exit_head.head
+            self._cut_runtime = Runtime(cut, self._engine_for(cut))
+            self._cut_runtime.engine.prepare([], few=True)
+        return self._cut_runtime.engine.logits, self.exit_head.vocabulary
+
+    def prepare(self, plans: Sequence[Plan], draft: Draft | None = None, few: bool = False) -> None:
+        """Compile, or find, what decoding with `plans` and `draft` needs, so that nobody waits for it later."""
+        everything = [*plans, draft.plan] if draft is not None and draft.plan is not None else list(plans)
+        self.runtime.engine.prepare(everything, few)
+        if draft is not None and draft.kind in ("auto", "head") and self.head_runtime is not None:
+            self.head_runtime.engine.prepare([Plan.full(1)], few=True)
+
+    def _engine_for(self, backbone: Backbone) -> Engine:
+        engine = self.runtime.engine
+        return CompiledEngine(backbone, engine.notify) if isinstance(engine, CompiledEngine) else EagerEngine(backbone)
 
     # -- what Hugging Face asks of a model ---------------------------------------------------------------
 
@@ -163,7 +233,10 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, walking plans; also takes `plans` (one a row) and `trace`.
+        """transformers' `generate`, walking plans; also takes `plans` (one a row), `trace` and `draft`.
+
+        With a `draft` (see `decoding.drafts`: "auto", "ngram", "exit:8", "plan:0-5 20-29", ...) tokens are proposed
+        cheaply and verified by the plan; the output is the same, or has the same distribution when sampling.
 
         Raises:
             ValueError: beam search or an assistant model is asked for, or the prompt is longer than the context.
@@ -187,6 +260,9 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(f"past_key_values must be a layerwise.Cache, not {type(cache).__name__}")
         return super().generate(*args, **kwargs)
+
+    def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
+        super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name != "draft"})
 
     def _sample(self, input_ids: Tensor, **kwargs: Any) -> Any:
         """What `generate` calls once everything is prepared, greedy decoding included.

@@ -30,8 +30,8 @@ class Engine(Protocol):
 
     name: str
 
-    def prepare(self, plans: Iterable[Plan]) -> None:
-        """Make ready whatever takes long, before `plans` are decoded with."""
+    def prepare(self, plans: Iterable[Plan], few: bool = False) -> None:
+        """Make ready whatever takes long, before `plans` are decoded with; a `few` tokens at a time too."""
         ...
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
@@ -51,7 +51,7 @@ class EagerEngine:
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
 
-    def prepare(self, plans: Iterable[Plan]) -> None:
+    def prepare(self, plans: Iterable[Plan], few: bool = False) -> None:
         pass
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:

@@ -1,0 +1,284 @@
+"""Drafters: what proposes tokens for the target plan to verify.
+
+All of them work on a batch whose rows have moved on by different numbers of tokens, and keep what they cache in step
+with what was accepted:
+
+    begin     the prompt has been read
+    propose   a few tokens for each row, to follow its last one
+    learn     the target has read some of them for good
+    select    only these rows go on
+
+`PlanDrafter` runs a plan. What it has in common with the target, its first visits, is walked once, in the target's
+own cache, and the states there are handed to the verification (LayerSkip, arXiv 2404.16710, section 4.3); the rest of the
+plan has a cache of its own. `HeadDrafter` runs an exit head. `NGramDrafter` copies (prompt lookup).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from layerwise.decoding.judge import Pick
+from layerwise.decoding.target import Read, Target
+from layerwise.model.cache import Cache
+from layerwise.model.exit_head import ExitHead
+from layerwise.model.packing import last_of
+from layerwise.model.runtime import Runtime
+from layerwise.plan import Plan
+from layerwise.trace import Phase
+
+Choose = Callable[[Tensor, Tensor | None], Pick]  # logits (rows, tokens) and which tokens those are, if not all
+Worth = Callable[[float], bool]  # is one more token worth drafting, if those before stand with this probability?
+
+
+@dataclass(slots=True)
+class Proposal:
+    """Drafted tokens of each row; `q[k]` is (rows, vocabulary), what the k-th was drawn from, None for no draw."""
+
+    tokens: list[list[int]]
+    q: list[Tensor] | None = None
+
+
+class Drafter(Protocol):
+    """What can draft; `cuts` are the states of the target it wants to see, see `Target`."""
+
+    name: str
+    cuts: frozenset[int]
+
+    def begin(self, prompt: Read) -> None: ...
+
+    def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
+        """At most `most` tokens a row to follow `last` (rows, 1)."""
+        ...
+
+    def learn(self, read: Read) -> None:
+        """The target has read `read` for good; its cache ends there."""
+        ...
+
+    def select(self, rows: Sequence[int]) -> None: ...
+
+
+def _drafted(
+    last: Tensor, most: int, worth: Worth, choose: Choose, step: Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
+) -> Proposal:
+    """Draft one token after another; `step` gives the logits that follow a token (rows, 1)."""
+    columns, q, token = [], [], last
+    trust = [1.0] * len(last)
+    for number in range(most):
+        pick = choose(*step(token, number))
+        token = pick.tokens
+        columns.append(token)
+        if pick.q is not None:
+            q.append(pick.q)
+        trust = [before * sure for before, sure in zip(trust, pick.sure, strict=True)]
+        if number + 1 < most and not worth(sum(trust) / len(trust)):
+            break
+    return Proposal(torch.cat(columns, 1).tolist(), q or None)
+
+
+def _beside(cache: Cache, prompt: Read) -> Cache:
+    """A drafter's own cache, which begins where the prompt began in the target's."""
+    starts = [length - count for length, count in zip(cache.lengths, prompt.counts, strict=True)]
+    return Cache(cache.rows, cache.capacity, starts)
+
+
+@dataclass
+class PlanDrafter:
+    """Drafts by `plan`; logits by `logits`, of the tokens `vocabulary` if that is given."""
+
+    name: str
+    target: Target
+    plan: Plan
+    choose: Choose
+    logits: Callable[[Tensor], Tensor]
+    vocabulary: Tensor | None = None
+    share: bool = True  # walk what is common with the target once
+    cuts: frozenset[int] = frozenset()
+    shared: int = 0
+    cache: Cache | None = None
+    behind: list[Tensor] = field(default_factory=list)  # per row, (tokens, hidden size) not in `cache` yet
+
+    def __post_init__(self) -> None:
+        if self.share and self.target.uniform:
+            self.shared = self.target.plans[0].common_prefix(self.plan)
+        self.own = slice(self.shared, None) if self.shared < len(self.plan) else None
+        self.cuts = frozenset({self.shared} if self.own else ())
+
+    def begin(self, prompt: Read) -> None:
+        if self.own is None:
+            return
+        self.cache = _beside(self.target.cache, prompt)
+        self._walk(prompt.states[self.shared], prompt.counts)
+        self.behind = [prompt.deep.new_empty(0, prompt.deep.shape[-1])] * self.target.rows
+
+    def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
+        def step(token: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
+            hidden = self.target.prefix(token, self.shared)
+            if self.own is not None:
+                hidden = self._catch_up(hidden) if number == 0 else self._walk(hidden, [1] * len(token))
+            return self.logits(hidden)[:, -1].float(), self.vocabulary
+
+        return _drafted(last, most, worth, self.choose, step)
+
+    def learn(self, read: Read) -> None:
+        if self.own is None:
+            return
+        # Drafted tokens that stood are in the cache already, those that fell are forgotten, the rest is to be read.
+        starts = [length - count for length, count in zip(self.target.cache.lengths, read.counts, strict=True)]
+        ends = [min(own, length) for own, length in zip(self.cache.lengths, self.target.cache.lengths, strict=True)]
+        states = read.states[self.shared]
+        for row, (end, start, count) in enumerate(zip(ends, starts, read.counts, strict=True)):
+            fresh = states[row, max(0, end - start) : count]
+            self.behind[row] = torch.cat([self.behind[row], fresh]) if end <= start else fresh
+        self.cache.rollback(ends)
+
+    def select(self, rows: Sequence[int]) -> None:
+        if self.cache is not None:
+            self.cache.select(rows)
+            self.behind = [self.behind[row] for row in rows]
+
+    def _catch_up(self, hidden: Tensor) -> Tensor:
+        """Walk the tokens behind and the last one, whose states are (rows, 1, hidden size)."""
+        rows = [torch.cat([behind, own]) for behind, own in zip(self.behind, hidden, strict=True)]
+        counts = [len(row) for row in rows]
+        hidden = self._walk(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), counts)
+        self.behind = [row[:0] for row in rows]
+        return last_of(hidden, counts)
+
+    def _walk(self, hidden: Tensor, counts: Sequence[int]) -> Tensor:
+        target = self.target
+        forward = target.model.runtime.forward
+        return forward(hidden, [self.plan] * target.rows, counts, self.cache, target.trace, Phase.DRAFT, self.own)
+
+
+@dataclass
+class HeadDrafter:
+    """Drafts by an exit head, which `runtime` runs as a model of one layer.
+
+    The head's cache holds the first `settled` tokens of a row as they were read with their true deep states. Those after
+    them wait: of each the state that enters the head, and of each, and the one before, the deep state.
+    """
+
+    name: str
+    target: Target
+    head: ExitHead
+    runtime: Runtime
+    choose: Choose
+    cuts: frozenset[int] = frozenset()
+    cache: Cache | None = None
+    settled: list[int] = field(default_factory=list)
+    early: list[Tensor] = field(default_factory=list)  # per row (tokens waiting, hidden size)
+    deep: list[Tensor] = field(default_factory=list)  # per row (tokens waiting + 1, hidden size)
+
+    def __post_init__(self) -> None:
+        self.cuts = frozenset({self.head.exit})
+
+    def begin(self, prompt: Read) -> None:
+        self.cache = _beside(self.target.cache, prompt)
+        before = torch.cat([torch.zeros_like(prompt.deep[:, :1]), prompt.deep[:, :-1]], 1)
+        self._walk(self.head.join(prompt.states[self.head.exit], before), prompt.counts)
+        self._settle(prompt.deep)
+        self.deep = [prompt.deep[row, count - 1 : count] for row, count in enumerate(prompt.counts)]
+
+    def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
+        state = last  # of the token before, once there is one
+
+        def step(token: Tensor, number: int) -> tuple[Tensor, Tensor | None]:
+            nonlocal state
+            early = self.target.prefix(token, self.head.exit)
+            state = self._walk(self.head.join(early, state)) if number else self._catch_up(early)
+            return self.runtime.engine.logits(state)[:, -1].float(), self.head.vocabulary
+
+        return _drafted(last, most, worth, self.choose, step)
+
+    def learn(self, read: Read) -> None:
+        self.cache.rollback(self.settled)  # what was drafted fed on the head's own states: it is read again
+        early, lengths = read.states[self.head.exit], self.target.cache.lengths
+        for row, count in enumerate(read.counts):
+            # The first token of `read` is in the cache if this drafter drafted from it.
+            known = self.settled[row] + len(self.early[row]) - (lengths[row] - count)
+            self.early[row] = torch.cat([self.early[row], early[row, known:count]])
+            self.deep[row] = torch.cat([self.deep[row], read.deep[row, :count]])
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.cache.select(rows)
+        self.settled = [self.settled[row] for row in rows]
+        self.early, self.deep = [self.early[row] for row in rows], [self.deep[row] for row in rows]
+
+    def _catch_up(self, last: Tensor) -> Tensor:
+        """Read the tokens that wait and the last one, whose states are (rows, 1, hidden size)."""
+        early = [torch.cat([waiting, own]) for waiting, own in zip(self.early, last, strict=True)]
+        counts = [len(row) for row in early]
+        joined = self.head.join(*(torch.nn.utils.rnn.pad_sequence(rows, True) for rows in (early, self.deep)))
+        state = last_of(self._walk(joined, counts), counts)
+        self._settle(last)
+        return state
+
+    def _settle(self, like: Tensor) -> None:
+        self.settled = list(self.cache.lengths)
+        self.early = [like.new_empty(0, like.shape[-1])] * self.target.rows
+        self.deep = list(self.early)
+
+    def _walk(self, joined: Tensor, counts: Sequence[int] | None = None) -> Tensor:
+        return self.runtime.forward(joined, [_ONE_LAYER] * self.target.rows, counts, self.cache)
+
+
+_ONE_LAYER = Plan.full(1)
+
+
+@dataclass
+class NGramDrafter:
+    """Proposes what followed the last words where they occurred before in the row's own text (prompt lookup).
+
+    The longest match from `longest` tokens down to `shortest` counts, the latest one among equals.
+    """
+
+    target: Target
+    longest: int = 4
+    shortest: int = 2
+    name: str = "ngram"
+    cuts: frozenset[int] = frozenset()
+    texts: list[list[int]] = field(default_factory=list)
+    places: list[dict[tuple[int, ...], int]] = field(default_factory=list)  # n-gram to the index after it
+
+    def begin(self, prompt: Read) -> None:
+        self.texts = [prompt.tokens[row, :count].tolist() for row, count in enumerate(prompt.counts)]
+        self.places = [{} for _ in self.texts]
+        for text, places in zip(self.texts, self.places, strict=True):
+            self._note(text, places, 0)
+
+    def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
+        return Proposal([self._after(row, token, most)[0] for row, token in enumerate(last[:, 0].tolist())])
+
+    def match(self, last: Tensor) -> int:
+        """Tokens of the shortest match over all rows; 0 if a row has none."""
+        return min(self._after(row, token, 1)[1] for row, token in enumerate(last[:, 0].tolist()))
+
+    def learn(self, read: Read) -> None:
+        for row, count in enumerate(read.counts):
+            text = self.texts[row]
+            known = len(text)
+            text += read.tokens[row, :count].tolist()
+            self._note(text, self.places[row], known)
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.texts, self.places = [self.texts[row] for row in rows], [self.places[row] for row in rows]
+
+    def _note(self, text: list[int], places: dict[tuple[int, ...], int], start: int) -> None:
+        # An n-gram at the very end has nothing after it yet, but by the time it is looked up it has.
+        for end in range(max(start, self.shortest - 1) + 1, len(text) + 1):
+            for length in range(self.shortest, min(self.longest, end) + 1):
+                places[tuple(text[end - length : end])] = end
+
+    def _after(self, row: int, last: int, most: int) -> tuple[list[int], int]:
+        text = self.texts[row]
+        for length in range(min(self.longest, len(text) + 1), self.shortest - 1, -1):
+            at = self.places[row].get((*text[len(text) - length + 1 :], last))
+            if at is not None:
+                known = [*text[at:], last]
+                return [known[number % len(known)] for number in range(most)], length  # copies of copies, as in LZ77
+        return [], 0

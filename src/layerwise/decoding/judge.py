@@ -1,0 +1,155 @@
+"""Which drafted tokens stand, and when a row is done.
+
+Greedy: a drafted token stands if it is the one the target would have chosen, so the result is the target's, token for
+token. Sampling: a token x drawn from q stands with probability min(1, p(x) / q(x)); where one falls, its replacement is
+drawn from max(p - q, 0), normalised, and the result has the target's distribution (arXiv 2211.17192, algorithm 1). p and
+q are the distributions after all logits processors. A token that was copied, not drawn, has q(x) = 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation.logits_process import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+    MinPLogitsWarper,
+    PrefixConstrainedLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    TypicalLogitsWarper,
+)
+from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+# Those that look at the logits alone: a draft may use them at positions that come to nothing. Others count or remember,
+# and see only what is verified; a draft without them is a little worse, and the output is right all the same.
+_WARPERS = (
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+    MinPLogitsWarper,
+    TypicalLogitsWarper,
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
+)
+
+
+@dataclass(slots=True)
+class Pick:
+    """A drafted token of each row.
+
+    `tokens` (rows, 1); `sure` is the draft's own probability of each, `q` its distribution (rows, vocabulary), None when
+    the choice is greedy.
+    """
+
+    tokens: Tensor
+    sure: list[float]
+    q: Tensor | None = None
+
+
+class Judge:
+    """Chooses as `generate` was told to: `processors`, `criteria` and `config` are what transformers prepared."""
+
+    def __init__(
+        self, processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig, vocabulary: int
+    ) -> None:
+        self.processors = processors
+        self.sampling = config.do_sample
+        self.vocabulary = vocabulary
+        self.warpers = LogitsProcessorList([one for one in processors if isinstance(one, _WARPERS)])
+        self.by_row = any(isinstance(one, PrefixConstrainedLogitsProcessor) for one in processors)
+        self.ends: set[int] = set()
+        self.longest: int | None = None
+        self.criteria = StoppingCriteriaList()
+        for one in criteria:
+            if type(one) is EosTokenCriteria:
+                self.ends |= set(one.eos_token_id.tolist())
+            elif type(one) is MaxLengthCriteria:
+                self.longest = one.max_length if self.longest is None else min(self.longest, one.max_length)
+            else:
+                self.criteria.append(one)
+        keep = config.return_dict_in_generate
+        self.scores: tuple[Tensor, ...] | None = () if keep and config.output_scores else None
+        self.logits: tuple[Tensor, ...] | None = () if keep and config.output_logits else None
+
+    @property
+    def plain(self) -> bool:
+        """Whether a choice is the likeliest token and nothing more, so that all positions can be judged at once."""
+        return not self.sampling and not self.processors and self.scores is None and self.logits is None
+
+    # -- drafting ----------------------------------------------------------------------------------------
+
+    def pick(self, logits: Tensor, vocabulary: Tensor | None) -> Pick:
+        """Draft a token of each row from logits (rows, tokens), those of the ids `vocabulary` if it is given."""
+        if not self.sampling:
+            sure, tokens = torch.softmax(logits, -1).max(-1, keepdim=True)
+            return Pick(tokens if vocabulary is None else vocabulary[tokens], sure[:, 0].tolist())
+        if vocabulary is not None:
+            whole = logits.new_full((logits.shape[0], self.vocabulary), -torch.inf)
+            logits = whole.index_copy(1, vocabulary, logits)
+        q = torch.softmax(self.warpers(None, logits), -1)
+        tokens = torch.multinomial(q, 1)
+        return Pick(tokens, q.gather(1, tokens)[:, 0].tolist(), q)
+
+    # -- verifying ---------------------------------------------------------------------------------------
+
+    def judge(
+        self, logits: Tensor, drafted: Sequence[int], q: Sequence[Tensor] | None, text: Tensor, length: int, row: int
+    ) -> tuple[int, int]:
+        """How many drafted tokens of a row stand, and the token that follows them.
+
+        Args:
+            logits: (drafted + 1, vocabulary), float32, each position's of the target.
+            q: each drafted token's distribution (vocabulary,); None if they were not drawn.
+            text: (1, room) the row's tokens as `generate` keeps them, of which `length` are there; what stands is
+                written behind them.
+            row: its number in the batch.
+        """
+        for place, token in enumerate([*drafted, None]):
+            scores = self._scores(text[:, : length + place], logits[place : place + 1], row)
+            if self.sampling:
+                p = torch.softmax(scores[0], -1)
+                if token is None:
+                    return place, int(torch.multinomial(p, 1))
+                drawn = None if q is None else q[place]
+                if torch.rand(()) * (1.0 if drawn is None else float(drawn[token])) >= float(p[token]):
+                    return place, _replacement(p, token, drawn)
+            else:
+                best = int(scores[0].argmax())
+                if best != token:
+                    return place, best
+            text[0, length + place] = token
+        raise AssertionError("the position after the last drafted token always ends the loop")
+
+    def _scores(self, text: Tensor, logits: Tensor, row: int) -> Tensor:
+        if self.logits is not None:
+            self.logits += (logits.clone(),)
+        if self.by_row:  # these tell rows apart by their place in the batch
+            scores = self.processors(text.expand(row + 1, -1), logits.expand(row + 1, -1).clone())[-1:]
+        else:
+            scores = self.processors(text, logits.clone()) if self.processors else logits
+        if self.scores is not None:
+            self.scores += (scores,)
+        return scores
+
+    def finished(self, token: int, text: Tensor, length: int) -> bool:
+        """Whether the row is done with `token`, the last of the `length` tokens in `text` (1, room)."""
+        if token in self.ends or (self.longest is not None and length >= self.longest):
+            return True
+        return bool(self.criteria) and bool(self.criteria(text[:, :length], None)[0])
+
+
+def _replacement(p: Tensor, token: int, q: Tensor | None) -> int:
+    """A token from max(p - q, 0), normalised; q is all on `token` if it is None."""
+    if q is None:
+        rest = p.clone()
+        rest[token] = 0.0
+    else:
+        rest = (p - q).clamp(min=0.0)
+    # Rounding can leave nothing where p and q agree; then the refusal was rounding too.
+    return int(torch.multinomial(rest if float(rest.sum()) > 0.0 else p, 1))

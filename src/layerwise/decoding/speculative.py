@@ -1,0 +1,302 @@
+"""Self-speculative decoding: a draft proposes, the model's own plan verifies, and the output is the model's own.
+
+A round of a batch:
+
+    propose   a few tokens for each row, by whatever drafts
+    verify    one pass of the target plan over the last token and the drafted ones of every row
+    judge     per row the longest run of drafted tokens that stands, and one token of the target's own
+    learn     caches are rolled back to what stands, drafters are told
+
+Each row advances by its own number of tokens; one that has finished leaves the batch. What comes out is what plain
+decoding gives: token for token when greedy, in distribution when sampling (see `judge`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers.generation.streamers import BaseStreamer
+
+from layerwise.decoding.drafters import Drafter, HeadDrafter, NGramDrafter, PlanDrafter, Proposal, Worth
+from layerwise.decoding.drafts import MOST, Draft
+from layerwise.decoding.judge import Judge
+from layerwise.decoding.target import Read, Target
+from layerwise.decoding.tuner import Tuner
+from layerwise.model.cache import Cache
+from layerwise.model.packing import last_of
+from layerwise.plan import Plan
+from layerwise.trace import Source, Trace
+
+if TYPE_CHECKING:
+    from layerwise.model.causal_lm import LayerwiseForCausalLM
+
+NGRAM_PRICE = 0.002  # of a plain step, for a token
+START = 5  # drafted tokens of a static draft's first round
+
+
+class Crew:
+    """The drafters of one decoding, and who drafts next."""
+
+    def __init__(self, model: LayerwiseForCausalLM, target: Target, draft: Draft, judge: Judge) -> None:
+        self.target, self.draft = target, draft
+        self.tuner: Tuner = model.tuner(draft, target.rows)
+        self.drafters: dict[str, Drafter] = {}
+        self.prices: dict[str, float] = {}
+        self.ngram: NGramDrafter | None = None
+        if draft.kind in ("auto", "ngram") or draft.lookup:
+            self.ngram = NGramDrafter(target)
+            self.drafters["ngram"] = self.ngram
+        head, runtime = model.exit_head, model.head_runtime
+        if draft.kind == "head" or (draft.kind == "auto" and head is not None):
+            self._add("head", HeadDrafter("head", target, head, runtime, judge.pick), 1.5 + head.exit)
+        for plan in _plans(model, draft, target.plans[0]):
+            name = f"plan:{plan}"
+            logits, vocabulary = model.draft_logits()
+            drafter = PlanDrafter(name, target, plan, judge.pick, logits, vocabulary, share=not draft.lookup)
+            self._add(name, drafter, plan.depth + 1)
+        for drafter in self.drafters.values():
+            target.cuts |= drafter.cuts
+
+    def _add(self, name: str, drafter: Drafter, layers: float) -> None:
+        self.drafters[name] = drafter
+        self.prices[name] = layers / (self.target.plans[0].depth + 6)
+
+    def begin(self, prompt: Read) -> None:
+        for drafter in self.drafters.values():
+            drafter.begin(prompt)
+
+    def propose(self, last: Tensor, most: int) -> tuple[str, Proposal]:
+        """Who drafts this round, by name, and what."""
+        name, length, worth = self._turn(last, min(most, MOST))
+        if not length:
+            return "off", Proposal([[] for _ in range(len(last))])
+        return name, self.drafters[name.rstrip("0123456789") if name.startswith("ngram") else name].propose(last, length, worth)
+
+    def _turn(self, last: Tensor, most: int) -> tuple[str, int, Worth]:
+        if most < 1:
+            return "off", 0, _never
+        prices = dict(self.prices)
+        match = self.ngram.match(last) if self.ngram is not None else 0
+        if match:
+            prices[f"ngram{match}"] = NGRAM_PRICE
+        if self.draft.kind == "auto":
+            return self.tuner.choose(prices, most)
+        if match and self.draft.lookup:
+            prices = {f"ngram{match}": NGRAM_PRICE}
+        if not prices:
+            return "off", 0, _never
+        if self.draft.length is not None:
+            (name,) = prices
+            return name, min(self.draft.length, most), _always
+        return self.tuner.choose(prices, most, rest=False)
+
+    def learn(self, read: Read) -> None:
+        for drafter in self.drafters.values():
+            drafter.learn(read)
+
+    def select(self, rows: Sequence[int]) -> None:
+        for drafter in self.drafters.values():
+            drafter.select(rows)
+
+
+def _never(trust: float) -> bool:
+    return False
+
+
+def _always(trust: float) -> bool:
+    return True
+
+
+def _plans(model: LayerwiseForCausalLM, draft: Draft, target: Plan) -> list[Plan]:
+    """The plans that draft."""
+    if draft.kind == "auto":
+        return [target[:exit] for exit in model.exits if exit < len(target)]
+    if draft.kind == "exit":
+        return [target[: draft.exit]]
+    return [draft.plan] if draft.plan is not None else []
+
+
+@dataclass
+class _Texts:
+    """The rows' tokens, each as long as it got; `live` are those under way."""
+
+    buffer: Tensor  # (rows, room)
+    lengths: list[int]
+    live: list[int]
+    ends: list[int | None] = field(default_factory=list)  # length at which a row was done
+
+    def last(self) -> Tensor:
+        """The last token of each live row, (live, 1)."""
+        return torch.stack([self.buffer[row, self.lengths[row] - 1 : self.lengths[row]] for row in self.live])
+
+
+@torch.no_grad()
+def speculate(
+    model: LayerwiseForCausalLM,
+    input_ids: Tensor,
+    prompt: tuple[Tensor, Tensor, list[int]],
+    plans: Sequence[Plan],
+    cache: Cache,
+    draft: Draft,
+    judge: Judge,
+    padding: Tensor | None,
+    streamer: BaseStreamer | None = None,
+    trace: Trace | None = None,
+) -> Tensor:
+    """Decode by `draft` after a prompt.
+
+    Args:
+        input_ids: (rows, width) the prompt as `generate` got it.
+        prompt: token ids (rows, width) packed to the left, their embeddings, and how many each row has.
+        plans: the target of each row.
+        padding: fills rows up that end early; None if all rows go on until all are done.
+
+    Returns:
+        (rows, longest) prompt and answer, as `generate` returns them.
+    """
+    rows, width = input_ids.shape
+    room = (width + 4096 if judge.longest is None else judge.longest) + MOST + 2
+    texts = _Texts(input_ids.new_zeros(rows, max(room, width + MOST + 2)), [width] * rows, list(range(rows)), [None] * rows)
+    texts.buffer[:, :width] = input_ids
+    target = Target(model, list(plans), cache, set(), None if trace is None else trace.of(list(range(rows))))
+    crew = Crew(model, target, draft, judge)
+    before = list(cache.lengths)
+    ids, embedded, counts = prompt
+    try:
+        read = target.read(ids, counts, embedded)
+        crew.begin(read)
+        logits = model.runtime.engine.logits(last_of(read.deep, counts)).float()
+        chosen = [([], token) for _, token in _choices(judge, logits, [[]] * rows, None, texts)]
+        _emit(texts, judge, chosen, padding, streamer, trace, [Source.DECODED] * rows)
+        _leave(texts, judge, target, crew, padding)
+        while texts.live:
+            before = list(cache.lengths)
+            _round(model, target, crew, judge, texts, padding, streamer, trace)
+            _leave(texts, judge, target, crew, padding)
+    except BaseException:  # Ctrl-C too: a cache that the caller goes on with must hold whole tokens only
+        target.forget()
+        cache.rollback([min(old, now) for old, now in zip(before, cache.lengths, strict=True)])
+        raise
+    if streamer is not None:
+        streamer.end()
+    return _rectangle(texts, padding)
+
+
+def _round(
+    model: LayerwiseForCausalLM,
+    target: Target,
+    crew: Crew,
+    judge: Judge,
+    texts: _Texts,
+    padding: Tensor | None,
+    streamer: BaseStreamer | None,
+    trace: Trace | None,
+) -> None:
+    """Propose, verify, judge, learn; the tokens that stand are added to `texts`."""
+    began = perf_counter()
+    last = texts.last()
+    left = 2**31 if judge.longest is None else judge.longest - min(texts.lengths[row] for row in texts.live)
+    name, proposal = crew.propose(last, left - 1)
+    drafted_at = perf_counter()
+    drafted = proposal.tokens
+    counts = [1 + len(tokens) for tokens in drafted]
+    tokens = last.new_zeros(len(counts), max(counts))
+    tokens[:, 0] = last[:, 0]
+    for row, proposed in enumerate(drafted):
+        tokens[row, 1 : counts[row]] = torch.tensor(proposed, dtype=tokens.dtype, device=tokens.device)
+    read = target.verify(tokens, counts)
+    logits = model.runtime.engine.logits(read.deep).float()
+    chosen = _choices(judge, logits, drafted, proposal.q, texts)
+    stood = [place for place, _ in chosen]
+    lengths = target.cache.lengths
+    target.cache.rollback([n - count + 1 + place for n, count, place in zip(lengths, counts, stood, strict=True)])
+    read.counts = [1 + place for place in stood]
+    crew.learn(read)
+    mean = sum(stood) / len(stood)
+    seconds = drafted_at - began
+    crew.tuner.note(name, max(counts) - 1, mean, seconds, max(counts), perf_counter() - drafted_at)
+    if trace is not None:
+        trace.drafts[name] += 1
+        trace.drafted += sum(counts) - len(counts)
+        trace.accepted += sum(stood)
+    runs = [(proposed[:place], token) for proposed, (place, token) in zip(drafted, chosen, strict=True)]
+    last_source = [Source.VERIFIED if len(proposed) else Source.DECODED for proposed in drafted]
+    _emit(texts, judge, runs, padding, streamer, trace, last_source)
+
+
+def _choices(
+    judge: Judge, logits: Tensor, drafted: Sequence[Sequence[int]], q: Sequence[Tensor] | None, texts: _Texts
+) -> list[tuple[int, int]]:
+    """Per live row how many drafted tokens stand, and the token after them; logits (rows, width, vocabulary)."""
+    if judge.plain:
+        chosen = []
+        for best, proposed in zip(logits.argmax(-1).tolist(), drafted, strict=True):
+            place = next((at for at, token in enumerate(proposed) if token != best[at]), len(proposed))
+            chosen.append((place, best[place]))
+        return chosen
+    return [
+        judge.judge(
+            logits[at, : len(drafted[at]) + 1],
+            drafted[at],
+            None if q is None else [one[at] for one in q],
+            texts.buffer[row : row + 1],
+            texts.lengths[row],
+            row,
+        )
+        for at, row in enumerate(texts.live)
+    ]
+
+
+def _emit(
+    texts: _Texts,
+    judge: Judge,
+    runs: Sequence[tuple[Sequence[int], int]],
+    padding: Tensor | None,
+    streamer: BaseStreamer | None,
+    trace: Trace | None,
+    last_source: Sequence[Source],
+) -> None:
+    """Add to each live row its drafted tokens that stood and the one after them, up to the one that ends it."""
+    alone = padding is not None or len(texts.lengths) == 1
+    for at, (row, (proposed, token)) in enumerate(zip(texts.live, runs, strict=True)):
+        for number, one in enumerate([*proposed, token]):
+            texts.buffer[row, texts.lengths[row]] = one
+            texts.lengths[row] += 1
+            if streamer is not None:
+                streamer.put(torch.tensor([one]))
+            if trace is not None:
+                trace.made(row, Source.DRAFTED if number < len(proposed) else last_source[at])
+            length = texts.lengths[row]
+            if texts.ends[row] is None and judge.finished(one, texts.buffer[row : row + 1], length):
+                texts.ends[row] = length
+            if (alone and texts.ends[row] is not None) or length == judge.longest:
+                break
+
+
+def _leave(texts: _Texts, judge: Judge, target: Target, crew: Crew, padding: Tensor | None) -> None:
+    """Take the rows that are done out of the batch."""
+    if padding is not None or len(texts.lengths) == 1:
+        going = [row for row in texts.live if texts.ends[row] is None]
+    else:  # without an end token nobody pads, as in transformers: all go on until all are done
+        until = judge.longest if None in texts.ends else max(texts.ends)
+        going = [row for row in texts.live if until is None or texts.lengths[row] < until]
+    if len(going) < len(texts.live):
+        if going:
+            places = [texts.live.index(row) for row in going]
+            crew.select(places)
+            target.select(places)
+        texts.live = going
+
+
+def _rectangle(texts: _Texts, padding: Tensor | None) -> Tensor:
+    longest = max(texts.ends)
+    whole = texts.buffer[:, :longest].clone()
+    if padding is not None:
+        for row, end in enumerate(texts.ends):
+            whole[row, end:] = padding
+    return whole

@@ -1,0 +1,119 @@
+"""Which draft, and how many tokens: chosen while running, from what was measured so far.
+
+For each way to draft the tuner keeps two numbers, how often a drafted token stands and how long it takes to draft one,
+and it keeps how long a verification of so many tokens takes. If a drafted token stands with probability a, then d of them
+give 1 + a + ... + a^d tokens a round, at the price of drafting d and verifying d + 1. The best way is the one that gives
+most tokens a second; drafting nothing at all is one of the ways. Within a round drafting goes on as long as one more
+token is expected to give more than its time would elsewhere: the draft's own confidence says how likely it is that those
+before it stand (Kangaroo, arXiv 2404.18911, stops below a fixed confidence; DEL, arXiv 2504.05598, chooses exit and
+length from measured acceptance).
+
+Old rounds are forgotten slowly, so a way that failed is tried again when the text may have changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+MEMORY = 0.98  # what a round's counts weigh one round later
+HOPE = 0.7  # acceptance of a way that has not been tried
+STARTING_WEIGHT = 3.0  # drafted tokens that this hope is worth
+REST = 24.0  # rounds after which half of a failure is forgotten, if the way was not taken since
+
+
+@dataclass(slots=True)
+class Way:
+    """One way to draft: its counts and its time; `price` is a guess at the time, as a share of a plain step."""
+
+    price: float
+    stood: float = 0.0
+    fell: float = 0.0
+    seconds: float | None = None  # to draft one token
+    idle: int = 0
+
+    @property
+    def acceptance(self) -> float:
+        """Probability that a drafted token stands, given that those before it do."""
+        fade = 0.5 ** (self.idle / REST)
+        stood, fell = self.stood * fade, self.fell * fade
+        return (stood + HOPE * STARTING_WEIGHT) / (stood + fell + STARTING_WEIGHT)
+
+
+@dataclass
+class Tuner:
+    """Chooses among ways; the same object serves all of a model's answers, so that it has something to go by."""
+
+    ways: dict[str, Way] = field(default_factory=dict)
+    plain: float | None = None  # seconds of a round that verifies one token
+    widths: dict[int, tuple[float, float]] = field(default_factory=dict)  # width: seconds, weight
+
+    def round_seconds(self, width: int) -> float:
+        """A round that verifies `width` tokens, drafting left out: as measured, or read off its neighbours."""
+        if width == 1:
+            return self.plain or 1.0
+        if width in self.widths:
+            return self.widths[width][0]
+        below = max((w for w in self.widths if w < width), default=None)
+        above = min((w for w in self.widths if w > width), default=None)
+        unit = (self.plain or 1.0) * 0.05  # what one more token costs, where nothing is known
+        if below is not None and above is not None:
+            low, high = self.widths[below][0], self.widths[above][0]
+            return low + (high - low) * (width - below) / (above - below)
+        if below is not None:
+            return self.widths[below][0] + unit * (width - below)
+        if above is not None:
+            return max(self.widths[above][0] - unit * (above - width), 0.0)
+        return (self.plain or 1.0) * 1.1 + unit * (width - 1)
+
+    def rate(self, name: str, length: int) -> float:
+        """Expected tokens a second of rounds with `length` tokens drafted by `name`."""
+        way = self.ways[name]
+        a, tokens = way.acceptance, 1.0
+        for number in range(length):
+            tokens += a ** (number + 1)
+        return tokens / (self._draft_seconds(way) * length + self.round_seconds(length + 1))
+
+    def choose(self, prices: Mapping[str, float], most: int, rest: bool = True) -> tuple[str, int, Callable[[float], bool]]:
+        """The way, the most tokens to draft, and whether one more is worth it.
+
+        Args:
+            prices: the ways there are now, each with a guess at the time of drafting a token, as a share of a step.
+            most: no more tokens than this.
+            rest: whether drafting nothing may be chosen; its name is "off".
+        """
+        for name, price in prices.items():
+            self.ways.setdefault(name, Way(price))
+        options = [(self.rate(name, length), name, length) for name in prices for length in range(1, most + 1)]
+        plain = 1 / self.round_seconds(1)
+        best, name, length = max(options, default=(0.0, "off", 0))
+        if rest and (plain >= best or not options):
+            return "off", 0, lambda trust: False
+        way = self.ways[name]
+        more = self.round_seconds(length + 1) - self.round_seconds(max(1, length - 3))
+        cost = self._draft_seconds(way) + max(0.0, more / min(4, length))
+        threshold = cost * best / max(way.acceptance, 1e-3)
+        return name, min(most, length + 4), lambda trust: trust >= threshold
+
+    def note(self, name: str, drafted: int, stood: float, draft_seconds: float, width: int, seconds: float) -> None:
+        """Learn from a round: `stood` of `drafted` tokens a row stood, on average over rows."""
+        for other in self.ways.values():
+            other.idle += 1
+        if width == 1:
+            self.plain = seconds if self.plain is None else self.plain + 0.1 * (seconds - self.plain)
+        else:
+            known, weight = self.widths.get(width, (seconds, 0.0))
+            weight = min(weight + 1.0, 10.0)
+            self.widths[width] = (known + (seconds - known) / weight, weight)
+        if not drafted:
+            return
+        way = self.ways.setdefault(name, Way(seconds / drafted))
+        fade = MEMORY * 0.5 ** ((way.idle - 1) / REST)
+        way.stood = way.stood * fade + stood
+        way.fell = way.fell * fade + (1.0 if stood < drafted else 0.0)
+        way.idle = 0
+        each = draft_seconds / drafted
+        way.seconds = each if way.seconds is None else way.seconds + 0.1 * (each - way.seconds)
+
+    def _draft_seconds(self, way: Way) -> float:
+        return way.price * (self.plain or 1.0) if way.seconds is None else way.seconds

@@ -57,6 +57,8 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
         "layers": model.depth,
         "layerwise_version": _version(),
     }
+    if model.exits:
+        about["exits"] = list(model.exits)
     if model.exit_head is not None:
         about["exit_head"] = {"exit": model.exit_head.exit, "tokens": len(model.exit_head.vocabulary)}
         model.exit_head.save(folder)
@@ -134,6 +136,7 @@ def from_pretrained(
     model.merged = about["adapted"] and engine != "eager"
     if plan is None:
         model.policy = policy_from_dict(about["policy"], model.depth)
+    model.exits = tuple(exit for exit in about.get("exits") or () if 0 < exit < model.depth)
     if about.get("exit_head"):
         model.exit_head = ExitHead.load(adapter, model.runtime.backbone)
     return model

@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from layerwise.cli import bench, demo, generate, models
+from layerwise.cli import bench, data, demo, generate, models, train
 
 app = typer.Typer(
     name="layerwise",
@@ -19,6 +19,8 @@ app = typer.Typer(
 app.command("demo")(demo.run)
 app.command("generate")(generate.run)
 app.command("models")(models.run)
+app.command("data")(data.data)
+app.add_typer(train.app, name="train")
 app.add_typer(bench.app, name="bench")
 
 # typer brings its own copy of click, so the class that all usage errors share has no public name.

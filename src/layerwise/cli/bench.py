@@ -10,6 +10,8 @@ import typer
 
 from layerwise.cli import options
 
+SPECULATIVE_TASKS = ("summarization", "code", "parsing", "tools", "chat")
+
 app = typer.Typer(help="Measure speed side by side with other libraries.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -50,6 +52,73 @@ def decode(
         print(f"wrote {out}")
     if json:
         options.print_json(result)
+
+
+@app.command("speculative")
+def speculative(
+    task: Annotated[str, typer.Option(help="summarization, code, parsing, tools, chat, or all.")] = "all",
+    model: options.Model = None,
+    adapter: options.Adapter = None,
+    draft: Annotated[str, typer.Option(help="What drafts; see 'layerwise generate --help'.")] = "auto",
+    prompts: Annotated[int, typer.Option(help="Held-out prompts of each task.")] = 8,
+    new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 96,
+    rounds: Annotated[int, typer.Option(help="How often each contender answers a prompt; medians are compared.")] = 3,
+    sweep: Annotated[bool, typer.Option(help="Also measure fixed drafts, and where drafts fail.")] = False,
+    peers: Annotated[bool, typer.Option(help="Also measure transformers.")] = True,
+    engine: options.Engine = options.EngineChoice.auto,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Decoding with drafts against plain decoding and transformers, on held-out prompts; the tokens are compared."""
+    from layerwise.decoding.drafts import Draft
+
+    tasks = SPECULATIVE_TASKS if task == "all" else (task,)
+    if task not in ("all", *SPECULATIVE_TASKS):
+        raise ValueError(f"no task '{task}': choose all, {', '.join(SPECULATIVE_TASKS)}")
+    if prompts < 1 or rounds < 1 or new_tokens < 8:
+        raise ValueError("prompts and rounds must be at least 1, new-tokens at least 8")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ValueError(f"cannot write '{out}': the folder '{out.parent}' does not exist")
+    Draft.parse(draft)
+    options.quiet()
+    from layerwise.benchmarks.speculative import bench_speculative
+    from layerwise.sources import model_path
+
+    model_path(model, options.note)
+    results = []
+    for one in tasks:
+        results.append(
+            bench_speculative(
+                one, model, adapter, draft, prompts, new_tokens, rounds, sweep, peers, engine.value, options.note
+            )
+        )
+        _print_speculative(results[-1])
+        if out is not None:  # after each task, so that nothing is lost if the next one is stopped
+            out.write_text(json_text.dumps({"tasks": results}, indent=2) + "\n", encoding="utf-8")
+    if out is not None:
+        print(f"wrote {out}")
+    if json:
+        options.print_json(results[0] if len(results) == 1 else {"tasks": results})
+
+
+def _print_speculative(result: dict[str, Any]) -> None:
+    line = (
+        f"{result['task']}: {result['speedup']:.2f}x plain decoding with {result['draft']} "
+        f"({result['tokens_per_second']:.0f} tokens/s, {result['acceptance']:.0%} of drafted tokens accepted, "
+        f"{result['tokens_per_pass']:.1f} tokens a pass), tokens identical: {'yes' if result['identical'] else 'NO'}; "
+        f"batch of {result['batch']['rows']}: {result['batch']['speedup']:.2f}x"
+    )
+    if "speedup_vs_hf" in result:
+        line += (
+            f"; {result['speedup_vs_hf']:.1f}x transformers, "
+            f"{result['speedup_vs_hf_early_exit']:.1f}x its early exit (best of a few, {result['hf_early_exit']})"
+        )
+    if "best_static" in result:
+        line += (
+            f"; best fixed draft {result['best_static']}: {result['best_static_speedup']:.2f}x; "
+            f"where drafts fail: {result['hopeless']:.2f}x"
+        )
+    print(line)
 
 
 def _print_decode(result: dict[str, Any]) -> None:

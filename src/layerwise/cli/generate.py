@@ -15,6 +15,11 @@ def run(
     model: options.Model = None,
     adapter: options.Adapter = None,
     plan: options.PlanText = None,
+    draft: options.DraftText = None,
+    early_exit: Annotated[
+        str | None,
+        typer.Option(help="Leave after so many layers where they are that sure, such as 8@0.9; not lossless."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.")] = 256,
     temperature: Annotated[float, typer.Option(help="0 is greedy; higher is more varied.")] = 0.0,
     top_p: Annotated[
@@ -32,8 +37,17 @@ def run(
         raise ValueError("the prompt is empty: give some text in quotes")
     if html is not None and not html.absolute().parent.is_dir():
         raise ValueError(f"cannot write '{html}': the folder '{html.parent}' does not exist")
-    loaded, tokenizer = options.load(model, adapter, plan, engine, dtype)
+    if early_exit is not None:
+        from layerwise.decoding.drafts import Draft
+
+        if draft is not None:
+            raise ValueError("give either --draft, which is verified, or --early-exit, which is not")
+        Draft.early_exit(early_exit)
+    loaded, tokenizer = options.load(model, adapter, plan, engine, dtype, draft)
     from layerwise.decoding.text import Sampling, answer
+
+    if early_exit is not None:
+        loaded.draft = Draft.early_exit(early_exit, loaded.depth)
 
     def show(piece: str) -> None:
         print(piece, end="", flush=True)
@@ -47,7 +61,7 @@ def run(
             model=loaded.runtime.backbone.model.config.name_or_path,
             layers=loaded.depth,
             prompt=prompt,
-            tokens=tuple(Token(piece, used) for piece, used in zip(result.pieces, result.plans, strict=True)),
+            tokens=tuple(map(Token, result.pieces, result.plans, result.sources)),
             tokens_per_second=result.tokens_per_second,
             stop_reason=result.stop_reason,
         )

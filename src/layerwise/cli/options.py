@@ -29,6 +29,13 @@ class DtypeChoice(StrEnum):
 Model = Annotated[str | None, typer.Option(help="A name from 'layerwise models', a folder, or a Hugging Face id.")]
 Adapter = Annotated[str | None, typer.Option(help="A folder that save_pretrained wrote.")]
 PlanText = Annotated[str | None, typer.Option("--plan", help='Layers to run, such as "0-5 7*2 8-29"; default: all.')]
+DraftText = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        help='Who drafts tokens for the plan to verify: auto, off, ngram, head, "exit:8", "exit:8,6" or "plan:0-5 20-29".',
+    ),
+]
 Engine = Annotated[EngineChoice, typer.Option(help="How layers are run; auto is compiled where there is a compiler.")]
 Dtype = Annotated[DtypeChoice, typer.Option(help="Numbers the weights are held in.")]
 Json = Annotated[bool, typer.Option("--json", help="End the output with one JSON object on the last line.")]
@@ -40,13 +47,23 @@ def note(line: str) -> None:
 
 
 def load(
-    model: str | None, adapter: str | None, plan: str | None, engine: EngineChoice, dtype: DtypeChoice
+    model: str | None,
+    adapter: str | None,
+    plan: str | None,
+    engine: EngineChoice,
+    dtype: DtypeChoice,
+    draft: str | None = None,
 ) -> tuple[LayerwiseForCausalLM, PreTrainedTokenizerBase]:
     """The model and tokenizer that the options name; says on stderr what takes long."""
     from layerwise.plan import Plan
 
+    # A slip in a text is told before seconds are spent on loading.
     if plan is not None:
-        Plan.parse(plan)  # a slip in the text is told before seconds are spent on loading
+        Plan.parse(plan)
+    if draft is not None:
+        from layerwise.decoding.drafts import Draft
+
+        Draft.parse(draft)
     quiet()
     from layerwise.hub import adapter_base, from_pretrained
     from layerwise.sources import load_tokenizer, model_path
@@ -54,6 +71,8 @@ def load(
     name = model or (adapter_base(adapter) if adapter else None)
     model_path(name, note)
     loaded = from_pretrained(name, adapter=adapter, plan=plan, dtype=dtype.value, engine=engine.value, notify=note)
+    if draft is not None:
+        loaded.draft = draft
     return loaded, load_tokenizer(name)
 
 

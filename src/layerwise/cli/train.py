@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from layerwise.cli import options
-from layerwise.training.config import LayerSkipConfig
+from layerwise.training.config import FrozenConfig, FrozenRecipe, LayerSkipConfig
 
 app = typer.Typer(help="Train a model to spend its layers well.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -26,8 +26,8 @@ def _train() -> None:
     """Train a model to spend its layers well."""
 
 
-def _with_flags(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command that takes `**chosen` one flag for each field of the dataclass `config`.
+def _with_flags(*configs: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command that takes `**chosen` one flag for each field of the dataclasses `configs`.
 
     `data` is the argument; a field's help is in its metadata. typer reads a function's signature, so that is what is
     made here.
@@ -35,9 +35,9 @@ def _with_flags(config: type) -> Callable[[Callable[..., None]], Callable[..., N
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = inspect.signature(command, eval_str=True)
-        kinds = get_type_hints(config)
+        kinds = {name: kind for config in configs for name, kind in get_type_hints(config).items()}
         flags = []
-        for one in fields(config):
+        for one in [one for config in configs for one in fields(config)]:
             text = one.metadata["help"]
             info = typer.Argument(help=text) if one.name == "data" else typer.Option(help=text)
             default = inspect.Parameter.empty if one.default is MISSING else one.default
@@ -61,35 +61,40 @@ def _with_flags(config: type) -> Callable[[Callable[..., None]], Callable[..., N
 
 
 @app.command("layerskip")
-@_with_flags(LayerSkipConfig)
+@_with_flags(LayerSkipConfig, FrozenRecipe)
 def layerskip(
     *,
     recipe: Annotated[
         RecipeChoice, typer.Option(help="paper: layer dropout and early exits; frozen: exits of an untouched model.")
     ] = RecipeChoice.paper,
-    exit: Annotated[int | None, typer.Option("--exit", help="Recipe frozen: the exit is after so many layers.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     json: options.Json = False,
     **chosen: Any,
 ) -> None:
     """Teach early layers to predict, as LayerSkip does (arXiv 2404.16710): exits for self-speculative decoding."""
-    if recipe is RecipeChoice.paper and exit is not None:
-        raise ValueError("--exit belongs to --recipe frozen: the paper's recipe trains all exits")
-    if recipe is RecipeChoice.frozen and exit is None:
-        raise ValueError("--recipe frozen trains one exit: say after how many layers with --exit")
-    config = LayerSkipConfig(**chosen)
+    if recipe is RecipeChoice.frozen:
+        _refuse_others(chosen, LayerSkipConfig, FrozenConfig, "paper")
+        config: Any = FrozenConfig(**{one.name: chosen[one.name] for one in fields(FrozenConfig)})
+    else:
+        _refuse_others(chosen, FrozenConfig, LayerSkipConfig, "frozen")
+        config = LayerSkipConfig(**{one.name: chosen[one.name] for one in fields(LayerSkipConfig)})
     options.quiet()
     from layerwise.sources import model_path
 
     model_path(config.model, options.note)
     if recipe is RecipeChoice.frozen:
-        from layerwise.training import frozen
-
-        out = frozen.train(config, exit, options.note, resume)
+        from layerwise.training import frozen as trained
     else:
-        from layerwise.training import layerskip as recipe_of_the_paper
-
-        out = recipe_of_the_paper.train(config, options.note, resume)
+        from layerwise.training import layerskip as trained
+    out = trained.train(config, options.note, resume)
     print(f"wrote {out}")
     if json:
         options.print_json({"adapter": str(out), "config": config.to_dict()})
+
+
+def _refuse_others(chosen: dict[str, Any], theirs: type, ours: type, recipe: str) -> None:
+    """A flag of the other recipe would be ignored without a word."""
+    own = {one.name for one in fields(ours)}
+    for one in fields(theirs):
+        if one.name not in own and chosen[one.name] != one.default:
+            raise ValueError(f"--{one.name.replace('_', '-')} belongs to --recipe {recipe}: leave it out")

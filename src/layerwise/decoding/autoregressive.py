@@ -67,17 +67,19 @@ def decode(
         check_positions(position_ids, prompt.packing)
     cache = Cache(rows, max(prompt.counts) + sequence.room) if past_key_values is None else past_key_values
     if speculative:
-        judge = Judge(logits_processor, stopping_criteria, generation_config, runtime.backbone.shape.vocabulary)
+        vocabulary, trusting = runtime.backbone.shape.vocabulary, chosen_draft.trust is not None
+        judge = Judge(logits_processor, stopping_criteria, generation_config, vocabulary, trusting, rows)
         if rows > 1 and (judge.scores is not None or judge.logits is not None):
             raise ValueError("scores and logits of a batch are not kept while drafting: use draft='off', or one row")
         read = (prompt.tokens, prompt.embedded, prompt.counts)
         padding = chooser.pad.to(input_ids.device) if chooser.padding else None
-        whole = speculate(model, input_ids, read, row_plans, cache, chosen_draft, judge, padding, streamer, trace)
+        keep = past_key_values is not None or bool(generation_config.return_dict_in_generate)
+        whole = speculate(model, input_ids, read, row_plans, cache, chosen_draft, judge, padding, streamer, trace, keep)
         if not generation_config.return_dict_in_generate:
             return whole
-        return GenerateDecoderOnlyOutput(
-            sequences=whole, scores=judge.scores, logits=judge.logits, past_key_values=cache
-        )
+        made = whole.shape[1] - input_ids.shape[1]  # what was drafted beyond an end token was judged too
+        scores, logits = (None if kept is None else kept[:made] for kept in (judge.scores, judge.logits))
+        return GenerateDecoderOnlyOutput(sequences=whole, scores=scores, logits=logits, past_key_values=cache)
     hidden = runtime.forward(prompt.embedded, row_plans, prompt.counts, cache, trace, Phase.PREFILL)
     hidden = last_of(hidden, prompt.counts)
     while True:

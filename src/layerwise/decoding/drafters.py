@@ -63,13 +63,23 @@ class Drafter(Protocol):
 
 
 def _drafted(
-    last: Tensor, most: int, worth: Worth, choose: Choose, step: Callable[[Tensor, int], tuple[Tensor, Tensor | None]]
+    last: Tensor,
+    most: int,
+    worth: Worth,
+    choose: Choose,
+    step: Callable[[Tensor, int], tuple[Tensor, Tensor | None]],
+    floor: float = 0.0,
 ) -> Proposal:
-    """Draft one token after another; `step` gives the logits that follow a token (rows, 1)."""
+    """Draft one token after another; `step` gives the logits that follow a token (rows, 1).
+
+    A token of less probability than `floor` in any row is not proposed, and ends the draft.
+    """
     columns, q, token = [], [], last
     trust = [1.0] * len(last)
     for number in range(most):
         pick = choose(*step(token, number))
+        if min(pick.sure) < floor:
+            break
         token = pick.tokens
         columns.append(token)
         if pick.q is not None:
@@ -77,7 +87,7 @@ def _drafted(
         trust = [before * sure for before, sure in zip(trust, pick.sure, strict=True)]
         if number + 1 < most and not worth(sum(trust) / len(trust)):
             break
-    return Proposal(torch.cat(columns, 1).tolist(), q or None)
+    return Proposal(torch.cat(columns, 1).tolist() if columns else [[] for _ in last], q or None)
 
 
 def _beside(cache: Cache, prompt: Read) -> Cache:
@@ -97,6 +107,7 @@ class PlanDrafter:
     logits: Callable[[Tensor], Tensor]
     vocabulary: Tensor | None = None
     share: bool = True  # walk what is common with the target once
+    floor: float = 0.0  # propose nothing less probable
     cuts: frozenset[int] = frozenset()
     shared: int = 0
     cache: Cache | None = None
@@ -122,7 +133,7 @@ class PlanDrafter:
                 hidden = self._catch_up(hidden) if number == 0 else self._walk(hidden, [1] * len(token))
             return self.logits(hidden)[:, -1].float(), self.vocabulary
 
-        return _drafted(last, most, worth, self.choose, step)
+        return _drafted(last, most, worth, self.choose, step, self.floor)
 
     def learn(self, read: Read) -> None:
         if self.own is None:

@@ -28,6 +28,8 @@ class Draft:
     """What drafts: `kind` is one of auto, off, ngram, head, plan; `length` is None where it adapts.
 
     An early exit after E layers is the plan of the first E visits, `exit` says how many; `lookup` puts n-grams first.
+    With `trust`, drafted tokens of at least that probability are taken without verification: no draft any more, but early
+    exit by confidence, whose output is not the model's own.
     """
 
     kind: str
@@ -35,6 +37,20 @@ class Draft:
     plan: Plan | None = None
     length: int | None = None
     lookup: bool = False
+    trust: float | None = None
+
+    @classmethod
+    def early_exit(cls, text: str, layers: int | None = None) -> Draft:
+        """Read "8@0.9": leave after 8 layers wherever their prediction has a probability of 0.9 or more.
+
+        Raises:
+            ValueError: it is not of that form, or the model of `layers` layers has no such exit.
+        """
+        exit, _, trust = text.strip().partition("@")
+        if not re.fullmatch(r"\d{1,4}", exit) or not re.fullmatch(r"0?\.\d+|1(\.0*)?", trust):
+            raise ValueError(f"'{text}' is no early exit: write layers@probability, such as 8@0.9")
+        made = cls.parse(f"exit:{exit},{MOST}", layers)
+        return cls("exit", exit=made.exit, length=MOST, trust=float(trust))
 
     @classmethod
     def parse(cls, text: str, layers: int | None = None) -> Draft:
@@ -50,7 +66,8 @@ class Draft:
         plain, comma, length = rest.rpartition(",") if ":" in body else kind.rpartition(",")
         if not comma:
             plain = rest if ":" in body else kind
-        kind = kind if ":" in body else plain
+        plain = plain.strip()
+        kind = kind.strip() if ":" in body else plain
         if kind not in _KINDS or (":" in body) != (kind in ("exit", "plan")) or (lookup and kind not in _KINDS[3:]):
             raise ValueError(f"'{text}' is no draft: {_FORMS}")
         if comma and not re.fullmatch(r"\s*\d{1,3}\s*", length):
@@ -71,5 +88,7 @@ class Draft:
         return cls(kind, length=tokens, lookup=lookup)
 
     def __str__(self) -> str:
+        if self.trust is not None:
+            return f"early exit {self.exit}@{self.trust:g}"
         body = {"exit": f"exit:{self.exit}", "plan": f"plan:{self.plan}"}.get(self.kind, self.kind)
         return ("ngram+" if self.lookup else "") + body + (f",{self.length}" if self.length else "")

@@ -18,11 +18,12 @@ from transformers.generation.logits_process import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
     MinPLogitsWarper,
-    PrefixConstrainedLogitsProcessor,
+    SynthIDTextWatermarkLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
+    UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
@@ -37,6 +38,8 @@ _WARPERS = (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
 )
+# Those that remember the text so far: of one row, which they see token by token, and of no more.
+_REMEMBERING = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
 
 
 @dataclass(slots=True)
@@ -56,13 +59,22 @@ class Judge:
     """Chooses as `generate` was told to: `processors`, `criteria` and `config` are what transformers prepared."""
 
     def __init__(
-        self, processors: LogitsProcessorList, criteria: StoppingCriteriaList, config: GenerationConfig, vocabulary: int
+        self,
+        processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
+        config: GenerationConfig,
+        vocabulary: int,
+        trusting: bool = False,
+        rows: int = 1,
     ) -> None:
+        if rows > 1 and any(isinstance(one, _REMEMBERING) for one in processors):
+            raise ValueError("guidance and SynthID watermarks do not draft in a batch: use draft='off', or one row")
         self.processors = processors
+        self.trusting = trusting  # every drafted token stands: early exit without verification
         self.sampling = config.do_sample
         self.vocabulary = vocabulary
         self.warpers = LogitsProcessorList([one for one in processors if isinstance(one, _WARPERS)])
-        self.by_row = any(isinstance(one, PrefixConstrainedLogitsProcessor) for one in processors)
+        self.rows = rows
         self.ends: set[int] = set()
         self.longest: int | None = None
         self.criteria = StoppingCriteriaList()
@@ -80,7 +92,8 @@ class Judge:
     @property
     def plain(self) -> bool:
         """Whether a choice is the likeliest token and nothing more, so that all positions can be judged at once."""
-        return not self.sampling and not self.processors and self.scores is None and self.logits is None
+        kept = self.scores is not None or self.logits is not None
+        return not (self.sampling or self.processors or kept or self.trusting)
 
     # -- drafting ----------------------------------------------------------------------------------------
 
@@ -111,6 +124,9 @@ class Judge:
             row: its number in the batch.
         """
         for place, token in enumerate([*drafted, None]):
+            if self.trusting and token is not None:
+                text[0, length + place] = token
+                continue
             scores = self._scores(text[:, : length + place], logits[place : place + 1], row)
             if self.sampling:
                 p = torch.softmax(scores[0], -1)
@@ -129,19 +145,20 @@ class Judge:
     def _scores(self, text: Tensor, logits: Tensor, row: int) -> Tensor:
         if self.logits is not None:
             self.logits += (logits.clone(),)
-        if self.by_row:  # these tell rows apart by their place in the batch
-            scores = self.processors(text.expand(row + 1, -1), logits.expand(row + 1, -1).clone())[-1:]
+        if self.rows > 1 and len(self.processors) > len(self.warpers):  # some tell rows apart by their place
+            every = (self.rows, -1)
+            scores = self.processors(text.expand(every), logits.expand(every).clone())[row : row + 1]
         else:
             scores = self.processors(text, logits.clone()) if self.processors else logits
         if self.scores is not None:
             self.scores += (scores,)
         return scores
 
-    def finished(self, token: int, text: Tensor, length: int) -> bool:
-        """Whether the row is done with `token`, the last of the `length` tokens in `text` (1, room)."""
+    def finished(self, token: int, text: Tensor, length: int, row: int) -> bool:
+        """Whether `row` is done with `token`, the last of the `length` tokens in `text` (1, room)."""
         if token in self.ends or (self.longest is not None and length >= self.longest):
             return True
-        return bool(self.criteria) and bool(self.criteria(text[:, :length], None)[0])
+        return bool(self.criteria) and bool(self.criteria(text[:, :length].expand(self.rows, -1), None)[row])
 
 
 def _replacement(p: Tensor, token: int, q: Tensor | None) -> int:

@@ -52,12 +52,21 @@ class Crew:
             self.ngram = NGramDrafter(target)
             self.drafters["ngram"] = self.ngram
         head, runtime = model.exit_head, model.head_runtime
-        if draft.kind == "head" or (draft.kind == "auto" and head is not None):
+        # The head looks at states inside the target's plan: there must be one plan, and it must get that far.
+        fits = head is not None and (not head.exit or (target.uniform and head.exit < len(target.plans[0])))
+        if draft.kind == "head" and not fits:
+            raise ValueError(
+                f"the exit head drafts after {head.exit} visits of a plan that all rows share: "
+                "use one such plan, or another draft"
+            )
+        if draft.kind in ("head", "auto") and fits:
             self._add("head", HeadDrafter("head", target, head, runtime, judge.pick), 1.5 + head.exit)
         for plan in _plans(model, draft, target.plans[0]):
             name = f"plan:{plan}"
-            logits, vocabulary = model.draft_logits()
-            drafter = PlanDrafter(name, target, plan, judge.pick, logits, vocabulary, share=not draft.lookup)
+            logits, vocabulary = model.draft_logits() if draft.trust is None else (model.runtime.engine.logits, None)
+            drafter = PlanDrafter(
+                name, target, plan, judge.pick, logits, vocabulary, not draft.lookup, draft.trust or 0.0
+            )
             self._add(name, drafter, plan.depth + 1)
         for drafter in self.drafters.values():
             target.cuts |= drafter.cuts
@@ -129,6 +138,7 @@ class _Texts:
     lengths: list[int]
     live: list[int]
     ends: list[int | None] = field(default_factory=list)  # length at which a row was done
+    ahead: list[int] = field(default_factory=list)  # how many tokens each row is longer than what is cached of it
 
     def last(self) -> Tensor:
         """The last token of each live row, (live, 1)."""
@@ -147,6 +157,7 @@ def speculate(
     padding: Tensor | None,
     streamer: BaseStreamer | None = None,
     trace: Trace | None = None,
+    keep: bool = True,
 ) -> Tensor:
     """Decode by `draft` after a prompt.
 
@@ -155,6 +166,7 @@ def speculate(
         prompt: token ids (rows, width) packed to the left, their embeddings, and how many each row has.
         plans: the target of each row.
         padding: fills rows up that end early; None if all rows go on until all are done.
+        keep: whether the cache is wanted afterwards; if so it holds all but the last token of every row.
 
     Returns:
         (rows, longest) prompt and answer, as `generate` returns them.
@@ -163,13 +175,15 @@ def speculate(
     room = (width + 4096 if judge.longest is None else judge.longest) + MOST + 2
     texts = _Texts(input_ids.new_zeros(rows, max(room, width + MOST + 2)), [width] * rows, list(range(rows)), [None] * rows)
     texts.buffer[:, :width] = input_ids
-    target = Target(model, list(plans), cache, set(), None if trace is None else trace.of(list(range(rows))))
+    rows_of_trace = None if trace is None else trace.of(list(range(rows)))
+    target = Target(model, list(plans), cache, set(), rows_of_trace, keep=keep)
     crew = Crew(model, target, draft, judge)
     before = list(cache.lengths)
     ids, embedded, counts = prompt
     try:
         read = target.read(ids, counts, embedded)
         crew.begin(read)
+        texts.ahead = [width + 1 - length for length in cache.lengths]
         logits = model.runtime.engine.logits(last_of(read.deep, counts)).float()
         chosen = [([], token) for _, token in _choices(judge, logits, [[]] * rows, None, texts)]
         _emit(texts, judge, chosen, padding, streamer, trace, [Source.DECODED] * rows)
@@ -181,7 +195,12 @@ def speculate(
     except BaseException:  # Ctrl-C too: a cache that the caller goes on with must hold whole tokens only
         target.forget()
         cache.rollback([min(old, now) for old, now in zip(before, cache.lengths, strict=True)])
+        target.gather()
         raise
+    target.gather()
+    if keep:
+        longest = max(texts.ends)  # rows that nobody pads may have gone on beyond it
+        cache.rollback([min(n, longest - by) for n, by in zip(cache.lengths, texts.ahead, strict=True)])
     if streamer is not None:
         streamer.end()
     return _rectangle(texts, padding)
@@ -272,14 +291,17 @@ def _emit(
             if trace is not None:
                 trace.made(row, Source.DRAFTED if number < len(proposed) else last_source[at])
             length = texts.lengths[row]
-            if texts.ends[row] is None and judge.finished(one, texts.buffer[row : row + 1], length):
+            if texts.ends[row] is None and judge.finished(one, texts.buffer[row : row + 1], length, row):
                 texts.ends[row] = length
             if (alone and texts.ends[row] is not None) or length == judge.longest:
                 break
 
 
 def _leave(texts: _Texts, judge: Judge, target: Target, crew: Crew, padding: Tensor | None) -> None:
-    """Take the rows that are done out of the batch."""
+    """Take the rows that are done out of the batch, and out of the cache what they accepted beyond their end."""
+    kept = [texts.lengths[row] - texts.ahead[row] for row in texts.live]
+    if kept != target.cache.lengths:
+        target.cache.rollback(kept)
     if padding is not None or len(texts.lengths) == 1:
         going = [row for row in texts.live if texts.ends[row] is None]
     else:  # without an end token nobody pads, as in transformers: all go on until all are done

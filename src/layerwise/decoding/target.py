@@ -41,7 +41,10 @@ class Read:
 
 @dataclass
 class Target:
-    """The rows under way. `cuts` are the numbers of visits after which some drafter wants to see the states."""
+    """The rows under way. `cuts` are the numbers of visits after which some drafter wants to see the states.
+
+    With `keep`, what the cache holds of rows that leave is put aside, and `gather` puts it back.
+    """
 
     model: LayerwiseForCausalLM
     plans: list[Plan]
@@ -51,6 +54,12 @@ class Target:
     ahead: list[Tensor] = field(default_factory=list)  # (rows, 1, hidden size) each, after `walked` visits
     walked: int = 0
     seen: dict[int, list[Tensor]] = field(default_factory=dict)  # the same at cuts before `walked`
+    keep: bool = False
+    numbers: list[int] = field(default_factory=list)  # of the rows that are in the cache
+    gone: list[tuple[list[int], Cache]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.numbers = list(range(len(self.plans)))
 
     @property
     def rows(self) -> int:
@@ -106,10 +115,22 @@ class Target:
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep the rows named."""
+        left = [row for row in range(self.rows) if row not in rows]
+        if self.keep and left:
+            self.gone.append(([self.numbers[row] for row in left], self.cache.part(left)))
+        self.numbers = [self.numbers[row] for row in rows]
         self.plans = [self.plans[row] for row in rows]
         self.cache.select(rows)
         if self.trace is not None:
             self.trace.numbers = [self.trace.numbers[row] for row in rows]
+
+    def gather(self) -> None:
+        """Put the rows that left back into the cache, each in its old place; decoding is over."""
+        if self.gone:
+            numbers = [*self.numbers, *(number for rows, _ in self.gone for number in rows)]
+            order = sorted(range(len(numbers)), key=numbers.__getitem__)
+            self.cache.join([cache for _, cache in self.gone], order)
+            self.gone = []
 
     def _walk(
         self, hidden: Tensor, counts: Sequence[int], start: int, stop: int | None, phase: Phase

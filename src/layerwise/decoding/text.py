@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from layerwise.decoding.drafts import Draft
 from layerwise.plan import Plan
-from layerwise.trace import Phase, Trace
+from layerwise.trace import Phase, Source, Trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,8 +47,10 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A generated text; `pieces[i]` and `plans[i]` belong to token i.
+    """A generated text; `pieces[i]`, `plans[i]` and `sources[i]` belong to token i.
 
+    `plans[i]` is the plan whose output token i is; with a draft, `layers_run` also counts what was drafted and what
+    was verified in vain. `acceptance` is the share of drafted tokens that stood, None if nothing was drafted.
     `prefill_seconds` is the time to the first token, `decode_seconds` the time from there to the last.
     """
 
@@ -57,6 +60,10 @@ class Answer:
     prefill_seconds: float
     decode_seconds: float
     stop_reason: str  # "end of answer", "max new tokens" or "end of context"
+    sources: tuple[Source, ...] = ()
+    layers_run: float | None = None  # over all tokens
+    acceptance: float | None = None
+    draft: str = "off"
 
     @property
     def text(self) -> str:
@@ -74,12 +81,16 @@ class Answer:
     @property
     def layers_per_token(self) -> float:
         """Mean layers run for each token generated."""
-        return sum(plan.depth for plan in self.plans) / len(self.plans)
+        run = sum(plan.depth for plan in self.plans) if self.layers_run is None else self.layers_run
+        return run / len(self.plans)
 
     def summary(self) -> str:
         """One line for people."""
+        drafted = ""
+        if self.acceptance is not None:
+            drafted = f"{self.sources.count(Source.DRAFTED)} of them drafted ({self.acceptance:.0%} accepted), "
         return (
-            f"{self.tokens} tokens, {self.tokens_per_second:.1f} tokens/s, "
+            f"{self.tokens} tokens, {drafted}{self.tokens_per_second:.1f} tokens/s, "
             f"{self.layers_per_token:.1f} layers per token, stopped at {self.stop_reason}"
         )
 
@@ -95,6 +106,9 @@ class Answer:
             "decode_seconds": round(self.decode_seconds, 4),
             "stop_reason": self.stop_reason,
             "plan": str(self.plans[-1]),
+            "draft": self.draft,
+            "drafted_tokens": self.sources.count(Source.DRAFTED),
+            "acceptance": None if self.acceptance is None else round(self.acceptance, 4),
         }
 
 
@@ -180,11 +194,12 @@ def answer(
     max_new_tokens: int = 256,
     sampling: Sampling | None = None,
     on_text: Callable[[str], None] = lambda piece: None,
+    draft: Draft | str | None = None,
 ) -> Answer:
-    """Answer one prompt; `on_text` gets the text as it is made.
+    """Answer one prompt; `on_text` gets the text as it is made. `draft` is who drafts, the model's choice if None.
 
     Raises:
-        ValueError: the prompt is empty or too long, or there is nothing to generate.
+        ValueError: the prompt is empty or too long, there is nothing to generate, or no such draft.
     """
     if max_new_tokens < 1:
         raise ValueError(f"max-new-tokens must be at least 1, not {max_new_tokens}")
@@ -194,7 +209,8 @@ def answer(
     width = inputs["input_ids"].shape[1]
     room = max_new_tokens if context is None else min(max_new_tokens, context - width)
     watch, trace = _Watch(Detokenizer(tokenizer), on_text), Trace()
-    model.runtime.engine.prepare(model.row_plans(1))  # compiling is neither reading nor decoding
+    draft = model.read_draft(draft)
+    model.prepare(model.row_plans(1), draft, few=draft.kind != "off")  # compiling is neither reading nor decoding
     torch.manual_seed(sampling.seed)
     began = time.perf_counter()
     output = model.generate(
@@ -202,18 +218,24 @@ def answer(
         max_new_tokens=room,
         streamer=watch,
         trace=trace,
+        draft=draft,
         **sampling.options(),
     )
     ends = model.generation_config.eos_token_id
     ended = output[0, -1].item() in (ends if isinstance(ends, list) else [ends])
     limit = "max new tokens" if room == max_new_tokens else "end of context"
-    # The first token comes out of the pass over the prompt; each later one out of a pass of its own.
-    (prompt_plan, *_) = trace.plans(0, Phase.PREFILL)
+    # The first token comes out of the pass over the prompt, the later ones out of passes of their own.
+    (plan,) = model.row_plans(1)
+    spent = (Phase.DECODE, Phase.DRAFT, Phase.VERIFY)
     return Answer(
         pieces=tuple(watch.pieces),
-        plans=(prompt_plan, *trace.plans(0, Phase.DECODE)),
+        plans=(plan,) * len(watch.pieces),
         prompt_tokens=width,
         prefill_seconds=watch.times[0] - began,
         decode_seconds=watch.times[-1] - watch.times[0],
         stop_reason="end of answer" if ended else limit,
+        sources=tuple(trace.sources[0]) if trace.sources else (Source.DECODED,) * len(watch.pieces),
+        layers_run=plan.depth + trace.layers_per_token(*spent) * trace.tokens(*spent),
+        acceptance=trace.acceptance if trace.drafted else None,
+        draft=str(draft),
     )

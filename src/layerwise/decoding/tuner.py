@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 MEMORY = 0.98  # what a round's counts weigh one round later
 HOPE = 0.7  # acceptance of a way that has not been tried
 STARTING_WEIGHT = 3.0  # drafted tokens that this hope is worth
+ONE_MORE = 0.05  # of a plain step, to verify one more token, where nothing is known
 REST = 24.0  # rounds after which half of a failure is forgotten, if the way was not taken since
 
 
@@ -48,15 +49,23 @@ class Tuner:
     plain: float | None = None  # seconds of a round that verifies one token
     widths: dict[int, tuple[float, float]] = field(default_factory=dict)  # width: seconds, weight
 
+    @property
+    def step(self) -> float:
+        """Seconds of a plain round: measured, or guessed from the narrowest verification; 1 if nothing is known."""
+        if self.plain is not None:
+            return self.plain
+        width = min(self.widths, default=0)
+        return self.widths[width][0] / (1.1 + ONE_MORE * (width - 1)) if width else 1.0
+
     def round_seconds(self, width: int) -> float:
         """A round that verifies `width` tokens, drafting left out: as measured, or read off its neighbours."""
         if width == 1:
-            return self.plain or 1.0
+            return self.step
         if width in self.widths:
             return self.widths[width][0]
         below = max((w for w in self.widths if w < width), default=None)
         above = min((w for w in self.widths if w > width), default=None)
-        unit = (self.plain or 1.0) * 0.05  # what one more token costs, where nothing is known
+        unit = self.step * ONE_MORE
         if below is not None and above is not None:
             low, high = self.widths[below][0], self.widths[above][0]
             return low + (high - low) * (width - below) / (above - below)
@@ -64,7 +73,7 @@ class Tuner:
             return self.widths[below][0] + unit * (width - below)
         if above is not None:
             return max(self.widths[above][0] - unit * (above - width), 0.0)
-        return (self.plain or 1.0) * 1.1 + unit * (width - 1)
+        return self.step * 1.1 + unit * (width - 1)
 
     def rate(self, name: str, length: int) -> float:
         """Expected tokens a second of rounds with `length` tokens drafted by `name`."""
@@ -87,7 +96,7 @@ class Tuner:
         options = [(self.rate(name, length), name, length) for name in prices for length in range(1, most + 1)]
         plain = 1 / self.round_seconds(1)
         best, name, length = max(options, default=(0.0, "off", 0))
-        if rest and (plain >= best or not options):
+        if not options or (rest and plain >= best):
             return "off", 0, lambda trust: False
         way = self.ways[name]
         more = self.round_seconds(length + 1) - self.round_seconds(max(1, length - 3))
@@ -116,4 +125,4 @@ class Tuner:
         way.seconds = each if way.seconds is None else way.seconds + 0.1 * (each - way.seconds)
 
     def _draft_seconds(self, way: Way) -> float:
-        return way.price * (self.plain or 1.0) if way.seconds is None else way.seconds
+        return way.price * self.step if way.seconds is None else way.seconds

@@ -17,7 +17,7 @@ included, because windows are masks here and not ring buffers.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -136,6 +136,35 @@ class Cache:
             store.keys, store.values = store.keys[index], store.values[index]
             store.ends = [store.ends[row] for row in rows]
             store.seen = None if store.seen is None else store.seen[index]
+
+    def part(self, rows: Sequence[int]) -> Cache:
+        """A cache of its own with the rows named."""
+        slots = {slot: replace(store) for slot, store in self.slots.items()}
+        made = Cache(self.rows, self.capacity, list(self.lengths), slots)
+        made.select(rows)
+        return made
+
+    def join(self, others: Sequence[Cache], order: Sequence[int]) -> None:
+        """Take in the rows of `others` behind one's own; then put them all into `order`, as `select` does."""
+        caches = [self, *others]
+        capacity = max(cache.capacity for cache in caches)
+        for slot in dict.fromkeys(slot for cache in caches for slot in cache.slots):
+            like = next(cache.slots[slot].keys for cache in caches if slot in cache.slots)
+            stores = [cache.store(slot, like) for cache in caches]
+            keys, values = (
+                torch.cat([_widened(getattr(store, name), 2, capacity) for store in stores])
+                for name in ("keys", "values")
+            )
+            ends, seen = [end for store in stores for end in store.ends], None
+            if any(store.seen is not None for store in stores):
+                index = torch.arange(capacity, device=keys.device)
+                shown = [index < torch.tensor(store.ends, device=index.device)[:, None] for store in stores]
+                kept = [None if store.seen is None else _widened(store.seen, 1, capacity) for store in stores]
+                seen = torch.cat([one if one is not None else all_ for one, all_ in zip(kept, shown, strict=True)])
+            self.slots[slot] = SlotStore(keys, values, ends, seen)
+        self.capacity, self.lengths = capacity, [length for cache in caches for length in cache.lengths]
+        self.rows = len(self.lengths)
+        self.select(order)
 
 
 def _aligned(tokens: int) -> int:

@@ -125,7 +125,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("this model has no exit head to draft with: load an adapter that brings one, or use auto")
         if draft.plan is not None:
             draft.plan.check(self.depth)
-        return Draft.parse(str(draft), self.depth)
+        return draft if draft.trust is not None else Draft.parse(str(draft), self.depth)
 
     def tuner(self, draft: Draft, rows: int) -> Tuner:
         """What was measured of `draft` for batches of so many rows; kept from answer to answer."""
@@ -136,16 +136,24 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         """The exit head, run as a model of one layer by the same engine; None if there is no head."""
         if self.exit_head is None:
             return None
-        if self._head_runtime is None or self._head_runtime.engine.name != self.runtime.engine.name:
+        if not self._serves(self._head_runtime):
             own = self.exit_head.backbone(self.runtime.backbone)
             self._head_runtime = Runtime(own, self._engine_for(own))
         return self._head_runtime
+
+    def _serves(self, runtime: Runtime | None) -> bool:
+        """Whether `runtime` was made for the exit head that is there now, and for the engine."""
+        return (
+            runtime is not None
+            and runtime.backbone.head is self.exit_head.head
+            and runtime.engine.name == self.runtime.engine.name
+        )
 
     def draft_logits(self) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
         """The logits a plan drafts with, and of which tokens: those of the exit head's vocabulary, if there is one."""
         if self.exit_head is None:
             return self.runtime.engine.logits, None
-        if self._cut_runtime is None or self._cut_runtime.engine.name != self.runtime.engine.name:
+        if not self._serves(self._cut_runtime):
             cut = copy.copy(self.runtime.backbone)
             cut.__dict__.pop("shape", None)
             cut.head = self.exit_head.head

@@ -70,7 +70,7 @@ inline void tile(const W* w, const float* x, Y* y, int64_t k, int64_t n, bool fe
     Floats weights[rows];
     if (fetch) {
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) __builtin_prefetch(w + (rows + r) * k + i);
+      for (int r = 0; r < rows; ++r) __builtin_prefetch(w + (rows + r) * k + i, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) weights[r] = load(w + r * k + i);
@@ -96,7 +96,7 @@ inline void tile(const at::BFloat16* w, const at::BFloat16* x, Y* y, int64_t k, 
     __m512bh weights[rows];
     if (fetch) {
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) __builtin_prefetch(w + (rows + r) * k + i);
+      for (int r = 0; r < rows; ++r) __builtin_prefetch(w + (rows + r) * k + i, 0, 2);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) weights[r] = (__m512bh)_mm512_loadu_si512(w + r * k + i);
@@ -130,38 +130,64 @@ inline void all_tokens(const W* w, const X* x, Y* y, int64_t tokens, int64_t k, 
   }
 }
 
+// The maps of one input, W_0 ... W_g, in one parallel region: blocks of rows are dealt out over all of them.
 template <typename W, typename X>
-void multiply(const W* w, const X* x, W* y, int64_t tokens, int64_t k, int64_t n) {
-  at::parallel_for(0, n / ROWS, 8, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block)
-      all_tokens<ROWS>(w + block * ROWS * k, x, y + block * ROWS, tokens, k, n);
+void multiply(const std::vector<const W*>& weights, const std::vector<W*>& outputs, const std::vector<int64_t>& sizes,
+              const X* x, int64_t tokens, int64_t k) {
+  std::vector<int64_t> first(sizes.size() + 1, 0);  // number of the first block of each map
+  for (size_t map = 0; map < sizes.size(); ++map) first[map + 1] = first[map] + sizes[map] / ROWS;
+  at::parallel_for(0, first.back(), 8, [&](int64_t begin, int64_t end) {
+    for (size_t map = 0; map < sizes.size(); ++map) {
+      const int64_t stop = std::min(end, first[map + 1]) - first[map];
+      for (int64_t block = std::max(begin, first[map]) - first[map]; block < stop; ++block)
+        all_tokens<ROWS>(weights[map] + block * ROWS * k, x, outputs[map] + block * ROWS, tokens, k, sizes[map]);
+    }
   });
-  for (int64_t row = n / ROWS * ROWS; row < n; ++row) all_tokens<1>(w + row * k, x, y + row, tokens, k, n);
+  for (size_t map = 0; map < sizes.size(); ++map)
+    for (int64_t row = sizes[map] / ROWS * ROWS; row < sizes[map]; ++row)
+      all_tokens<1>(weights[map] + row * k, x, outputs[map] + row, tokens, k, sizes[map]);
 }
 
-at::Tensor few_token_linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
-  const int64_t n = weight.size(0), k = weight.size(1);
-  const auto type = weight.scalar_type();
-  const bool fits = weight.is_contiguous() && k % (2 * LANES) == 0 && input.scalar_type() == type &&
-                    (type == at::kFloat || type == at::kBFloat16);
-  if (!fits) return at::linear(input, weight, bias);
+template <typename W, typename X>
+void multiply(const at::Tensor& x, at::TensorList weights, const std::vector<at::Tensor>& outputs, int64_t k) {
+  std::vector<const W*> from;
+  std::vector<W*> to;
+  std::vector<int64_t> sizes;
+  for (size_t map = 0; map < weights.size(); ++map) {
+    from.push_back(weights[map].const_data_ptr<W>());
+    to.push_back(outputs[map].mutable_data_ptr<W>());
+    sizes.push_back(weights[map].size(0));
+  }
+  multiply(from, to, sizes, x.const_data_ptr<X>(), x.numel() / k, k);
+}
+
+std::vector<at::Tensor> few_token_linear(const at::Tensor& input, at::TensorList weights) {
+  const int64_t k = input.size(-1);
+  const auto type = input.scalar_type();
+  bool fits = k % (2 * LANES) == 0 && (type == at::kFloat || type == at::kBFloat16);
+  for (const auto& weight : weights) fits = fits && weight.is_contiguous() && weight.scalar_type() == type;
+  std::vector<at::Tensor> outputs;
+  for (const auto& weight : weights) {
+    if (fits) {
+      auto sizes = input.sizes().vec();
+      sizes.back() = weight.size(0);
+      outputs.push_back(at::empty(sizes, weight.options()));
+    } else {
+      outputs.push_back(at::linear(input, weight));
+    }
+  }
+  if (!fits) return outputs;
   const auto x = input.contiguous();
-  const int64_t tokens = x.numel() / k;
-  auto sizes = input.sizes().vec();
-  sizes.back() = n;
-  auto y = at::empty(sizes, weight.options());
   if (type == at::kFloat) {
-    multiply(weight.const_data_ptr<float>(), x.const_data_ptr<float>(), y.mutable_data_ptr<float>(), tokens, k, n);
+    multiply<float, float>(x, weights, outputs, k);
   } else {
 #ifdef __AVX512BF16__
-    const at::BFloat16* const inputs = x.const_data_ptr<at::BFloat16>();
+    multiply<at::BFloat16, at::BFloat16>(x, weights, outputs, k);
 #else
-    const auto widened = x.to(at::kFloat);
-    const float* const inputs = widened.const_data_ptr<float>();
+    multiply<at::BFloat16, float>(x.to(at::kFloat), weights, outputs, k);
 #endif
-    multiply(weight.const_data_ptr<at::BFloat16>(), inputs, y.mutable_data_ptr<at::BFloat16>(), tokens, k, n);
   }
-  return bias ? y.add_(*bias) : y;
+  return outputs;
 }
 
 // exp(x) for x <= 0, to 2e-7: 2^n times a polynomial on half a unit either side of 0 (Cephes' expf).
@@ -296,7 +322,7 @@ at::Tensor few_token_attention(const at::Tensor& query, const at::Tensor& keys, 
 }  // namespace
 
 TORCH_LIBRARY(layerwise, library) {
-  library.def("few_token_linear(Tensor input, Tensor weight, Tensor? bias) -> Tensor");
+  library.def("few_token_linear(Tensor input, Tensor[] weights) -> Tensor[]");
   library.def("few_token_attention(Tensor query, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(layerwise, CPU, library) {

@@ -14,7 +14,6 @@ import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import torch
@@ -31,17 +30,18 @@ def compiler() -> str | None:
     return next((name for name in (os.environ.get("CXX") or "g++", "g++", "clang++") if shutil.which(name)), None)
 
 
-@cache
 def load_operators(notify: Callable[[str], None]) -> None:
     """Make `torch.ops.layerwise` ready: compiled once, kept on disk.
 
-    few_token_linear: input (..., k), weight (n, k), bias (n) or None, to (..., n).
+    few_token_linear: input (..., k) and any number of weights (n, k), to as many outputs (..., n).
     few_token_attention: query (rows, heads, tokens, size), keys and values (rows, key heads, capacity, size), additive
         float32 mask (rows, 1, tokens, length), scale, to (rows, tokens, heads, size); the first `length` keys count.
 
     Raises:
         OSError, subprocess.CalledProcessError: there is no compiler, or it fails.
     """
+    if hasattr(torch.ops.layerwise, "few_token_linear"):  # a process can register operators once only
+        return
     facts = (SOURCE.read_text(encoding="utf-8"), _FLAGS, torch.__version__, torch.backends.cpu.get_cpu_capability())
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
     path = cache_dir("kernels") / f"{key}.so"
@@ -51,8 +51,8 @@ def load_operators(notify: Callable[[str], None]) -> None:
     torch.ops.load_library(str(path))
 
     @torch.library.register_fake("layerwise::few_token_linear")
-    def _(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return input.new_empty((*input.shape[:-1], weight.shape[0]))
+    def _(input: Tensor, weights: list[Tensor]) -> list[Tensor]:
+        return [input.new_empty((*input.shape[:-1], weight.shape[0])) for weight in weights]
 
     @torch.library.register_fake("layerwise::few_token_attention")
     def _(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:

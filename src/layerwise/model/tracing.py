@@ -55,14 +55,37 @@ class _RowSum(nn.Module):
 
 
 class _FewTokens(nn.Module):
-    """`nn.Linear` by the operator for a few tokens."""
+    """`nn.Linear` by the operator for a few tokens. Maps of one input, such as q, k and v, share one call of it."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
+        self.__dict__["group"] = [self]  # not children: each map is one already where it stands
+        self.__dict__["made"] = None  # (input, output), left here by the first map of the group that was called
+        self.__dict__["inputs"] = None  # a list, while groups are being found
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.layerwise.few_token_linear(x, self.weight, self.bias)
+        if self.inputs is not None:
+            self.inputs.append((self, x))
+        if self.made is None or self.made[0] is not x:
+            outputs = torch.ops.layerwise.few_token_linear(x, [one.weight for one in self.group])
+            for one, output in zip(self.group, outputs, strict=True):
+                one.__dict__["made"] = (x, output)
+        output = self.made[1]
+        self.__dict__["made"] = None
+        return output if self.bias is None else output + self.bias
+
+
+def _find_groups(module: nn.Module, run: Callable[[], Any]) -> None:
+    """Join the linear maps in `module` that get the same input when it is `run`."""
+    maps = [one for one in module.modules() if isinstance(one, _FewTokens)]
+    inputs: list[tuple[_FewTokens, Tensor]] = []
+    for one in maps:
+        one.__dict__["inputs"] = inputs
+    run()
+    for one in maps:
+        one.__dict__["inputs"] = None
+        one.__dict__["group"] = [other for other, x in inputs if any(x is y for known, y in inputs if known is one)]
 
 
 class _NewestSlot:
@@ -206,6 +229,9 @@ class _TracedLayer(nn.Module):
         self.form = source.form
         self.names = list(_named_tensors(source.module))
         self.window = source.kind.window
+        if self.form == FEW:
+            with torch.no_grad():
+                _find_groups(self.template, lambda: self(*source.example()[0]))
 
     def forward(self, hidden: Tensor, state: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> Tensor:
         arguments: dict[str, Any] = {"attention_mask": None, "past_key_values": None, "position_embeddings": None}

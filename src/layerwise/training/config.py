@@ -48,8 +48,8 @@ class LayerSkipRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LayerSkipConfig(LayerSkipRecipe):
-    """A whole training run.
+class TrainingConfig:
+    """What every training is told.
 
     One step uses `gradient_accumulation` batches of at most `tokens_per_batch` tokens, padding included, however many
     processes share them: they are the sizes of the *global* batch.
@@ -63,7 +63,6 @@ class LayerSkipConfig(LayerSkipRecipe):
     model: str | None = field(
         default=None, metadata=_help("A name from 'layerwise models', a folder, or a Hugging Face id.")
     )
-    rank: int = field(default=8, metadata=_help("LoRA rank, alpha is twice as much; 0 trains all the weights."))
     steps: int | None = field(default=None, metadata=_help("How many optimizer steps to train; instead of epochs."))
     epochs: float | None = field(
         default=None, metadata=_help("How often to go through the data; 1 if steps are not given.")
@@ -86,8 +85,6 @@ class LayerSkipConfig(LayerSkipRecipe):
     log_every: int = field(default=10, metadata=_help("Steps between lines of progress."))
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.rank >= 0, f"rank must be 0 (train all weights) or more, not {self.rank}")
         _require(self.steps is None or self.epochs is None, "give either steps or epochs, not both")
         for name in ("steps", "epochs", "tokens_per_batch", "gradient_accumulation", "save_every", "log_every"):
             value = getattr(self, name)
@@ -112,6 +109,58 @@ class LayerSkipConfig(LayerSkipRecipe):
                     f"the training in '{self.out}' began with {name.replace('_', '-')} {saved.get(name)}, not {value}: "
                     "resume it with the same options, or give another folder"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerSkipConfig(LayerSkipRecipe, TrainingConfig):
+    """A training by the recipe of the paper.
+
+    Raises:
+        ValueError: a value is out of range, or there is no such file of examples.
+    """
+
+    rank: int = field(default=8, metadata=_help("LoRA rank, alpha is twice as much; 0 trains all the weights."))
+
+    def __post_init__(self) -> None:
+        LayerSkipRecipe.__post_init__(self)
+        TrainingConfig.__post_init__(self)
+        _require(self.rank >= 0, f"rank must be 0 (train all weights) or more, not {self.rank}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenRecipe:
+    """The choices of the frozen recipe, see `training.frozen`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    adapter: str | None = field(default=None, metadata=_help("Recipe frozen: the adapter whose model is drafted for."))
+    exit: int = field(
+        default=0, metadata=_help("Recipe frozen: layers the current token runs before the head; 0 is its embedding.")
+    )
+    vocabulary: int = field(default=8192, metadata=_help("Recipe frozen: the most tokens that can be drafted."))
+    unroll: int = field(default=3, metadata=_help("Recipe frozen: drafted tokens in a row that are trained."))
+    max_new_tokens: int = field(default=160, metadata=_help("Recipe frozen: longest answer the model writes itself."))
+
+    def __post_init__(self) -> None:
+        _require(self.exit >= 0, f"exit must be 0 layers or more, not {self.exit}")
+        for name in ("vocabulary", "unroll", "max_new_tokens"):
+            value = getattr(self, name)
+            _require(value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenConfig(FrozenRecipe, TrainingConfig):
+    """A training of an exit head for a model that is left as it is.
+
+    Raises:
+        ValueError: a value is out of range, or there is no such file of prompts.
+    """
+
+    def __post_init__(self) -> None:
+        FrozenRecipe.__post_init__(self)
+        TrainingConfig.__post_init__(self)
 
 
 def _require(holds: bool, otherwise: str) -> None:

@@ -26,13 +26,16 @@ from torch import Tensor, nn
 
 from layerwise.data import IGNORED, read_jsonl
 from layerwise.data.examples import Tokens
-from layerwise.model.causal_lm import LayerwiseForCausalLM
+from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM
 from layerwise.model.exit_head import ExitHead
 from layerwise.model.frame import Frame
-from layerwise.plan import Plan, Slot, Step, Visit
-from layerwise.training.config import LayerSkipConfig
+from layerwise.plan import Plan
+from layerwise.sources import load_tokenizer
+from layerwise.training.answers import write_answers
+from layerwise.training.config import FrozenConfig
 from layerwise.training.trainer import RecipeTrainer, run_training
 
+ANSWERS = "answers.jsonl"
 DISCOUNT = 0.8  # weight of pass k+1 beside pass k
 
 
@@ -185,17 +188,10 @@ def most_frequent(answers: Sequence[Sequence[int]], most: int) -> list[int]:
     return [token for token, _ in counts.most_common(most)]
 
 
-def train(
-    config: LayerSkipConfig,
-    exit: int = 0,
-    notify: Callable[[str], None] = lambda line: None,
-    resume: bool = False,
-    adapter: str | None = None,
-    vocabulary: int = 8192,
-    unroll: int = 3,
-    max_new_tokens: int = 160,
-) -> Path:
+def train(config: FrozenConfig, notify: Callable[[str], None] = lambda line: None, resume: bool = False) -> Path:
     """Write the model's answers to the prompts of `config.data`, train an exit head on them, save it as an adapter.
+
+    With `config.adapter` the head is for that adapter's model, and is saved together with its weights.
 
     Raises:
         ValueError: no usable data or model; the folder holds a training and `resume` was not asked for, or the reverse.
@@ -203,34 +199,37 @@ def train(
     """
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    answered = _answers(config, adapter, out / "answers.jsonl", max_new_tokens, notify)
+    answered = _answers(config, out / ANSWERS, notify)
+    limit = min(config.max_length, config.tokens_per_batch)
     tokens = [Tokens(a["prompt"] + a["answer"], [IGNORED] * len(a["prompt"]) + a["answer"]) for a in answered]
-    tokens = [one for one in tokens if len(one.input_ids) <= min(config.max_length, config.tokens_per_batch)]
-    drafted = most_frequent([a["answer"] for a in answered], vocabulary)
+    tokens = [one for one in tokens if len(one.input_ids) <= limit]
+    if not tokens:
+        raise ValueError(f"'{config.data}' has no prompt whose answer fits into {limit} tokens: raise max-length")
+    drafted = most_frequent([a["answer"] for a in answered], config.vocabulary)
 
     def make(steps: int) -> FrozenExit:
-        from layerwise.hub import from_pretrained
-
         torch.manual_seed(config.seed)
-        model = from_pretrained(config.model, adapter=adapter, dtype=config.precision, engine="eager")
-        model.exit_head = ExitHead(model.runtime.backbone, exit, drafted).float()
-        return FrozenExit(model, unroll)
+        model = _load(config, "eager")
+        model.exit_head = ExitHead(model.runtime.backbone, config.exit, drafted).float()
+        return FrozenExit(model, config.unroll)
 
     return run_training(config, make, RecipeTrainer, notify, resume, (tokens, 0))
 
 
-def _answers(
-    config: LayerSkipConfig, adapter: str | None, path: Path, max_new_tokens: int, notify: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """The model's greedy answers to the prompts of `config.data`, read from `path` as far as they are there."""
+def _load(config: FrozenConfig, engine: EngineName) -> LayerwiseForCausalLM:
     from layerwise.hub import from_pretrained
-    from layerwise.sources import load_tokenizer
-    from layerwise.training.answers import write_answers
 
-    tokenizer = load_tokenizer(config.model)
+    model = from_pretrained(config.model, adapter=config.adapter, dtype=config.precision, engine=engine)
+    model.exit_head = None  # one that the adapter has is replaced
+    return model
+
+
+def _answers(config: FrozenConfig, path: Path, notify: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The model's greedy answers to the prompts of `config.data`; those that `path` holds are not written again."""
     examples = read_jsonl(config.data)
     if not path.exists() or len(path.read_text(encoding="utf-8").splitlines()) < len(examples):
-        model = from_pretrained(config.model, adapter=adapter, dtype=config.precision)
-        for done in write_answers(model, tokenizer, examples, path, max_new_tokens):
+        for done in write_answers(
+            _load(config, "auto"), load_tokenizer(config.model), examples, path, config.max_new_tokens
+        ):
             notify(f"{done} of {len(examples)} answers written")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -204,9 +204,16 @@ def train(config: LayerSkipConfig, notify: Callable[[str], None] = lambda line: 
     """
 
     def make(steps: int) -> LayerSkip:
-        return LayerSkip(load_for_training(config), config, steps, config.seed)
+        model = load_for_training(config)
+        model.exits = usual_exits(model.depth)
+        return LayerSkip(model, config, steps, config.seed)
 
     return run_training(config, make, LayerSkipTrainer, notify, resume)
+
+
+def usual_exits(layers: int) -> tuple[int, ...]:
+    """The exits that `--draft auto` tries on a trained model: after 1/8, 1/4 and 2/5 of the layers."""
+    return tuple(sorted({max(1, round(layers * share)) for share in (0.125, 0.25, 0.4)} - {layers}))
 
 
 def load_for_training(config: LayerSkipConfig) -> LayerwiseForCausalLM:

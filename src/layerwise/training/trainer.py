@@ -36,7 +36,7 @@ from layerwise.data.examples import IGNORED, Tokens, collate, length_sorted_batc
 from layerwise.hub import save_adapter
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.exit_head import ExitHead
-from layerwise.training.config import LayerSkipConfig
+from layerwise.training.config import TrainingConfig
 
 RECORD = "training.json"
 Item = tuple[int, int, bool]  # example, place in the global batch, and whether its labels count
@@ -305,7 +305,7 @@ _SHOWN = ("last_layer_loss", "exit_loss", "kept_layers", "agreement_1", "agreeme
 # -- a whole run -----------------------------------------------------------------------------------------------
 
 
-def training_arguments(config: LayerSkipConfig, steps: int = 1) -> TrainingArguments:
+def training_arguments(config: TrainingConfig, steps: int = 1) -> TrainingArguments:
     """The Trainer's own settings for a run of `steps`."""
     cpu = not torch.cuda.is_available()
     return TrainingArguments(
@@ -333,7 +333,7 @@ def training_arguments(config: LayerSkipConfig, steps: int = 1) -> TrainingArgum
     )
 
 
-def read_examples(config: LayerSkipConfig, notify: Callable[[str], None]) -> tuple[list[Tokens], int]:
+def read_examples(config: TrainingConfig, notify: Callable[[str], None]) -> tuple[list[Tokens], int]:
     """The examples of `config.data` as tokens, and the token to pad with; says what was left out."""
     from layerwise.sources import load_tokenizer
 
@@ -350,7 +350,7 @@ def read_examples(config: LayerSkipConfig, notify: Callable[[str], None]) -> tup
 
 
 def run_training(
-    config: LayerSkipConfig,
+    config: TrainingConfig,
     make: Callable[[int], nn.Module],
     trainer_class: type[RecipeTrainer],
     notify: Callable[[str], None],
@@ -396,7 +396,7 @@ def run_training(
     return out
 
 
-def _starting_point(config: LayerSkipConfig, out: Path, resume: bool) -> Path | None:
+def _starting_point(config: TrainingConfig, out: Path, resume: bool) -> Path | None:
     """The checkpoint to resume from, or None to begin."""
     checkpoint = last_checkpoint(out / "checkpoints")
     if not resume:
@@ -409,13 +409,13 @@ def _starting_point(config: LayerSkipConfig, out: Path, resume: bool) -> Path | 
     return checkpoint
 
 
-def _steps_of(config: LayerSkipConfig, examples: Sequence[Tokens]) -> int:
+def _steps_of(config: TrainingConfig, examples: Sequence[Tokens]) -> int:
     lengths = [len(tokens.input_ids) for tokens in examples]
     batches = len(length_sorted_batches(lengths, config.tokens_per_batch, config.seed))
     return max(1, ceil((config.epochs or 1.0) * batches / config.gradient_accumulation))
 
 
-def _record(out: Path, config: LayerSkipConfig, history: list[dict[str, float]]) -> None:
+def _record(out: Path, config: TrainingConfig, history: list[dict[str, float]]) -> None:
     """The options and what was logged, for whoever finds the adapter."""
     text = json.dumps({"config": config.to_dict(), "log": history}, indent=2) + "\n"
     (out / RECORD).write_text(text, encoding="utf-8")

@@ -1,0 +1,266 @@
+"""Speculative decoding against plain decoding, on held-out prompts of a task.
+
+The same float32 weights answer the same prompts greedily, one prompt after another, and on each prompt the contenders
+take turns: layerwise plain and with drafts, transformers' `generate`, and its own self-speculation
+(`assistant_early_exit`, at the best of a few settings). What is timed is decoding, from the first token to the last;
+whole calls, prompt included, are reported beside it.
+
+    identical                  every prompt's tokens equal plain decoding's, for every draft and for a batch of 8
+    speedup                    decoding time, plain / with the draft
+    speedup_vs_hf              the same, transformers' generate / with the draft
+    speedup_vs_hf_early_exit   the same, transformers' self-speculation / with the draft
+    acceptance                 share of drafted tokens that stood
+    auto_vs_best_static        speed of `auto` / speed of the best fixed draft of a sweep, where one was asked for
+    hopeless                   speed of `auto` / speed of plain decoding where drafts fail: sampling at temperature 1.5
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from layerwise.benchmarks.environment import environment
+from layerwise.benchmarks.timing import Stopwatch, rounds
+from layerwise.data import load, prompt_ids
+from layerwise.hub import from_pretrained
+from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM
+from layerwise.sources import load_tokenizer
+from layerwise.trace import Source, Trace
+
+STATIC = ("ngram,4", "ngram,8", "ngram+head,4", "head,2", "head,3", "head,4", "head,5", "head,6", "head,8")
+HF_EXITS = (4, 8, 16)
+MOST_PROMPT = 400  # tokens; longer prompts of the test split are left out
+ROWS = 8
+
+
+def bench_speculative(
+    task: str,
+    model: str | None = None,
+    adapter: str | Path | None = None,
+    draft: str = "auto",
+    prompts: int = 8,
+    new_tokens: int = 96,
+    count: int = 3,
+    sweep: bool = False,
+    peers: bool = True,
+    engine: EngineName = "auto",
+    notify: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Run the comparison; returns the fields above, times per prompt, and the environment.
+
+    Args:
+        prompts: how many of the task's held-out prompts, the same ones every time.
+        count: rounds of the contenders that are layerwise; transformers runs in the first one.
+        sweep: also measure fixed drafts, and where drafts fail.
+        peers: also measure transformers.
+    """
+    tokenizer = load_tokenizer(model)
+    texts = held_out(task, tokenizer, prompts)
+    ours = from_pretrained(model, adapter=adapter, dtype="float32", engine=engine, notify=notify)
+    ours.prepare(ours.row_plans(1), ours.read_draft("auto"), few=True)
+    drafts = [draft] + [one for one in static_drafts(ours) if sweep and one != draft]
+    result: dict[str, Any] = {"benchmark": "speculative", "task": task, "draft": draft}
+    theirs = ours.runtime.backbone.model
+    early = _best_early_exit(theirs, texts[0], new_tokens) if peers else None
+    result["hf_early_exit"] = early
+    runs: dict[str, list[list[_Run]]] = {}
+    _warm_up(ours, drafts, texts[0])
+    for number, ids in enumerate(texts):
+        contenders: dict[str, Callable[[], _Run]] = {"plain": lambda ids=ids: _timed(ours, ids, new_tokens, "off")}
+        for one in drafts:
+            contenders[one] = lambda ids=ids, one=one: _timed(ours, ids, new_tokens, one)
+        found: dict[str, list[_Run]] = {name: [] for name in contenders}
+        if peers:
+            found["transformers"] = [_timed(theirs, ids, new_tokens)]
+            found["transformers early exit"] = [_timed(theirs, ids, new_tokens, assistant_early_exit=early)]
+        for _, name, run in rounds(contenders, count):
+            found[name].append(run)
+        for name, those in found.items():
+            runs.setdefault(name, []).append(those)
+        notify(f"{task}: prompt {number + 1} of {len(texts)}")
+    result |= _compared(runs, draft, peers)
+    if sweep:
+        static = {name: result["speedups"][name] for name in drafts if name != draft}
+        best = max(static, key=static.__getitem__)
+        result |= {"best_static": best, "best_static_speedup": static[best]}
+        result["auto_vs_best_static"] = result["speedup"] / static[best]
+        result["hopeless"] = hopeless(ours, texts, new_tokens, count)
+    result["batch"] = _batch(ours, texts, new_tokens, draft, count)
+    result["identical"] = result["identical"] and result["batch"]["identical"]
+    result |= {
+        "prompts": len(texts),
+        "new_tokens": new_tokens,
+        "rounds": count,
+        "adapter": None if adapter is None else Path(adapter).name,
+        "model": theirs.config.name_or_path,
+        "engine": ours.runtime.engine.name,
+        "dtype": "float32",
+        "environment": environment(),
+    }
+    return result
+
+
+def held_out(task: str, tokenizer: Any, count: int) -> list[torch.Tensor]:
+    """Prompts (1, width) of the task's test split, no two with the same key."""
+    seen: dict[str, torch.Tensor] = {}
+    for example in load(task, "test"):
+        ids = prompt_ids(example, tokenizer)
+        if len(ids) <= MOST_PROMPT and example.key not in seen:
+            seen[example.key] = torch.tensor([ids])
+        if len(seen) == count:
+            break
+    return list(seen.values())
+
+
+def static_drafts(model: LayerwiseForCausalLM) -> list[str]:
+    """The fixed drafts of a sweep: those of STATIC that the model has, and its trained exits."""
+    fixed = [one for one in STATIC if model.exit_head is not None or "head" not in one]
+    return fixed + [f"exit:{exit},{length}" for exit in model.exits for length in (2, 4, 6)]
+
+
+class _Run:
+    """One greedy call: its tokens, the time from the first to the last, and of the whole call."""
+
+    def __init__(self, tokens: list[int], watch: Stopwatch, trace: Trace | None) -> None:
+        self.tokens = tokens
+        self.decoding = watch.times[-1] - watch.times[1]
+        self.whole = watch.total
+        self.trace = trace
+
+
+def _timed(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, draft: str | None = None, **options: Any) -> _Run:
+    watch = Stopwatch()
+    trace = Trace() if draft is not None else None
+    if draft is not None:
+        options |= {"draft": draft, "trace": trace}
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, streamer=watch, **options
+    )
+    return _Run(out[0, ids.shape[1] :].tolist(), watch, trace)
+
+
+def _warm_up(model: LayerwiseForCausalLM, drafts: Sequence[str], ids: torch.Tensor) -> None:
+    for draft in ("off", *drafts):
+        _timed(model, ids, 8, draft)
+
+
+def _best_early_exit(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> int:
+    """The exit at which transformers' own self-speculation is fastest on one prompt."""
+    times = {}
+    for exit in HF_EXITS:
+        if exit < model.config.num_hidden_layers:
+            times[exit] = _timed(model, ids, min(new_tokens, 32), assistant_early_exit=exit).decoding
+    return min(times, key=times.__getitem__)
+
+
+def _compared(runs: dict[str, list[list[_Run]]], draft: str, peers: bool) -> dict[str, Any]:
+    """Ratios of total time over all prompts, each prompt's time the median of its rounds."""
+    answers = [those[0].tokens for those in runs["plain"]]
+    lengths = [len(answer) for answer in answers]
+    timed = [at for at, length in enumerate(lengths) if length > 1]
+
+    def seconds(name: str, what: str) -> float:
+        return sum(median(getattr(run, what) for run in runs[name][at]) for at in timed)
+
+    def same(name: str) -> bool:
+        return all(run.tokens == answer for those, answer in zip(runs[name], answers, strict=True) for run in those)
+
+    plain = seconds("plain", "decoding")
+    ours = [name for name in runs if not name.startswith("transformers")]
+    traces = [run.trace for those in runs[draft] for run in those]
+    drafted = sum(trace.drafted for trace in traces)
+    accepted = sum(trace.accepted for trace in traces)
+    passes = sum(sum(trace.drafts.values()) for trace in traces)
+    chosen: dict[str, int] = {}
+    for trace in traces:
+        for name, times in trace.drafts.items():
+            chosen[name] = chosen.get(name, 0) + times
+    steps = sum(lengths[at] - 1 for at in timed)
+    result: dict[str, Any] = {
+        "identical": all(same(name) for name in ours),
+        "speedup": plain / seconds(draft, "decoding"),
+        "speedup_whole_call": seconds("plain", "whole") / seconds(draft, "whole"),
+        "speedups": {name: plain / seconds(name, "decoding") for name in ours if name != "plain"},
+        "acceptance": accepted / drafted if drafted else 0.0,
+        "exit": max(chosen, key=chosen.__getitem__) if chosen else "off",
+        "draft_length": drafted / passes if passes else 0.0,
+        "tokens_per_pass": sum(len(trace.sources[0]) - 1 for trace in traces) / passes if passes else 1.0,
+        "drafts_chosen": chosen,
+        "tokens_per_second": steps / seconds(draft, "decoding"),
+        "plain_tokens_per_second": steps / plain,
+        "answer_tokens": lengths,
+        "drafted_share": _share(traces, Source.DRAFTED),
+    }
+    if peers:
+        for field, name in (("speedup_vs_hf", "transformers"), ("speedup_vs_hf_early_exit", "transformers early exit")):
+            result[field] = seconds(name, "decoding") / seconds(draft, "decoding")
+        result["identical_to_hf"] = same("transformers")
+    return result
+
+
+def _share(traces: Sequence[Trace], source: Source) -> float:
+    made = [one for trace in traces for one in trace.sources[0]]
+    return made.count(source) / len(made) if made else 0.0
+
+
+def _batch(
+    model: LayerwiseForCausalLM, texts: Sequence[torch.Tensor], new_tokens: int, draft: str, count: int
+) -> dict[str, Any]:
+    """The first prompts as one batch of 8 rows, padded on the left: same tokens as row by row, and the speed-up."""
+    texts = [texts[at % len(texts)] for at in range(ROWS)]
+    width = max(ids.shape[1] for ids in texts)
+    ids = torch.zeros(ROWS, width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, text in enumerate(texts):
+        ids[row, width - text.shape[1] :], mask[row, width - text.shape[1] :] = text[0], 1
+
+    def run(how: str) -> tuple[torch.Tensor, float]:
+        times = [0.0, 0.0]
+        for at, tokens in enumerate((1, new_tokens)):  # the prompt's share is taken off
+            watch = Stopwatch()
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, draft=how)
+            watch.put(out)
+            times[at] = watch.total
+        return out, times[1] - times[0]
+
+    run(draft)
+    found: dict[str, list[tuple[torch.Tensor, float]]] = {"off": [], draft: []}
+    for _, name, one in rounds({how: (lambda how=how: run(how)) for how in found}, max(1, count - 1)):
+        found[name].append(one)
+    plain = found["off"][0][0]
+    return {
+        "rows": ROWS,
+        "identical": all(torch.equal(out, plain) for out, _ in found[draft]),
+        "speedup": median(t for _, t in found["off"]) / median(t for _, t in found[draft]),
+    }
+
+
+def hopeless(model: LayerwiseForCausalLM, texts: Sequence[torch.Tensor], new_tokens: int, count: int) -> float:
+    """Speed of `auto` over plain decoding when sampling at temperature 1.5, where hardly a draft stands."""
+    speeds: dict[str, list[float]] = {"off": [], "auto": []}
+    for seed, ids in enumerate(texts[:4]):
+
+        def run(how: str, ids: torch.Tensor = ids, seed: int = seed) -> float:
+            torch.manual_seed(seed)
+            watch = Stopwatch()
+            model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                do_sample=True,
+                temperature=1.5,
+                top_k=0,
+                streamer=watch,
+                draft=how,
+            )
+            return (len(watch.times) - 2) / (watch.times[-1] - watch.times[1])
+
+        for _, name, speed in rounds({how: (lambda how=how: run(how)) for how in speeds}, count):
+            speeds[name].append(speed)
+    return median(speeds["auto"]) / median(speeds["off"])

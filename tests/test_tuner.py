@@ -1,0 +1,172 @@
+"""The tuner: it stops drafting that does not pay, comes back to it, and finds the better way and the better length."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from layerwise.decoding.tuner import REST, Tuner
+
+STEP = 0.010  # seconds of a plain step in the simulations
+MORE = 0.0003  # what each further token adds to a verification
+
+
+def simulate(
+    tuner: Tuner, ways: dict[str, tuple[float, float]], rounds: int, seed: int = 0, rest: bool = True
+) -> list[tuple[str, int]]:
+    """Rounds in which way `name` has acceptance ways[name][0] and drafts a token in ways[name][1] plain steps."""
+    rng, chosen = random.Random(seed), []
+    for _ in range(rounds):
+        name, most, worth = tuner.choose({name: price for name, (_, price) in ways.items()}, 15, rest)
+        drafted, trust = 0, 1.0
+        if name != "off":
+            acceptance, price = ways[name]
+            while drafted < most and (not drafted or worth(trust)):
+                drafted, trust = drafted + 1, trust * acceptance
+            stood = 0
+            while stood < drafted and rng.random() < acceptance:
+                stood += 1
+            tuner.note(name, drafted, stood, drafted * price * STEP, drafted + 1, STEP + MORE * drafted)
+        else:
+            tuner.note("off", 0, 0.0, 0.0, 1, STEP)
+        chosen.append((name, drafted))
+    return chosen
+
+
+def names(chosen: list[tuple[str, int]]) -> list[str]:
+    return [name for name, _ in chosen]
+
+
+def threshold(worth) -> float:
+    """The least trust that is worth a token, to 1e-6."""
+    low, high = 0.0, 4.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if worth(middle) else (middle, high)
+    return high
+
+
+def test_a_draft_that_always_fails_is_left_and_tried_again_later() -> None:
+    chosen = names(simulate(Tuner(), {"exit": (0.0, 0.3)}, 400))
+    first_rest = chosen.index("off")
+    assert 0 < first_rest <= 10
+    tries = [at for at, name in enumerate(chosen) if name == "exit" and at > first_rest]
+    assert tries, "never tried again"
+    assert tries[-1] - tries[-2] >= 5, "no rest"
+    assert len(tries) < 0.15 * len(chosen)
+
+
+def test_a_draft_that_failed_is_taken_up_when_it_has_become_good() -> None:
+    tuner = Tuner()
+    simulate(tuner, {"exit": (0.0, 0.1)}, 100)
+    chosen = names(simulate(tuner, {"exit": (0.95, 0.1)}, 300))
+    assert chosen[-100:].count("exit") > 95
+
+
+def test_without_leave_to_rest_something_is_always_drafted() -> None:
+    chosen = simulate(Tuner(), {"exit": (0.0, 0.5)}, 60, rest=False)
+    assert names(chosen) == ["exit"] * 60
+    assert [drafted for _, drafted in chosen[-10:]] == [1] * 10  # as little as there is
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        {"good": (0.9, 0.1), "bad": (0.2, 0.1)},  # right more often
+        {"good": (0.8, 0.05), "bad": (0.8, 0.6)},  # cheaper
+        {"good": (0.7, 0.02), "bad": (0.9, 0.9)},  # much cheaper, though wrong more often
+    ],
+)
+def test_the_better_of_two_ways_is_found(ways: dict[str, tuple[float, float]]) -> None:
+    for order in (ways, dict(reversed(ways.items()))):
+        chosen = names(simulate(Tuner(), order, 300))
+        assert chosen[-150:].count("good") > 130
+
+
+def test_the_better_the_draft_the_longer_it_is() -> None:
+    means = []
+    for acceptance in (0.3, 0.6, 0.9, 0.99):
+        tail = simulate(Tuner(), {"exit": (acceptance, 0.15)}, 300, rest=False)[-150:]
+        means.append(sum(drafted for _, drafted in tail) / len(tail))
+    assert means == sorted(means) and means[-1] > 3 * means[0]
+
+
+def test_no_more_than_allowed_and_nothing_where_nothing_is() -> None:
+    tuner = Tuner()
+    tuner.note("off", 0, 0.0, 0.0, 1, STEP)
+    for _ in range(30):
+        tuner.note("exit", 4, 4.0, 4 * 0.01 * STEP, 5, STEP)
+    for most in (1, 3, 15):
+        name, length, _ = tuner.choose({"exit": 0.01}, most)
+        assert name == "exit" and 1 <= length <= most
+    assert tuner.choose({}, 15)[:2] == ("off", 0)
+    assert tuner.choose({}, 15, rest=False)[:2] == ("off", 0)
+    assert tuner.choose({"exit": 0.01}, 0)[:2] == ("off", 0)
+
+
+def test_one_more_token_is_worth_its_time_only() -> None:
+    thresholds = []
+    for price in (0.01, 0.1, 0.4):
+        tuner = Tuner()
+        tuner.note("off", 0, 0.0, 0.0, 1, STEP)
+        for width in range(2, 17):
+            tuner.note("none", 0, 0.0, 0.0, width, STEP)  # verifying more takes no longer
+        for _ in range(50):
+            tuner.note("exit", 4, 4.0, 4 * price * STEP, 5, STEP)
+        name, length, worth = tuner.choose({"exit": price}, 15)
+        assert name == "exit" and worth(1.0) and not worth(0.0)
+        thresholds.append(threshold(worth))
+        # A token more is worth it if what it gives in the time it takes is no less than the best rate.
+        best = max(tuner.rate("exit", length) for length in range(1, 16))
+        assert thresholds[-1] == pytest.approx(price * STEP * best / tuner.ways["exit"].acceptance, rel=1e-3)
+    assert thresholds == sorted(thresholds) and thresholds[0] < 0.3 < thresholds[-1]
+
+
+def test_before_a_plain_step_was_timed_all_guesses_are_in_seconds() -> None:
+    tuner = Tuner()
+    for _ in range(5):
+        tuner.note("slow", 3, 0.0, 3 * 0.9 * STEP, 4, STEP)
+    assert tuner.plain is None and 0.5 * STEP < tuner.round_seconds(1) < STEP
+    assert tuner.choose({"slow": 0.9, "new": 0.01}, 15)[0] == "new"
+    assert tuner.choose({"slow": 0.9}, 15)[0] == "off"
+
+
+def test_what_is_noted() -> None:
+    tuner = Tuner()
+    tuner.note("off", 0, 0.0, 0.0, 1, 0.02)
+    assert tuner.plain == 0.02 and not tuner.ways  # drafting nothing is no way to draft
+    tuner.note("plan:0-5", 4, 2.0, 0.008, 5, 0.03)  # a name that was never offered to choose from
+    way = tuner.ways["plan:0-5"]
+    assert (way.stood, way.fell, way.seconds, way.idle) == (2.0, 1.0, 0.002, 0)
+    assert tuner.round_seconds(5) == 0.03 and tuner.plain == 0.02
+    before = way.acceptance
+    tuner.note("plan:0-5", 4, 4.0, 0.008, 5, 0.05)
+    assert way.acceptance > before and way.stood > 5 and way.fell < 1.0
+    assert tuner.round_seconds(5) == pytest.approx(0.04)
+    tuner.note("ngram2", 3, 0.0, 0.0001, 4, 0.03)
+    assert way.idle == 1 and tuner.ways["ngram2"].acceptance < way.acceptance
+
+
+def test_failures_fade_while_a_way_rests() -> None:
+    tuner = Tuner()
+    for _ in range(20):
+        tuner.note("exit", 2, 0.0, 0.001, 3, STEP)
+    failed = tuner.ways["exit"].acceptance
+    fresh = Tuner()
+    fresh.choose({"exit": 0.1}, 5)
+    hope = fresh.ways["exit"].acceptance
+    for _ in range(int(20 * REST)):
+        tuner.note("off", 0, 0.0, 0.0, 1, STEP)
+    assert failed < 0.25 and tuner.ways["exit"].acceptance == pytest.approx(hope, abs=1e-3)
+
+
+def test_times_between_measured_widths_are_read_off_their_neighbours() -> None:
+    tuner = Tuner()
+    assert tuner.round_seconds(1) == 1.0  # nothing is known: in units of a step
+    tuner.note("off", 0, 0.0, 0.0, 1, 0.010)
+    assert 0.010 < tuner.round_seconds(4) < tuner.round_seconds(8)
+    tuner.note("off", 0, 0.0, 0.0, 4, 0.012)
+    tuner.note("off", 0, 0.0, 0.0, 8, 0.020)
+    assert tuner.round_seconds(6) == pytest.approx(0.016)
+    assert 0 <= tuner.round_seconds(2) < 0.012 and tuner.round_seconds(12) > 0.020

@@ -1,0 +1,42 @@
+"""Draw the figures of the docs from the JSON in results/; a figure whose result is not there is passed over."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from layerwise.report.figures import acceptance_figure, exit_figure
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def exits(result: dict[str, Any], path: Path) -> None:
+    """`{"models": {label: result of layerwise eval --suite exits}}`, the untouched model first."""
+    exit_figure(result["models"], path)
+
+
+def ablation(result: dict[str, Any], path: Path) -> None:
+    """`{"variants": {label: {"acceptance": {exit: share}, ...}}}`."""
+    acceptance_figure({label: one["acceptance"] for label, one in result["variants"].items()}, path)
+
+
+FIGURES: dict[str, tuple[str, Callable[[dict[str, Any], Path], None]]] = {
+    "exits.png": ("layerskip_quality.json", exits),
+    "ablation.png": ("layerskip_ablation.json", ablation),
+}
+
+
+def main(root: Path = ROOT) -> None:
+    for name, (source, draw) in FIGURES.items():
+        file = root / "results" / source
+        if not file.is_file():
+            print(f"no results/{source}: docs/{name} is left as it is")
+            continue
+        draw(json.loads(file.read_text(encoding="utf-8")), root / "docs" / name)
+        print(f"wrote docs/{name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -14,6 +14,7 @@ from layerwise.model.cache import Cache
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.compiled import CompiledEngine, compiler_available
 from layerwise.model.runtime import EagerEngine
+from layerwise.model.tracing import ONE
 from layerwise.plan import Plan
 
 pytestmark = pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
@@ -165,15 +166,16 @@ def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, capl
 
     class Wrong:
         def __init__(self, kernel):
-            self.kernel, self.weights = kernel, []
+            self.kernel, self.weights, self.form = kernel, [], kernel.form
 
         def run(self, arguments):
             return [self.kernel.run([*arguments, *self.kernel.weights])[0] + 10]
 
     monkeypatch.setattr(CompiledEngine, "_load", lambda self, source: Wrong(load(self, source)))
+    visit = Plan.full(6).visits[0]
     with caplog.at_level(logging.WARNING, "layerwise"):
-        model.runtime.engine._build(Plan.full(6).visits[0])
-    assert model.runtime.engine._kernels[Plan.full(6).visits[0]] is None
+        model.runtime.engine._build(visit, ONE)
+    assert model.runtime.engine._layers[visit, ONE] is None
     assert "differs from eager" in caplog.text
 
 
@@ -184,7 +186,7 @@ def test_what_cannot_be_compiled_runs_eagerly(
         raise RuntimeError("no such instruction\nand a page of output")
 
     monkeypatch.setenv("LAYERWISE_CACHE", str(compiled.cache_dir("broken")))
-    monkeypatch.setattr(compiled, "_package", broken)
+    monkeypatch.setattr(compiled, "package", broken)
     plan = Plan.full(6)
     with caplog.at_level(logging.WARNING, "layerwise"):
         found = stepwise_logits(attached("llama"), plan)

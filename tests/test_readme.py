@@ -34,12 +34,18 @@ def run(words: list[str], folder: Path) -> str:
     return done.stdout
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands run one after another: later ones use what earlier ones wrote."""
+    return tmp_path_factory.mktemp("readme")
+
+
 @needs_model
 @pytest.mark.parametrize("command", [line for line in commands() if not line.startswith("make")])
-def test_command(command: str, tmp_path: Path) -> None:
+def test_command(command: str, folder: Path) -> None:
     program, *words = shlex.split(command)
     assert program == ".venv/bin/layerwise"
-    assert run([sys.executable, "-m", "layerwise", *words], tmp_path)
+    assert run([sys.executable, "-m", "layerwise", *words], folder)
 
 
 def test_make_targets() -> None:

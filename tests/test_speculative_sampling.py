@@ -16,7 +16,7 @@ from layerwise.decoding import judge as judging
 from layerwise.decoding.judge import Judge
 from layerwise.model.exit_head import ExitHead
 
-WORDS, NEW, ROWS, CALLS = 6, 3, 256, 14  # tokens compared, and 3584 answers
+WORDS, NEW, ROWS, CALLS = 6, 3, 256, 12  # words compared, and 3072 answers
 FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 WARPED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
 # Holds every pair of words, so whatever the last two are, something followed them before.
@@ -55,14 +55,23 @@ def probabilities(model: LayerwiseForCausalLM, options: dict[str, float]) -> Ten
     return steps.gather(-1, texts[..., None])[..., 0].prod(-1).reshape((WORDS,) * NEW)
 
 
-def sampled(model: LayerwiseForCausalLM, draft: str, options: dict[str, Any]) -> tuple[Tensor, Trace]:
+def sampled(
+    model: LayerwiseForCausalLM, draft: str, options: dict[str, Any], calls: int = CALLS
+) -> tuple[Tensor, Trace]:
     """How often each continuation was drawn. One token more is made, so that a draft reaches to the last."""
     torch.manual_seed(1)
     counts, trace = torch.zeros(WORDS**NEW, dtype=torch.double), Trace()
     ids = PROMPT.expand(ROWS, -1)
-    for _ in range(CALLS):
+    for _ in range(calls):
         made = model.generate(
-            ids, do_sample=True, max_new_tokens=NEW + 1, eos_token_id=None, draft=draft, trace=trace, **options
+            ids,
+            attention_mask=torch.ones_like(ids),  # one of the words is the padding token
+            do_sample=True,
+            max_new_tokens=NEW + 1,
+            eos_token_id=None,
+            draft=draft,
+            trace=trace,
+            **options,
         )
         first = made[:, PROMPT.shape[1] :][:, :NEW]
         places = (first * torch.tensor([WORDS**at for at in reversed(range(NEW))])).sum(1)
@@ -95,7 +104,7 @@ def test_sampled_speculation_has_the_targets_distribution(draft: str, options: d
 def test_the_test_finds_a_rule_that_takes_everything(draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
     monkeypatch.setattr(torch, "rand", lambda *_: torch.tensor(-1.0))
-    counts, trace = sampled(model, draft, FREE)
+    counts, trace = sampled(model, draft, FREE, calls=4)
     assert trace.acceptance == 1.0
     assert chance(counts, probabilities(model, FREE)) < 1e-6
 

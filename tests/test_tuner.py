@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from layerwise.decoding.tuner import REST, Tuner
+from layerwise.decoding.tuner import REMEASURE, REST, Tuner
 
 STEP = 0.010  # seconds of a plain step in the simulations
 MORE = 0.0003  # what each further token adds to a verification
@@ -114,7 +114,7 @@ def test_one_more_token_is_worth_its_time_only() -> None:
             tuner.note("none", 0, 0.0, 0.0, width, STEP)  # verifying more takes no longer
         for _ in range(50):
             tuner.note("exit", 4, 4.0, 4 * price * STEP, 5, STEP)
-        name, length, worth = tuner.choose({"exit": price}, 15)
+        name, _, worth = tuner.choose({"exit": price}, 15, rest=False)
         assert name == "exit" and worth(1.0) and not worth(0.0)
         thresholds.append(threshold(worth))
         # A token more is worth it if what it gives in the time it takes is no less than the best rate.
@@ -127,9 +127,14 @@ def test_before_a_plain_step_was_timed_all_guesses_are_in_seconds() -> None:
     tuner = Tuner()
     for _ in range(5):
         tuner.note("slow", 3, 0.0, 3 * 0.9 * STEP, 4, STEP)
-    assert tuner.plain is None and 0.5 * STEP < tuner.round_seconds(1) < STEP
-    assert tuner.choose({"slow": 0.9, "new": 0.01}, 15)[0] == "new"
+    assert 0.5 * STEP < tuner.plain == tuner.round_seconds(1) < STEP
+    assert tuner.choose({"slow": 0.9, "new": 0.01}, 15, rest=False)[0] == "new"
     assert tuner.choose({"slow": 0.9}, 15)[0] == "off"
+
+
+def test_a_plain_step_is_timed_first_and_again_now_and_then() -> None:
+    chosen = names(simulate(Tuner(), {"exit": (0.99, 0.01)}, 5 * REMEASURE))
+    assert chosen[0] == "off" and 4 <= chosen.count("off") <= 6
 
 
 def test_what_is_noted() -> None:

@@ -37,13 +37,12 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
 
     If the base's own weights were trained since `attach`, they are saved too, in `base/`.
     """
-    if model.merged:
-        raise ValueError(
-            "this adapter's weights are merged into the model: load it with engine='eager' to save it again"
-        )
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
     inner = model.runtime.backbone.model
+    if model.merged:
+        _save_merged(model, folder)
+        return
     adapted = hasattr(model.base, "peft_config")
     base_fingerprint = fingerprint(inner)
     trained = not adapted and base_fingerprint != model.attached_to
@@ -57,11 +56,7 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
         "layers": model.depth,
         "layerwise_version": _version(),
     }
-    if model.exits:
-        about["exits"] = list(model.exits)
-    if model.exit_head is not None:
-        about["exit_head"] = {"exit": model.exit_head.exit, "tokens": len(model.exit_head.vocabulary)}
-        model.exit_head.save(folder)
+    _save_exits(model, folder, about)
     card = folder / "README.md"
     kept = _card_of_the_user(folder)
     if trained:
@@ -72,6 +67,37 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
         _save_empty_peft(inner, folder)
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     card.write_text(_card(about) if kept is None else kept, encoding="utf-8")  # PEFT has written one of its own
+
+
+def _save_exits(model: LayerwiseForCausalLM, folder: Path, about: dict[str, Any]) -> None:
+    """Trained exits and the exit head, if there are any."""
+    about |= {"exits": list(model.exits)} if model.exits else {}
+    if model.exit_head is not None:
+        about["exit_head"] = {"exit": model.exit_head.exit, "tokens": len(model.exit_head.vocabulary)}
+        model.exit_head.save(folder)
+
+
+def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
+    """An adapter whose weights were merged at load: its files are copied, policy and exits are the model's own."""
+    source = model.adapter_folder
+    if (
+        source is None
+        or not (source / FILE).is_file()
+        or fingerprint(model.runtime.backbone.model) != model.attached_to
+    ):
+        raise ValueError(
+            "this adapter's weights are merged into the model: load it with engine='eager' to train and save it again"
+        )
+    about = _read_about(source) | {"policy": model.policy.to_dict(), "layerwise_version": _version()}
+    if about.get("base_inside"):
+        about["base_model"] = "base"
+    for part in source.iterdir() if source.resolve() != folder.resolve() else ():
+        if part.name.startswith("adapter_") or part.name == "README.md":
+            shutil.copy2(part, folder / part.name)
+        elif part.name == "base" and about.get("base_inside"):
+            shutil.copytree(part, folder / "base", dirs_exist_ok=True)
+    _save_exits(model, folder, about)
+    (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
 def push_adapter(model: LayerwiseForCausalLM, repo_id: str, private: bool = False, token: str | None = None) -> str:
@@ -134,6 +160,7 @@ def from_pretrained(
             base = base.merge_and_unload()  # merged weights are read once; separate ones cost extra calls
     model = attach(base, plan, engine, notify)
     model.merged = about["adapted"] and engine != "eager"
+    model.adapter_folder = Path(adapter)
     if plan is None:
         model.policy = policy_from_dict(about["policy"], model.depth)
     model.exits = tuple(exit for exit in about.get("exits") or () if 0 < exit < model.depth)

@@ -13,3 +13,9 @@ def cache_dir(*parts: str) -> Path:
     folder = base.joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def bundled_adapter(name: str) -> Path | None:
+    """The folder of an adapter that the source tree brings; None where layerwise was installed without it."""
+    folder = Path(__file__).resolve().parents[2] / "adapters" / name
+    return folder if (folder / "layerwise.json").is_file() else None

@@ -32,7 +32,7 @@ from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM
 from layerwise.sources import load_tokenizer
 from layerwise.trace import Source, Trace
 
-STATIC = ("ngram,4", "ngram,8", "ngram+head,4", "head,2", "head,3", "head,4", "head,5", "head,6", "head,8")
+STATIC = ("ngram,4", "ngram+head,4", "head,2", "head,4", "head,6")
 HF_EXITS = (4, 8, 16)
 MOST_PROMPT = 400  # tokens; longer prompts of the test split are left out
 ROWS = 8
@@ -120,7 +120,7 @@ def held_out(task: str, tokenizer: Any, count: int) -> list[torch.Tensor]:
 def static_drafts(model: LayerwiseForCausalLM) -> list[str]:
     """The fixed drafts of a sweep: those of STATIC that the model has, and its trained exits."""
     fixed = [one for one in STATIC if model.exit_head is not None or "head" not in one]
-    return fixed + [f"exit:{exit},{length}" for exit in model.exits for length in (2, 4, 6)]
+    return fixed + [f"exit:{exit},{length}" for exit in model.exits for length in (2, 4)]
 
 
 class _Run:
@@ -133,7 +133,9 @@ class _Run:
         self.trace = trace
 
 
-def _timed(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, draft: str | None = None, **options: Any) -> _Run:
+def _timed(
+    model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, draft: str | None = None, **options: Any
+) -> _Run:
     watch = Stopwatch()
     trace = Trace() if draft is not None else None
     if draft is not None:

@@ -94,11 +94,26 @@ def speculative(
         )
         _print_speculative(results[-1])
         if out is not None:  # after each task, so that nothing is lost if the next one is stopped
-            out.write_text(json_text.dumps({"tasks": results}, indent=2) + "\n", encoding="utf-8")
+            _keep(out, results[-1])
     if out is not None:
         print(f"wrote {out}")
     if json:
         options.print_json(results[0] if len(results) == 1 else {"tasks": results})
+
+
+def _keep(out: Path, result: dict[str, Any]) -> None:
+    """Put a task's result into the file, in place of an earlier one of the same weights and task."""
+    try:
+        runs = json_text.loads(out.read_text(encoding="utf-8"))["runs"] if out.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"'{out}' holds something else than results of this benchmark: give another file") from error
+    label = result["adapter"] or "untouched model"
+    run = next((run for run in runs if run["label"] == label), None)
+    if run is None:
+        runs.append(run := {"label": label, "tasks": []})
+    run["tasks"] = [task for task in run["tasks"] if task["task"] != result["task"]] + [result]
+    run["tasks"].sort(key=lambda task: SPECULATIVE_TASKS.index(task["task"]))
+    out.write_text(json_text.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
 
 
 def _print_speculative(result: dict[str, Any]) -> None:

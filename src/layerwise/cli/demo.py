@@ -1,4 +1,4 @@
-"""layerwise demo: a real model answers three prompts at two depths."""
+"""layerwise demo: a real model answers three prompts: at full depth, with drafts, and with fewer layers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ TOOL_SYSTEM = """Answer with one JSON function call, nothing else.
 Function: get_weather(city, unit)
 Example question: How warm is it in Oslo, in fahrenheit?
 Example answer: {"name": "get_weather", "arguments": {"city": "Oslo", "unit": "fahrenheit"}}"""
+HEAD = "layerskip-frozen"  # the adapter that drafts for the untouched model
 PROMPTS = (
     ("tool call", TOOL_SYSTEM, "How warm is it in Lisbon, in celsius?"),
     ("plan", None, "Write a short plan, in three steps, for learning to bake bread."),
@@ -38,30 +39,34 @@ def run(
     dtype: options.Dtype = options.DtypeChoice.bfloat16,
     json: options.Json = False,
 ) -> None:
-    """Three prompts, each at full depth and with a reduced plan, and what that does to speed."""
+    """Three prompts, each at full depth, with drafts that the full depth verifies, and with a reduced plan."""
     from rich.console import Console
     from rich.table import Table
 
-    loaded, tokenizer = options.load(model, None, plan, engine, dtype)
+    from layerwise.paths import bundled_adapter
+
+    head = bundled_adapter(HEAD) if model is None else None
+    loaded, tokenizer = options.load(model, head and str(head), plan, engine, dtype)
     from layerwise.decoding.text import answer
     from layerwise.plan import Plan
 
-    plans = [str(Plan.full(loaded.depth)), plan or reduced_plan(loaded.depth)]
+    full = str(Plan.full(loaded.depth))
+    ways = [(full, "off"), (full, "auto"), (plan or reduced_plan(loaded.depth), "off")]
     console = Console(highlight=False)
     console.print(
         f"{loaded.runtime.backbone.model.config.name_or_path}, {loaded.depth} layers, {dtype.value}, "
         f"{loaded.runtime.engine.name} engine\n"
     )
-    for text in plans:  # the first answer pays for compiling and for cold caches
+    for text, draft in ways:  # the first answer pays for compiling and for cold caches
         loaded.plan = text
-        answer(loaded, tokenizer, "Hello", max_new_tokens=8)
+        answer(loaded, tokenizer, "Hello", max_new_tokens=8, draft=draft)
     rows: list[dict[str, Any]] = []
     for kind, system, prompt in PROMPTS:
         console.rule(kind, align="left")
         console.print(f"[bold]{prompt}[/bold]")
-        for text in plans:
+        for text, draft in ways:
             loaded.plan = text
-            console.print(f"\n[dim]layers {text}[/dim]")
+            console.print(f"\n[dim]layers {text}{', drafted and verified' if draft != 'off' else ''}[/dim]")
             result = answer(
                 loaded,
                 tokenizer,
@@ -69,6 +74,7 @@ def run(
                 system,
                 max_new_tokens,
                 on_text=lambda piece: print(piece, end="", flush=True),
+                draft=draft,
             )
             print()
             rows.append({"prompt": kind, **result.to_dict(), "plan": text})
@@ -77,6 +83,7 @@ def run(
     for title, side in (
         ("prompt", "left"),
         ("plan", "left"),
+        ("draft", "left"),
         ("layers per token", "right"),
         ("tokens", "right"),
         ("tokens/s", "right"),
@@ -86,13 +93,16 @@ def run(
         table.add_row(
             row["prompt"],
             row["plan"],
+            row["draft"],
             f"{row['layers_per_token']:.1f}",
             str(row["tokens"]),
             f"{row['tokens_per_second']:.1f}",
         )
     console.print(table)
     console.print(
-        "\nSkipped layers are not run, so fewer layers take less time. Nothing was trained for the reduced plan: its\n"
+        "\nA draft proposes tokens and the full depth verifies several in one pass: more layers are run in all, fewer\n"
+        "passes are made, and the answer is that of the full depth (to rounding; exactly so with --dtype float32).\n"
+        "Skipped layers are not run, so fewer layers take less time. Nothing was trained for the reduced plan: its\n"
         "answers may be worse.\n\n"
         'Next: layerwise generate "Why is the sky blue?" --plan "0-3 5-24 26-29" --html answer.html',
         soft_wrap=True,

@@ -28,7 +28,7 @@ def run(
     model: options.Model = None,
     exits: Annotated[str | None, typer.Option(help="Layers to leave after, such as 4,8,30; default: each 2nd.")] = None,
     datasets: Annotated[str, typer.Option(help="Texts and tasks, separated by commas.")] = DATASETS,
-    samples: Annotated[int, typer.Option(help="Held-out texts of each data set.")] = 40,
+    samples: Annotated[int, typer.Option(help="Held-out texts of each data set.")] = 32,
     questions: Annotated[int, typer.Option(help="Questions of each task of general ability; 0 leaves them out.")] = 150,
     seed: Annotated[int, typer.Option(help="Decides which texts and questions are drawn.")] = 0,
     dtype: options.Dtype = options.DtypeChoice.bfloat16,

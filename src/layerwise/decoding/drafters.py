@@ -9,8 +9,8 @@ with what was accepted:
     select    only these rows go on
 
 `PlanDrafter` runs a plan. What it has in common with the target, its first visits, is walked once, in the target's
-own cache, and the states there are handed to the verification (LayerSkip, arXiv 2404.16710, section 4.3); the rest of the
-plan has a cache of its own. `HeadDrafter` runs an exit head. `NGramDrafter` copies (prompt lookup).
+own cache, and the states there are handed to the verification (LayerSkip, arXiv 2404.16710, section 4.3); the rest of
+the plan has a cache of its own. `HeadDrafter` runs an exit head. `NGramDrafter` copies (prompt lookup).
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ class PlanDrafter:
 class HeadDrafter:
     """Drafts by an exit head, which `runtime` runs as a model of one layer.
 
-    The head's cache holds the first `settled` tokens of a row as they were read with their true deep states. Those after
-    them wait: of each the state that enters the head, and of each, and the one before, the deep state.
+    The head's cache holds the first `settled` tokens of a row as they were read with their true deep states. Those
+    after them wait: of each the state that enters the head, and of each, and the one before, the deep state.
     """
 
     name: str
@@ -266,8 +266,9 @@ class NGramDrafter:
         return Proposal([self._after(row, token, most)[0] for row, token in enumerate(last[:, 0].tolist())])
 
     def match(self, last: Tensor) -> int:
-        """Tokens of the shortest match over all rows; 0 if a row has none."""
-        return min(self._after(row, token, 1)[1] for row, token in enumerate(last[:, 0].tolist()))
+        """Tokens of the match that at least half of the rows have, or more; 0 if there is none."""
+        matches = sorted(self._after(row, token, 1)[1] for row, token in enumerate(last[:, 0].tolist()))
+        return matches[len(matches) // 2]
 
     def learn(self, read: Read) -> None:
         for row, count in enumerate(read.counts):

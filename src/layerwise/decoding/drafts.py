@@ -28,8 +28,8 @@ class Draft:
     """What drafts: `kind` is one of auto, off, ngram, head, plan; `length` is None where it adapts.
 
     An early exit after E layers is the plan of the first E visits, `exit` says how many; `lookup` puts n-grams first.
-    With `trust`, drafted tokens of at least that probability are taken without verification: no draft any more, but early
-    exit by confidence, whose output is not the model's own.
+    With `trust`, drafted tokens of at least that probability are taken without verification: no draft any more, but
+    early exit by confidence, whose output is not the model's own.
     """
 
     kind: str

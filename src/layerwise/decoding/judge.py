@@ -2,8 +2,8 @@
 
 Greedy: a drafted token stands if it is the one the target would have chosen, so the result is the target's, token for
 token. Sampling: a token x drawn from q stands with probability min(1, p(x) / q(x)); where one falls, its replacement is
-drawn from max(p - q, 0), normalised, and the result has the target's distribution (arXiv 2211.17192, algorithm 1). p and
-q are the distributions after all logits processors. A token that was copied, not drawn, has q(x) = 1.
+drawn from max(p - q, 0), normalised, and the result has the target's distribution (arXiv 2211.17192, algorithm 1).
+p and q are the distributions after all logits processors. A token that was copied, not drawn, has q(x) = 1.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ _REMEMBERING = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWater
 class Pick:
     """A drafted token of each row.
 
-    `tokens` (rows, 1); `sure` is the draft's own probability of each, `q` its distribution (rows, vocabulary), None when
-    the choice is greedy.
+    `tokens` (rows, 1); `sure` is the draft's own probability of each, `q` its distribution (rows, vocabulary), None
+    when the choice is greedy.
     """
 
     tokens: Tensor

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from layerwise.model.causal_lm import LayerwiseForCausalLM
 
 NGRAM_PRICE = 0.002  # of a plain step, for a token
-START = 5  # drafted tokens of a static draft's first round
+SURPLUS = 4  # tokens that a confident draft may go on beyond the best length
 
 
 class Crew:
@@ -84,7 +84,11 @@ class Crew:
         name, length, worth = self._turn(last, min(most, MOST))
         if not length:
             return "off", Proposal([[] for _ in range(len(last))])
-        return name, self.drafters[name.rstrip("0123456789") if name.startswith("ngram") else name].propose(last, length, worth)
+        if name.startswith("ngram"):
+            return name, self.drafters["ngram"].propose(last, length, worth)
+        if worth is not _always:  # a confident draft may go on beyond what is best on average
+            length = min(length + SURPLUS, most, MOST)
+        return name, self.drafters[name].propose(last, length, worth)
 
     def _turn(self, last: Tensor, most: int) -> tuple[str, int, Worth]:
         if most < 1:
@@ -173,7 +177,9 @@ def speculate(
     """
     rows, width = input_ids.shape
     room = (width + 4096 if judge.longest is None else judge.longest) + MOST + 2
-    texts = _Texts(input_ids.new_zeros(rows, max(room, width + MOST + 2)), [width] * rows, list(range(rows)), [None] * rows)
+    texts = _Texts(
+        input_ids.new_zeros(rows, max(room, width + MOST + 2)), [width] * rows, list(range(rows)), [None] * rows
+    )
     texts.buffer[:, :width] = input_ids
     rows_of_trace = None if trace is None else trace.of(list(range(rows)))
     target = Target(model, list(plans), cache, set(), rows_of_trace, keep=keep)

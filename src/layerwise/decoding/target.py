@@ -145,9 +145,7 @@ class Target:
         try:
             for begin, end in zip([start, *points], [*points, stop], strict=True):
                 self.cache.lengths = list(before)
-                hidden = forward(
-                    hidden, self.plans, counts, self.cache, self.trace, phase, slice(begin, end)
-                )
+                hidden = forward(hidden, self.plans, counts, self.cache, self.trace, phase, slice(begin, end))
                 if end is not None:
                     states[end] = hidden
         except BaseException:

@@ -1,12 +1,12 @@
 """Which draft, and how many tokens: chosen while running, from what was measured so far.
 
 For each way to draft the tuner keeps two numbers, how often a drafted token stands and how long it takes to draft one,
-and it keeps how long a verification of so many tokens takes. If a drafted token stands with probability a, then d of them
-give 1 + a + ... + a^d tokens a round, at the price of drafting d and verifying d + 1. The best way is the one that gives
-most tokens a second; drafting nothing at all is one of the ways. Within a round drafting goes on as long as one more
-token is expected to give more than its time would elsewhere: the draft's own confidence says how likely it is that those
-before it stand (Kangaroo, arXiv 2404.18911, stops below a fixed confidence; DEL, arXiv 2504.05598, chooses exit and
-length from measured acceptance).
+and it keeps how long a verification of so many tokens takes. If a drafted token stands with probability a, then d of
+them give 1 + a + ... + a^d tokens a round, at the price of drafting d and verifying d + 1. The best way is the one that
+gives most tokens a second; drafting nothing at all is one of the ways. Within a round drafting goes on as long as one
+more token is expected to give more than its time would elsewhere: the draft's own confidence says how likely it is that
+those before it stand (Kangaroo, arXiv 2404.18911, stops below a fixed confidence; DEL, arXiv 2504.05598, chooses exit
+and length from measured acceptance).
 
 Old rounds are forgotten slowly, so a way that failed is tried again when the text may have changed.
 """
@@ -20,6 +20,7 @@ MEMORY = 0.98  # what a round's counts weigh one round later
 HOPE = 0.7  # acceptance of a way that has not been tried
 STARTING_WEIGHT = 3.0  # drafted tokens that this hope is worth
 ONE_MORE = 0.05  # of a plain step, to verify one more token, where nothing is known
+REMEASURE = 64  # rounds after which a plain one is timed again
 REST = 24.0  # rounds after which half of a failure is forgotten, if the way was not taken since
 
 
@@ -46,34 +47,34 @@ class Tuner:
     """Chooses among ways; the same object serves all of a model's answers, so that it has something to go by."""
 
     ways: dict[str, Way] = field(default_factory=dict)
-    plain: float | None = None  # seconds of a round that verifies one token
-    widths: dict[int, tuple[float, float]] = field(default_factory=dict)  # width: seconds, weight
+    widths: dict[int, tuple[float, float]] = field(default_factory=dict)  # tokens verified: seconds, weight
+    since_plain: int = 0  # rounds since one verified a single token
 
     @property
-    def step(self) -> float:
-        """Seconds of a plain round: measured, or guessed from the narrowest verification; 1 if nothing is known."""
-        if self.plain is not None:
-            return self.plain
-        width = min(self.widths, default=0)
-        return self.widths[width][0] / (1.1 + ONE_MORE * (width - 1)) if width else 1.0
+    def plain(self) -> float:
+        """Seconds of a round without a draft: as measured, else a guess, else 1."""
+        if 1 in self.widths:
+            return self.widths[1][0]
+        return min((seconds for seconds, _ in self.widths.values()), default=1.1) / 1.1
 
     def round_seconds(self, width: int) -> float:
         """A round that verifies `width` tokens, drafting left out: as measured, or read off its neighbours."""
-        if width == 1:
-            return self.step
         if width in self.widths:
             return self.widths[width][0]
-        below = max((w for w in self.widths if w < width), default=None)
-        above = min((w for w in self.widths if w > width), default=None)
-        unit = self.step * ONE_MORE
-        if below is not None and above is not None:
-            low, high = self.widths[below][0], self.widths[above][0]
-            return low + (high - low) * (width - below) / (above - below)
-        if below is not None:
+        unit = self.plain * ONE_MORE
+        known = [w for w in self.widths if w > 1]
+        below, above = (
+            max((w for w in known if w < width), default=None),
+            min((w for w in known if w > width), default=None),
+        )
+        if width == 1 or not known:
+            return self.plain * (1.0 if width == 1 else 1.1) + unit * (width - 1)
+        if below is None:
+            return max(self.widths[above][0] - unit * (above - width), self.plain)
+        if above is None:
             return self.widths[below][0] + unit * (width - below)
-        if above is not None:
-            return max(self.widths[above][0] - unit * (above - width), 0.0)
-        return self.step * 1.1 + unit * (width - 1)
+        low, high = self.widths[below][0], self.widths[above][0]
+        return low + (high - low) * (width - below) / (above - below)
 
     def rate(self, name: str, length: int) -> float:
         """Expected tokens a second of rounds with `length` tokens drafted by `name`."""
@@ -83,8 +84,10 @@ class Tuner:
             tokens += a ** (number + 1)
         return tokens / (self._draft_seconds(way) * length + self.round_seconds(length + 1))
 
-    def choose(self, prices: Mapping[str, float], most: int, rest: bool = True) -> tuple[str, int, Callable[[float], bool]]:
-        """The way, the most tokens to draft, and whether one more is worth it.
+    def choose(
+        self, prices: Mapping[str, float], most: int, rest: bool = True
+    ) -> tuple[str, int, Callable[[float], bool]]:
+        """The way, how many tokens are best on average, and whether, at this confidence, one more is worth it.
 
         Args:
             prices: the ways there are now, each with a guess at the time of drafting a token, as a share of a step.
@@ -93,6 +96,8 @@ class Tuner:
         """
         for name, price in prices.items():
             self.ways.setdefault(name, Way(price))
+        if rest and (1 not in self.widths or self.since_plain >= REMEASURE):
+            return "off", 0, lambda trust: False
         options = [(self.rate(name, length), name, length) for name in prices for length in range(1, most + 1)]
         plain = 1 / self.round_seconds(1)
         best, name, length = max(options, default=(0.0, "off", 0))
@@ -102,18 +107,16 @@ class Tuner:
         more = self.round_seconds(length + 1) - self.round_seconds(max(1, length - 3))
         cost = self._draft_seconds(way) + max(0.0, more / min(4, length))
         threshold = cost * best / max(way.acceptance, 1e-3)
-        return name, min(most, length + 4), lambda trust: trust >= threshold
+        return name, length, lambda trust: trust >= threshold
 
     def note(self, name: str, drafted: int, stood: float, draft_seconds: float, width: int, seconds: float) -> None:
         """Learn from a round: `stood` of `drafted` tokens a row stood, on average over rows."""
         for other in self.ways.values():
             other.idle += 1
-        if width == 1:
-            self.plain = seconds if self.plain is None else self.plain + 0.1 * (seconds - self.plain)
-        else:
-            known, weight = self.widths.get(width, (seconds, 0.0))
-            weight = min(weight + 1.0, 10.0)
-            self.widths[width] = (known + (seconds - known) / weight, weight)
+        self.since_plain = 0 if width == 1 else self.since_plain + 1
+        known, weight = self.widths.get(width, (seconds, 0.0))
+        weight = min(weight + 1.0, 10.0)
+        self.widths[width] = (known + (seconds - known) / weight, weight)
         if not drafted:
             return
         way = self.ways.setdefault(name, Way(seconds / drafted))
@@ -125,4 +128,4 @@ class Tuner:
         way.seconds = each if way.seconds is None else way.seconds + 0.1 * (each - way.seconds)
 
     def _draft_seconds(self, way: Way) -> float:
-        return way.price * self.step if way.seconds is None else way.seconds
+        return way.price * self.plain if way.seconds is None else way.seconds

@@ -59,7 +59,7 @@ def exit_suite(
     *,
     exits: Sequence[int] | None = None,
     datasets: Sequence[str] = DATASETS,
-    samples: int = 40,
+    samples: int = 32,
     questions: int = 150,
     seed: int = 0,
     adapter: str | Path | None = None,

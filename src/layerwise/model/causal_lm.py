@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -68,6 +69,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self._tuners: dict[str, Tuner] = {}
         self._head_runtime: Runtime | None = None
         self._cut_runtime: Runtime | None = None
+        self.adapter_folder: Path | None = None  # what it was loaded from
         self.merged = False  # set when an adapter's weights were merged into the base
 
     # -- plans -------------------------------------------------------------------------------------------

@@ -3,8 +3,8 @@
 A decoding step of one token reads every weight once and does almost nothing with it, so it should take as long as
 reading the weights. Eager PyTorch misses that twice: each layer is some forty operations of which most time is
 call overhead, and a matrix-vector product done by a matrix-matrix routine streams memory at a third of the speed.
-So a layer is compiled, by torch.export and Inductor, into a single kernel (`tracing.py`), in two forms: for one token of
-one row, and for a few tokens, where a draft is verified or a batch decoded.
+So a layer is compiled, by torch.export and Inductor, into a single kernel (`tracing.py`), in two forms: for one token
+of one row, and for a few tokens, where a draft is verified or a batch decoded.
 
 Every other call (prefill, a cache with holes, training) runs on the eager engine, which each kernel is compared with
 before it is used.
@@ -22,8 +22,8 @@ from torch import Tensor
 
 from layerwise.model.backbone import Backbone
 from layerwise.model.cache import Cache
-from layerwise.model.frame import Frame
 from layerwise.model.few_tokens import compiler, load_operators
+from layerwise.model.frame import Frame
 from layerwise.model.runtime import EagerEngine
 from layerwise.model.tracing import FEW, ONE, HeadSource, LayerSource, package
 from layerwise.paths import cache_dir
@@ -39,7 +39,7 @@ def compiler_available() -> bool:
 
 
 class CompiledEngine:
-    """Kernels for one token and for a few, eager for the rest. `notify` gets a line when a kernel has to be compiled."""
+    """Kernels for one token and for a few, eager for the rest. `notify` gets a line when one has to be compiled."""
 
     name = "compiled"
 

@@ -10,7 +10,8 @@ The exit head joins both,
 
 where g[t-1] is the base's last hidden state of the token before, or, while drafting, the head's own s[t-1] in its
 place. Feeding back deep states is due to EAGLE (arXiv 2401.15077), training on one's own feedback to EAGLE-3 (arXiv
-2503.01840), the cut head to FR-Spec (arXiv 2502.14856). Verification uses the whole vocabulary, so the output stays exact.
+2503.01840), the cut head to FR-Spec (arXiv 2502.14856). Verification uses the whole vocabulary, so the
+output stays exact.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class ExitHead(nn.Module):
         vocabulary: ids of the tokens that can be drafted, (tokens,).
 
     Raises:
-        ValueError: there is no such exit, or no token.
+        ValueError: there is no such exit, no token, or one that the base does not have.
     """
 
     def __init__(self, base: Backbone, exit: int, vocabulary: Sequence[int]) -> None:
@@ -46,6 +47,9 @@ class ExitHead(nn.Module):
             raise ValueError(f"an exit head sits after 0 to {base.depth - 1} layers, not {exit}")
         if not vocabulary:
             raise ValueError("an exit head needs at least one token to draft: give it a vocabulary")
+        known = base.head.weight.shape[0]
+        if not (min(vocabulary) >= 0 and max(vocabulary) < known):
+            raise ValueError(f"an exit head drafts tokens 0 to {known - 1} of this model; its vocabulary has others")
         self.exit = exit
         hidden = base.shape.hidden
         like = {"dtype": base.dtype, "device": base.device}

@@ -114,12 +114,15 @@ class Frame:
 
     def few(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a kernel for a few tokens of every row needs, all memory of its own: the index in the cache of each
-        column (rows, width), the additive float32 mask (rows, 1, width, keys), cosines and sines (rows, width, head size)."""
+        column (rows, width), the additive float32 mask (rows, 1, width, keys), cosines and sines (rows, width, head
+        size)."""
         kind = self.backbone.kinds[layer]
 
         def make() -> tuple[Tensor, Tensor, Tensor, Tensor]:
             rows = len(self.counts)
-            columns = torch.arange(self.width, device=self.device) + torch.tensor(self.starts, device=self.device)[:, None]
+            columns = (
+                torch.arange(self.width, device=self.device) + torch.tensor(self.starts, device=self.device)[:, None]
+            )
             mask = self._additive(kind.window, None, None).float().expand(rows, -1, -1, -1).contiguous()
             cosine, sine = (table.expand(rows, -1, -1).contiguous() for table in self.rotary(layer, None))
             return columns, mask, cosine, sine

@@ -187,7 +187,9 @@ class LayerSource:
             if key not in ("layer_idx", "training") and isinstance(value, (int, float, str, bool, type(None)))
         }
         return _key(
-            self.backbone, [self.form, repr(self.module), sorted(attributes.items(), key=str), repr(self.kind)], self.weights
+            self.backbone,
+            [self.form, repr(self.module), sorted(attributes.items(), key=str), repr(self.kind)],
+            self.weights,
         )
 
     def traced(self) -> nn.Module:
@@ -210,7 +212,13 @@ class LayerSource:
             columns = torch.arange(5, device=hidden.device).repeat(3, 1)
             cosine, sine = self.backbone.rotary(self.kind.rotary, columns, 40, hidden.dtype)
             cached = [hidden.new_zeros(3, key_heads, 256, size) for _ in "kv"]
-            state = (*cached, columns, torch.zeros(3, 1, 5, 40, device=hidden.device), cosine.contiguous(), sine.contiguous())
+            state = (
+                *cached,
+                columns,
+                torch.zeros(3, 1, 5, 40, device=hidden.device),
+                cosine.contiguous(),
+                sine.contiguous(),
+            )
             store = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC}
             mask = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}
             return (hidden, state, weights), (batch, (store, store, batch, mask, batch, batch), fixed)
@@ -268,7 +276,9 @@ class HeadSource:
 
     @property
     def key(self) -> str:
-        return _key(self.backbone, ["head", self.form, repr(self.backbone.norm), repr(self.backbone.head)], self.weights)
+        return _key(
+            self.backbone, ["head", self.form, repr(self.backbone.norm), repr(self.backbone.head)], self.weights
+        )
 
     def traced(self) -> nn.Module:
         return _TracedHead(self)

@@ -30,10 +30,11 @@ STYLES = (
 INK, SOFT, GRID = "#1b1f27", "#5b6472", "#e3e6eb"
 TITLES = {"wikipedia": "Wikipedia text"}
 DPI = 160
+WORST = 1e5  # perplexity; untrained exits reach 1e10, where all is worse than guessing
 
 
 def exit_figure(results: Mapping[str, Mapping[str, Any]], path: str | Path) -> None:
-    """Draw the perplexity of every exit, a panel for each data set and a line for each model.
+    """Draw the perplexity of every exit, a panel for each data set and a line for each model; up to WORST.
 
     Args:
         results: results of the suite `exits` by the label to show, the untouched model first.
@@ -47,6 +48,8 @@ def exit_figure(results: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
         raise ValueError("there is no result with perplexities to draw: run 'layerwise eval --suite exits' first")
     columns = min(3, len(datasets))
     rows = ceil(len(datasets) / columns)
+    measured = [those for result in results.values() for those in result["perplexity"].values()]
+    worst = max(one["perplexity"] for those in measured for one in those)
     figure = _figure(3.0 * columns + 0.3, 2.5 * rows + 0.75)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     cells = [panel for row in panels for panel in row]
@@ -55,6 +58,8 @@ def exit_figure(results: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
             points = sorted((one["exit"], one["perplexity"]) for one in result["perplexity"].get(name, ()))
             _line(panel, points, label, style)
         panel.set_yscale("log")
+        if worst > WORST:
+            panel.set_ylim(1, WORST)
         _decorate(panel, TITLES.get(name, f"{name} answers"))
         panel.yaxis.set_major_formatter(lambda value, _: _plain(value))
         panel.yaxis.set_minor_formatter(lambda value, _: "")
@@ -71,7 +76,8 @@ def exit_figure(results: Mapping[str, Mapping[str, Any]], path: str | Path) -> N
         cells[-1].legend(handles, labels, loc="center", frameon=False, labelcolor=INK)
     else:
         figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
-    _save(figure, path, "Perplexity at every exit (lower is better)")
+    beyond = f"; cut off at {_plain(WORST)}" if worst > WORST else ""
+    _save(figure, path, f"Perplexity at every exit (lower is better{beyond})")
 
 
 def acceptance_figure(variants: Mapping[str, Mapping[int | str, float]], path: str | Path) -> None:
@@ -92,6 +98,9 @@ def acceptance_figure(variants: Mapping[str, Mapping[int | str, float]], path: s
         _line(panel, sorted((int(exit), share) for exit, share in acceptance.items()), label, style)
     _decorate(panel, None)
     panel.set_ylim(bottom=0)
+    exits = sorted({int(exit) for acceptance in variants.values() for exit in acceptance})
+    if len(exits) <= 12:
+        panel.set_xticks(exits)
     panel.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     panel.set_xlabel("layers that draft")
     panel.set_ylabel("drafted tokens accepted")

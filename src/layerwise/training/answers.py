@@ -1,7 +1,7 @@
 """A model's own greedy answers to prompts: what a draft that leaves the model untouched is taught with.
 
-A draft is right when it says what the model will say, not what a reference says. So the frozen recipe is taught on
-the model's own text (as in Kangaroo, arXiv 2404.18911, and EAGLE, arXiv 2401.15077), written here in batches: prompts of
+A draft is right when it says what the model will say, not what a reference says. So the frozen recipe is taught on the
+model's own text (as in Kangaroo, arXiv 2404.18911, and EAGLE, arXiv 2401.15077), written here in batches: prompts of
 similar length together, a row leaves its batch when it has ended. Each finished batch is appended to the file, so a run
 that was stopped goes on where it was.
 """

@@ -1,6 +1,6 @@
 """The frozen recipe: teach an exit head to draft for a model that is left as it is.
 
-Three things decide how often a draft is accepted, and they shape this recipe.
+Four things decide how often a draft is accepted, and they shape this recipe.
 
 *What is imitated.* The model's own greedy answers, and at each position its own distribution (distillation):
 `answers.jsonl` is written first, and the hidden states of those texts are the inputs.
@@ -9,6 +9,9 @@ Three things decide how often a draft is accepted, and they shape this recipe.
 So the head is run `unroll` times over each text: pass k is fed with the states that pass k-1 made of the token before,
 and attends to what it would find in its cache: true positions up to its own pass, and one position of each later pass
 (as in EAGLE-3, arXiv 2503.01840, "training-time test"). Later passes count less.
+
+*Where it starts.* As the model's last layer, fed with the best linear guess of what enters that layer (least squares on
+some texts), which already says something before the first step of training.
 
 *What it can say.* The tokens that are most frequent in the answers; the LM head is the most expensive part of a draft.
 """
@@ -29,6 +32,7 @@ from layerwise.data.examples import Tokens
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM
 from layerwise.model.exit_head import ExitHead
 from layerwise.model.frame import Frame
+from layerwise.model.runtime import EagerEngine
 from layerwise.plan import Plan
 from layerwise.sources import load_tokenizer
 from layerwise.training.answers import write_answers
@@ -36,6 +40,7 @@ from layerwise.training.config import FrozenConfig
 from layerwise.training.trainer import RecipeTrainer, run_training
 
 ANSWERS = "answers.jsonl"
+FITTED = 64  # texts for the least squares
 DISCOUNT = 0.8  # weight of pass k+1 beside pass k
 
 
@@ -182,6 +187,38 @@ def _take(states: Tensor, position: Tensor) -> Tensor:
     return states.gather(1, position[..., None].expand(-1, -1, states.shape[-1]))
 
 
+@torch.no_grad()
+def fit_fuse(model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]], ridge: float = 1e-3) -> None:
+    """Set the fuse of the exit head to the least-squares map onto the states that enter the model's last layer.
+
+    `texts` are token ids; 10,000 tokens are enough for a hidden size of 576. `ridge` is relative to the mean square of
+    the inputs.
+    """
+    head, runtime, plan = model.exit_head, model.runtime, Plan.full(model.depth)
+    width = head.fuse.in_features
+    products = torch.zeros(width, width, dtype=torch.float64)
+    targets = torch.zeros(width, head.fuse.out_features, dtype=torch.float64)
+
+    def walk(state: Tensor, begin: int, end: int) -> Tensor:
+        return runtime.forward(state, [plan], visits=slice(begin, end)) if end > begin else state
+
+    last = model.depth - 1
+    for text in texts:
+        early = walk(model.embed(torch.tensor([text])), 0, head.exit)
+        state = walk(early, head.exit, last)
+        deep = walk(state, last, last + 1)
+        like = head.fuse.weight.dtype
+        x = (
+            torch.cat([head.early_norm(early[0, 1:].to(like)), head.deep_norm(deep[0, :-1].to(like))], -1)
+            .double()
+            .cpu()
+        )
+        products += x.T @ x
+        targets += x.T @ state[0, 1:].double().cpu()
+    products.diagonal().add_(ridge * products.diagonal().mean())
+    head.fuse.weight.copy_(torch.linalg.solve(products, targets).T)
+
+
 def most_frequent(answers: Sequence[Sequence[int]], most: int) -> list[int]:
     """The `most` tokens that occur most often in `answers`, or fewer if there are no more."""
     counts = Counter(token for answer in answers for token in answer)
@@ -209,8 +246,11 @@ def train(config: FrozenConfig, notify: Callable[[str], None] = lambda line: Non
 
     def make(steps: int) -> FrozenExit:
         torch.manual_seed(config.seed)
-        model = _load(config, "eager")
+        # With the adapter merged, and the head trained by plain modules.
+        model = _load(config, "auto")
+        model.runtime.engine = EagerEngine(model.runtime.backbone)
         model.exit_head = ExitHead(model.runtime.backbone, config.exit, drafted).float()
+        fit_fuse(model, [one.input_ids for one in tokens[:FITTED]])
         return FrozenExit(model, config.unroll)
 
     return run_training(config, make, RecipeTrainer, notify, resume, (tokens, 0))

@@ -391,7 +391,12 @@ def run_training(
         raise KeyboardInterrupt
     if main:
         module.eval()
-        save_adapter(trainer.layerwise, out)
+        model = trainer.layerwise
+        if config.precision == "bfloat16" and hasattr(model.base, "peft_config"):
+            for parameter in model.base.parameters():
+                if parameter.requires_grad:  # the LoRA: saved as what it is run in, at half the size
+                    parameter.data = parameter.data.to(torch.bfloat16)
+        save_adapter(model, out)
     trainer.accelerator.wait_for_everyone()
     return out
 

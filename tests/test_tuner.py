@@ -49,8 +49,8 @@ def threshold(worth) -> float:
 
 def test_a_draft_that_always_fails_is_left_and_tried_again_later() -> None:
     chosen = names(simulate(Tuner(), {"exit": (0.0, 0.3)}, 400))
-    first_rest = chosen.index("off")
-    assert 0 < first_rest <= 10
+    first_rest = chosen.index("off", 1)  # the very first round times a plain step
+    assert first_rest <= 10
     tries = [at for at, name in enumerate(chosen) if name == "exit" and at > first_rest]
     assert tries, "never tried again"
     assert tries[-1] - tries[-2] >= 5, "no rest"

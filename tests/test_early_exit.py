@@ -1,0 +1,72 @@
+"""Early exit without verification: by confidence, and what its two ends must be."""
+
+from __future__ import annotations
+
+import pytest
+import tiny
+import torch
+
+from layerwise.decoding.drafts import MOST, Draft
+from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
+from layerwise.trace import Source, Trace
+
+
+@pytest.fixture(scope="module")
+def model() -> LayerwiseForCausalLM:
+    made = attach(tiny.model("llama"))
+    made.generation_config.eos_token_id = None
+    return made
+
+
+def prompt(rows: int = 1) -> torch.Tensor:
+    return torch.randint(6, 97, (rows, 7), generator=torch.Generator().manual_seed(4))
+
+
+def greedy(model: LayerwiseForCausalLM, ids: torch.Tensor, **options: object) -> torch.Tensor:
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=30, do_sample=False, pad_token_id=0, **options
+    )
+
+
+def test_never_sure_is_the_whole_model(model: LayerwiseForCausalLM) -> None:
+    assert torch.equal(greedy(model, prompt(), draft=Draft.early_exit("3@1.0", 6)), greedy(model, prompt()))
+
+
+def test_always_sure_is_the_exit(model: LayerwiseForCausalLM) -> None:
+    """After the first token, which reading the prompt gives, the exit writes MOST tokens on its own."""
+    trace = Trace()
+    found = greedy(model, prompt(), draft=Draft.early_exit("3@.0001", 6), trace=trace)
+    first = found[:, : prompt().shape[1] + 1]
+    alone = model.generate(
+        first,
+        attention_mask=torch.ones_like(first),
+        max_new_tokens=MOST,
+        do_sample=False,
+        plans=["0-2"],
+        pad_token_id=0,
+    )
+    assert torch.equal(found[:, : alone.shape[1]], alone)
+    assert trace.sources[0][1 : MOST + 1] == [Source.DRAFTED] * MOST
+    assert trace.sources[0][MOST + 1] is Source.VERIFIED
+
+
+def test_the_surer_it_must_be_the_fewer_leave_early(model: LayerwiseForCausalLM) -> None:
+    counts = []
+    for trust in (".0001", "0.0112", "0.0116", "0.012", "0.013", "1.0"):
+        trace = Trace()
+        greedy(model, prompt(), draft=Draft.early_exit(f"4@{trust}", 6), trace=trace)
+        counts.append(trace.sources[0].count(Source.DRAFTED))
+        assert trace.accepted == trace.drafted
+    assert counts[0] > 20 and counts[-1] == 0
+    assert any(0 < count < counts[0] for count in counts), counts
+
+
+@pytest.mark.parametrize("text", ["8", "8@", "@0.9", "8@1.5", "8@-0.1", "x@0.9", "8@0"])
+def test_bad_texts_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is no early exit: write layers@probability"):
+        Draft.early_exit(text)
+
+
+def test_an_exit_that_the_model_lacks() -> None:
+    with pytest.raises(ValueError, match="an exit is after 1 to 5"):
+        Draft.early_exit("6@0.9", 6)

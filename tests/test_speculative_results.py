@@ -1,0 +1,106 @@
+"""What `bench speculative` writes, and the table made from it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from layerwise.benchmarks.speculative import _compared, static_drafts
+from layerwise.cli.bench import _keep
+from layerwise.trace import Source, Trace
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def ran(tokens: list[int], seconds: float, drafted: int = 0, accepted: int = 0) -> Any:
+    trace = Trace()
+    trace.drafted, trace.accepted = drafted, accepted
+    trace.drafts["head"] = 2
+    for _ in tokens:
+        trace.made(0, Source.DRAFTED)
+    return SimpleNamespace(tokens=tokens, decoding=seconds, whole=seconds + 1.0, trace=trace)
+
+
+def test_ratios_are_of_total_times_of_medians() -> None:
+    runs = {
+        "plain": [[ran([1, 2, 3], 4.0), ran([1, 2, 3], 6.0), ran([1, 2, 3], 50.0)], [ran([7, 8], 2.0)] * 3],
+        "auto": [[ran([1, 2, 3], 2.0, 4, 3)] * 3, [ran([7, 8], 2.0, 4, 1)] * 3],
+        "transformers": [[ran([1, 2, 3], 12.0)], [ran([7, 8], 8.0)]],
+        "transformers early exit": [[ran([1, 2, 3], 30.0)], [ran([7, 8], 10.0)]],
+    }
+    found = _compared(runs, "auto", peers=True)
+    assert found["speedup"] == pytest.approx(8 / 4)
+    assert found["speedup_whole_call"] == pytest.approx(10 / 6)
+    assert found["speedup_vs_hf"] == pytest.approx(20 / 4)
+    assert found["speedup_vs_hf_early_exit"] == pytest.approx(40 / 4)
+    assert found["acceptance"] == pytest.approx(4 / 8)
+    assert found["tokens_per_second"] == pytest.approx(3 / 4)
+    assert found["identical"] and found["identical_to_hf"]
+
+
+def test_one_different_token_in_any_round_is_seen() -> None:
+    runs = {
+        "plain": [[ran([1, 2, 3], 1.0), ran([1, 2, 3], 1.0)]],
+        "auto": [[ran([1, 2, 3], 1.0), ran([1, 2, 4], 1.0)]],
+    }
+    assert not _compared(runs, "auto", peers=False)["identical"]
+
+
+def test_a_sweep_holds_only_what_the_model_can_draft() -> None:
+    bare = static_drafts(SimpleNamespace(exit_head=None, exits=()))
+    assert bare and not any("head" in one for one in bare)
+    full = static_drafts(SimpleNamespace(exit_head=object(), exits=(4, 8)))
+    assert {"head,4", "exit:4,2", "exit:8,4"} <= set(full)
+
+
+def result(task: str, speedup: float, adapter: str | None = None) -> dict[str, Any]:
+    return {
+        "task": task,
+        "adapter": adapter,
+        "speedup": speedup,
+        "tokens_per_second": 100.0,
+        "acceptance": 0.5,
+        "tokens_per_pass": 2.0,
+        "speedup_vs_hf": 4.0,
+        "speedup_vs_hf_early_exit": 9.0,
+        "batch": {"speedup": 1.1, "identical": True},
+        "identical": task != "chat",
+        "prompts": 8,
+        "new_tokens": 96,
+        "rounds": 3,
+        "environment": {"cpu": "CPU", "threads": 2, "torch": "2", "transformers": "5", "commit": "abc"},
+    }
+
+
+def test_results_of_tasks_and_weights_gather_in_one_file(tmp_path: Path) -> None:
+    file = tmp_path / "speculative.json"
+    for one in (result("tools", 1.5), result("code", 2.0), result("tools", 1.7), result("tools", 2.5, "mine")):
+        _keep(file, one)
+    runs = json.loads(file.read_text())["runs"]
+    assert [(run["label"], [(t["task"], t["speedup"]) for t in run["tasks"]]) for run in runs] == [
+        ("untouched model", [("code", 2.0), ("tools", 1.7)]),
+        ("mine", [("tools", 2.5)]),
+    ]
+
+
+def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
+    file = tmp_path / "notes.json"
+    file.write_text("[1, 2]")
+    with pytest.raises(ValueError, match="give another file"):
+        _keep(file, result("tools", 1.5))
+    assert file.read_text() == "[1, 2]"
+
+
+def test_the_table_says_how_many_rows_are_identical() -> None:
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "tools" / "tables.py")
+    tables = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tables)
+    runs = [{"label": "mine", "tasks": [result("tools", 1.5), result("chat", 1.25)]}]
+    text = tables.speculative_table({"runs": runs})
+    assert "| tools | mine | **1.50x** | 100 | 50% | 2.00 | 4.0x | 9.0x | 1.10x |" in text
+    assert "identical to plain decoding's in 1 of 2 rows" in text

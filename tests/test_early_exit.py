@@ -52,7 +52,7 @@ def test_always_sure_is_the_exit(model: LayerwiseForCausalLM) -> None:
 
 def test_the_surer_it_must_be_the_fewer_leave_early(model: LayerwiseForCausalLM) -> None:
     counts = []
-    for trust in (".0001", "0.0112", "0.0116", "0.012", "0.013", "1.0"):
+    for trust in (".0001", "0.015", "0.0175", "0.02", "0.025", "0.03", "0.04", "1.0"):
         trace = Trace()
         greedy(model, prompt(), draft=Draft.early_exit(f"4@{trust}", 6), trace=trace)
         counts.append(trace.sources[0].count(Source.DRAFTED))

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from test_causal_lm import one_line, padded, tokens
-from tokenizers import Tokenizer, models, pre_tokenizers
+from test_causal_lm import one_line, padded
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedTokenizerFast, TrainerCallback
-from typer.testing import CliRunner
 
-from layerwise import Plan, attach, from_pretrained
-from layerwise.cli.train import app
+from layerwise import Plan, attach
 from layerwise.evaluation.exits import exit_quality
 from layerwise.training import layerskip
 from layerwise.training.exit_loss import exit_losses, labelled
-from layerwise.training.layerskip import LayerSkip, LayerSkipConfig, LayerSkipRecipe, survivors, train
+from layerwise.training.layerskip import LayerSkip, LayerSkipRecipe, survivors
 from layerwise.training.schedules import drop_rates, exit_weights, gradual, rotational
 from layerwise.training.trainer import GlobalBatches
 
@@ -279,202 +267,6 @@ def test_gradients_reach_lora_under_autocast() -> None:
     trained = {name: p for name, p in made.named_parameters() if p.requires_grad}
     assert trained and all(p.dtype == torch.float32 for p in trained.values())
     assert all(p.grad.abs().max() > 0 for name, p in trained.items() if "lora_B" in name)
-
-
-# -- whole trainings -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with `base`, a tiny model and its tokenizer, and `data.jsonl`."""
-    folder = tmp_path_factory.mktemp("layerskip")
-    tiny.model("llama").save_pretrained(folder / "base")
-    words = ["<pad>", "</s>", "<s>", *(f"w{number}" for number in range(90))]
-    tokenizer = Tokenizer(models.WordLevel({word: number for number, word in enumerate(words)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>").save_pretrained(
-        folder / "base"
-    )
-    with open(folder / "data.jsonl", "w", encoding="utf-8") as out:
-        for number in range(40):
-            asked = " ".join(f"w{number * place % 90}" for place in range(3 + number % 5))
-            answer = " ".join(f"w{number + place}" for place in range(1 + number % 4))
-            messages = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
-            out.write(json.dumps({"messages": messages}) + "\n")
-    return folder
-
-
-def config(files: Path, out: Path, **changes: Any) -> LayerSkipConfig:
-    given: dict[str, Any] = {"rank": 2, "steps": 5, "tokens_per_batch": 60, "gradient_accumulation": 2, "p_max": 0.5}
-    given |= {"every": 2, "log_every": 1, "save_every": 2, "precision": "float32", "learning_rate": 1e-2, "warmup": 1}
-    given |= {"data": str(files / "data.jsonl"), "model": str(files / "base"), "out": str(out), **changes}
-    return LayerSkipConfig(**given)
-
-
-def logged(out: Path) -> list[dict[str, float]]:
-    """Loss, gradient norm and the recipe's numbers of every step."""
-    history = json.loads((out / "training.json").read_text(encoding="utf-8"))["log"]
-    names = ("step", "loss", "grad_norm", "last_layer_loss", "exit_loss", "kept_layers")
-    return [{name: entry[name] for name in names if name in entry} for entry in history if "loss" in entry]
-
-
-class StopAt(TrainerCallback):
-    """Presses Ctrl-C in a step."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step == self.step:
-            signal.raise_signal(signal.SIGINT)
-
-
-@pytest.mark.parametrize("rank", [2, 0], ids=["lora", "all weights"])
-def test_ctrl_c_and_resume_equal_uninterrupted_training(
-    files: Path, tmp_path: Path, rank: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = config(files, tmp_path / "whole", rank=rank)
-    assert train(whole) == tmp_path / "whole"
-    expected = logged(tmp_path / "whole")
-    assert [entry["step"] for entry in expected] == [1, 2, 3, 4, 5] and len({e["loss"] for e in expected}) == 5
-
-    broken = replace(whole, out=str(tmp_path / "broken"))
-    usual = layerskip.LayerSkipTrainer.__init__
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            layerskip.LayerSkipTrainer,
-            "__init__",
-            lambda self, *args, **options: usual(self, *args, callbacks=[StopAt(2)], **options),
-        )
-        said: list[str] = []
-        with pytest.raises(KeyboardInterrupt):
-            train(broken, said.append)
-        assert "stopped at step 3" in said[-1] and "--resume" in said[-1]
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    one_line(lambda: train(broken), "already holds", "--resume")
-    one_line(lambda: train(replace(broken, seed=9), resume=True), "seed")
-    train(broken, resume=True)
-    assert logged(tmp_path / "broken") == expected
-    train(broken, resume=True)  # nothing is left to do
-    assert logged(tmp_path / "broken") == expected
-
-    one, other = (from_pretrained(adapter=tmp_path / name, engine="eager") for name in ("whole", "broken"))
-    ids = tokens(2, 9)
-    with torch.no_grad():
-        assert torch.equal(one(input_ids=ids).logits, other(input_ids=ids).logits)
-        assert not torch.allclose(one(input_ids=ids).logits, tiny.model("llama")(input_ids=ids).logits, atol=1e-3)
-
-
-def test_accumulation_and_log_are_means_over_tokens(files: Path, tmp_path: Path) -> None:
-    train(config(files, tmp_path / "run", steps=1, p_max=0.0, e_scale=0.0, gradient_accumulation=3))
-    (entry,) = logged(tmp_path / "run")
-    from layerwise.data.examples import collate, read_jsonl, tokenize
-    from layerwise.sources import load_tokenizer
-
-    tokenizer = load_tokenizer(str(files / "base"))
-    examples = [tokenize(one, tokenizer, 60) for one in read_jsonl(files / "data.jsonl")]
-    batches = GlobalBatches([len(one.input_ids) for one in examples], 60, 1, 3)
-    picked = [examples[number] for batch in batches for number, _, _ in batch]
-    batch = collate(picked, 0)
-    expected = tiny.model("llama")(**batch).loss.item()  # one batch of all rows
-    assert entry["loss"] == pytest.approx(expected, rel=1e-5)
-    assert entry["last_layer_loss"] == pytest.approx(expected, rel=1e-5) and entry["kept_layers"] == 1
-    assert "exit_loss" not in entry
-
-
-def test_two_steps_from_the_command_line(files: Path, tmp_path: Path) -> None:
-    flags = ["--model", str(files / "base"), "--steps", "2", "--p-max", "0.3", "--rank", "2", "--log-every", "1"]
-    flags += ["--tokens-per-batch", "60", "--curriculum", "gradual", "--dropout", "decaying", "--inverse-survival"]
-    result = CliRunner().invoke(
-        app,
-        ["layerskip", str(files / "data.jsonl"), "--out", str(tmp_path / "run"), *flags, "--json"],
-        catch_exceptions=False,
-    )
-    assert result.exit_code == 0
-    written = json.loads(result.stdout.splitlines()[-1])
-    assert written["adapter"] == str(tmp_path / "run")
-    assert written["config"]["dropout"] == "decaying" and written["config"]["precision"] == "bfloat16"
-    model = from_pretrained(adapter=written["adapter"], engine="eager")
-    assert len(logged(tmp_path / "run")) == 2 and model.plan == Plan.full(LAYERS)
-
-
-def test_the_flags_are_the_fields(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen: list[LayerSkipConfig] = []
-    monkeypatch.setattr(layerskip, "train", lambda config, *_: chosen.append(config) or Path(config.out))
-    needed = {"data": str(files / "data.jsonl"), "out": str(tmp_path / "o"), "model": str(files / "base")}
-    given = ["layerskip", needed["data"], "--out", needed["out"], "--model", needed["model"]]
-    CliRunner().invoke(app, given, catch_exceptions=False)
-    changed = config(files, tmp_path / "o", rank=0, seed=4, inverse_survival=True, learning_rate_schedule="linear")
-    flags = []
-    for name, value in changed.to_dict().items():
-        if name not in needed and value is not None:
-            flag = "--" + name.replace("_", "-")
-            flags += ([flag] if value else []) if isinstance(value, bool) else [flag, str(value)]
-    CliRunner().invoke(app, [*given, *flags], catch_exceptions=False)
-    assert chosen == [LayerSkipConfig(**needed), changed]
-
-
-@pytest.mark.parametrize(
-    ("flags", "mention"),
-    [
-        (["--p-max", "1"], "p-max"),
-        (["--steps", "2", "--epochs", "1"], "not both"),
-        (["--exit", "3"], "--recipe frozen"),
-        (["--recipe", "frozen"], "--exit"),
-        (["--max-length", "3"], "max-length"),
-        (["--resume"], "no checkpoint"),
-    ],
-)
-def test_mistakes_are_one_line(files: Path, tmp_path: Path, flags: list[str], mention: str) -> None:
-    given = ["layerskip", str(files / "data.jsonl"), "--out", str(tmp_path / "o"), "--model", str(files / "base")]
-    one_line(lambda: CliRunner().invoke(app, [*given, *flags], catch_exceptions=False), mention)
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    one_line(lambda: LayerSkipConfig(data=str(tmp_path / "no.jsonl"), out="x"), "no.jsonl")
-
-
-def _sockets() -> bool:
-    try:
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-        return torch.distributed.is_available() and torch.distributed.is_gloo_available()
-    except OSError:
-        return False
-
-
-@pytest.mark.skipif(not _sockets(), reason="no local sockets")
-@pytest.mark.parametrize("rank", [0])
-def test_two_processes_train_as_one_does(files: Path, tmp_path: Path, rank: int) -> None:
-    # A batch of one row now and then leaves the second process without any.
-    options = {"rank": rank, "steps": 4, "tokens_per_batch": 18, "p_max": 0.7, "save_every": 100}
-    train(config(files, tmp_path / "one", **options))
-    script = tmp_path / "run.py"
-    script.write_text(
-        "import sys, json\n"
-        "from layerwise.training.layerskip import LayerSkipConfig, train\n"
-        "train(LayerSkipConfig(**json.loads(sys.argv[1])), lambda line: print(line, flush=True))\n",
-        encoding="utf-8",
-    )
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    # Not `accelerate launch`: without MPI it starts one process on a CPU, whatever is asked for.
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
-    settings = json.dumps(config(files, tmp_path / "two", **options).to_dict())
-    done = subprocess.run(
-        [*launch, str(script), settings],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert "in 2 processes" in done.stdout and done.stdout.count("step 1/4") == 1  # one of them speaks
-    one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
-    assert len(one) == len(two) == 4
-    for left, right in zip(one, two, strict=True):
-        assert right == pytest.approx(left, rel=2e-4)
 
 
 # -- exits ---------------------------------------------------------------------------------------------------

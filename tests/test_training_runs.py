@@ -226,9 +226,7 @@ def test_two_processes_train_as_one_does(files: Path, tmp_path: Path, rank: int)
         assert right == pytest.approx(left, rel=2e-4)
 
 
-def test_the_frozen_recipe_from_the_command_line(
-    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_frozen_recipe_from_the_command_line(files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps; the adapter drafts, the model's own weights and output are what they were."""
     monkeypatch.setattr(causal_lm, "compiler_available", lambda: False)
     words = ["layerskip", str(files / "data.jsonl"), "--model", str(files / "base"), "--out", str(tmp_path / "out")]

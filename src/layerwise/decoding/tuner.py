@@ -17,11 +17,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 MEMORY = 0.98  # what a round's counts weigh one round later
-HOPE = 0.7  # acceptance of a way that has not been tried
-STARTING_WEIGHT = 3.0  # drafted tokens that this hope is worth
+HOPE = 0.6  # acceptance of a way that has not been tried
+STARTING_WEIGHT = 2.0  # drafted tokens that this hope is worth
 ONE_MORE = 0.05  # of a plain step, to verify one more token, where nothing is known
 REMEASURE = 64  # rounds after which a plain one is timed again
-REST = 24.0  # rounds after which half of a failure is forgotten, if the way was not taken since
+REST = 100.0  # rounds after which half of a failure is forgotten, if the way was not taken since
 
 
 @dataclass(slots=True)

@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from layerwise.data.examples import Tokens, collate
 from layerwise.model.backbone import Backbone
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.frame import Frame
@@ -36,6 +37,9 @@ from layerwise.training.config import LayerSkipConfig, LayerSkipRecipe
 from layerwise.training.exit_loss import IGNORED, LOGITS_AT_ONCE, exit_losses, labelled
 from layerwise.training.schedules import drop_rates, exit_weights, gradual, rotational
 from layerwise.training.trainer import RecipeTrainer, run_training
+
+SAMPLE = 24  # examples to judge exits by
+AGREEMENT = 0.4  # below, drafting by an exit cannot pay
 
 __all__ = ["LayerSkip", "LayerSkipConfig", "LayerSkipRecipe", "LayerSkipTrainer", "survivors", "train"]
 
@@ -204,16 +208,22 @@ def train(config: LayerSkipConfig, notify: Callable[[str], None] = lambda line: 
     """
 
     def make(steps: int) -> LayerSkip:
-        model = load_for_training(config)
-        model.exits = usual_exits(model.depth)
-        return LayerSkip(model, config, steps, config.seed)
+        return LayerSkip(load_for_training(config), config, steps, config.seed)
 
-    return run_training(config, make, LayerSkipTrainer, notify, resume)
+    return run_training(config, make, LayerSkipTrainer, notify, resume, finish=note_exits)
 
 
-def usual_exits(layers: int) -> tuple[int, ...]:
-    """The exits that `--draft auto` tries on a trained model: after 1/8, 1/4 and 2/5 of the layers."""
-    return tuple(sorted({max(1, round(layers * share)) for share in (0.125, 0.25, 0.4)} - {layers}))
+def note_exits(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:
+    """Set `model.exits`, which `--draft auto` tries: those that agree often enough with the last layer.
+
+    Candidates are the exits after 1/8, 1/4 and 2/5 of the layers; deeper ones cost too much to draft with.
+    """
+    from layerwise.evaluation.exits import exit_quality
+
+    candidates = sorted({max(1, round(model.depth * share)) for share in (0.125, 0.25, 0.4)} - {model.depth})
+    with torch.no_grad():
+        found = exit_quality(model, [collate([one], pad) for one in examples[:SAMPLE]], candidates)
+    model.exits = tuple(one.exit for one in found if one.agreement >= AGREEMENT)
 
 
 def load_for_training(config: LayerSkipConfig) -> LayerwiseForCausalLM:

@@ -356,10 +356,12 @@ def run_training(
     notify: Callable[[str], None],
     resume: bool,
     data: tuple[list[Tokens], int] | None = None,
+    finish: Callable[[LayerwiseForCausalLM, list[Tokens], int], None] | None = None,
 ) -> Path:
     """From a configuration to a saved adapter; `make(steps)` builds the recipe's module. See `layerskip.train`.
 
-    `data` are examples and padding token, if they are not those of `config.data`.
+    `data` are examples and padding token, if they are not those of `config.data`; `finish` gets the trained model and
+    them before it is saved.
     """
     out = Path(config.out)
     checkpoint = _starting_point(config, out, resume)
@@ -396,6 +398,8 @@ def run_training(
             for parameter in model.base.parameters():
                 if parameter.requires_grad:  # the LoRA: saved as what it is run in, at half the size
                     parameter.data = parameter.data.to(torch.bfloat16)
+        if finish is not None:
+            finish(model, examples, pad)
         save_adapter(model, out)
     trainer.accelerator.wait_for_everyone()
     return out

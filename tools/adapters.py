@@ -59,7 +59,7 @@ def picked(work: Path, name: str, most: dict[str, int]) -> Path:
 
 def untouched(work: Path) -> Path:
     """An exit head for the model as it is."""
-    return head(work, "frozen-head", {"s": 500, "c": 600, "p": 414, "h": 480, "t": 250}, 7, None)
+    return head(work, "frozen-head", {"s": 500, "c": 600, "p": 414, "h": 480, "t": 250}, 5, None)
 
 
 def head(work: Path, name: str, most: dict[str, int], epochs: float, adapter: str | None) -> Path:
@@ -70,12 +70,12 @@ def head(work: Path, name: str, most: dict[str, int], epochs: float, adapter: st
         out=str(out),
         adapter=adapter,
         epochs=epochs,
-        tokens_per_batch=2048,
+        tokens_per_batch=4096,
         gradient_accumulation=1,
-        learning_rate=7e-4,
-        warmup=30,
+        learning_rate=1e-3,
+        warmup=20,
         max_length=600,
-        save_every=200,
+        save_every=100,
     )
     return frozen.train(config, note, _begun(out))
 

@@ -70,8 +70,13 @@ def test_a_merged_lora_is_not_saved_as_a_plan_alone(base: Path, tmp_path: Path, 
         pytest.skip("no C++ compiler")
     attach(with_lora(load(base))).save_pretrained(str(tmp_path / "lora"))
     merged = from_pretrained(tmp_path / "lora", engine=engine)
-    one_line(lambda: merged.save_pretrained(str(tmp_path / "again")), "merged", "engine='eager'")
-    assert not (tmp_path / "again").exists()
+    merged.save_pretrained(str(tmp_path / "again"))  # what it was merged from is copied
+    again = from_pretrained(tmp_path / "again", engine="eager")
+    assert torch.equal(logits(again), logits(from_pretrained(tmp_path / "lora", engine="eager")))
+    with torch.no_grad():
+        next(merged.runtime.backbone.layers[0].parameters()).mul_(1.5)  # trained since: no copy would be right
+    one_line(lambda: merged.save_pretrained(str(tmp_path / "third")), "merged", "engine='eager'")
+    assert not (tmp_path / "third").exists()
 
 
 # -- damaged folders -----------------------------------------------------------------------------------------

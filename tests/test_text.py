@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from layerwise import Phase, Plan, Trace, attach
 from layerwise.decoding.text import Answer, Detokenizer, Sampling, answer, encode
+from layerwise.trace import Source
 
 CONTEXT = 48
 TEMPLATE = (
@@ -287,4 +288,12 @@ def test_what_an_answer_says_about_itself() -> None:
         "decode_seconds": 0.5,
         "stop_reason": "end of answer",
         "plan": "0 1m",
+        "draft": "off",
+        "drafted_tokens": 0,
+        "acceptance": None,
     }
+    made = (Source.DECODED, Source.DRAFTED, Source.VERIFIED)
+    drafted = Answer(("a", "b", "c"), plans, 5, 0.25, 0.5, "max new tokens", made, 12.0, 0.5, "ngram")
+    assert drafted.layers_per_token == 4.0
+    assert "3 tokens, 1 of them drafted (50% accepted), 4.0 tokens/s, 4.0 layers per token" in drafted.summary()
+    assert (drafted.to_dict()["drafted_tokens"], drafted.to_dict()["acceptance"]) == (1, 0.5)

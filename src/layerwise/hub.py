@@ -38,11 +38,11 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
     If the base's own weights were trained since `attach`, they are saved too, in `base/`.
     """
     folder = Path(directory)
-    folder.mkdir(parents=True, exist_ok=True)
     inner = model.runtime.backbone.model
     if model.merged:
         _save_merged(model, folder)
         return
+    folder.mkdir(parents=True, exist_ok=True)
     adapted = hasattr(model.base, "peft_config")
     base_fingerprint = fingerprint(inner)
     trained = not adapted and base_fingerprint != model.attached_to
@@ -88,6 +88,7 @@ def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
         raise ValueError(
             "this adapter's weights are merged into the model: load it with engine='eager' to train and save it again"
         )
+    folder.mkdir(parents=True, exist_ok=True)
     about = _read_about(source) | {"policy": model.policy.to_dict(), "layerwise_version": _version()}
     if about.get("base_inside"):
         about["base_model"] = "base"

@@ -72,11 +72,15 @@ def test_tables_are_made_from_results() -> None:
 
 def test_no_plan_in_the_readme_is_wrong() -> None:
     from layerwise import Plan
+    from layerwise.decoding.drafts import Draft
 
-    rows = re.findall(r"^\| `([^`]+)` \| [^|]+ \|$", README, re.MULTILINE)
-    assert len(rows) == 4
-    for text in rows:
+    drafts, plans = (re.findall(r"^\| `([^`]+)` \| [^|]+ \|$", part, re.MULTILINE) for part in README.split("## Plans"))
+    header, *drafts = drafts
+    assert header == "--draft" and len(drafts) == 5 and len(plans) == 4
+    for text in plans:
         Plan.parse(text, 30)
+    for text in drafts:
+        Draft.parse(text, 30)
 
 
 def test_links_and_pictures_exist() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_generate import ragged
+from test_generate import FREE, WIDTH, ragged, staggered
 from torch import Tensor
 
 from layerwise.model.cache import Cache
@@ -213,6 +213,18 @@ def test_speculation_with_kernels_gives_the_greedy_text(monkeypatch: pytest.Monk
             if fallen is None:
                 fallen = eager_calls(model, monkeypatch)
     assert set(fallen) <= {5, 3 * 9}  # nothing but prompts
+
+
+def test_rows_that_ended_do_not_send_the_others_to_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch, ends = staggered(tiny.model("llama"), 5, WIDTH, 2)
+    options = {**FREE, "eos_token_id": ends, "pad_token_id": 0}
+    expected = attached("llama", "eager").generate(**batch, **options)
+    model = attached("llama", "compiled")
+    model.prepare([FULL], few=True)
+    fallen = eager_calls(model, monkeypatch)
+    assert torch.equal(model.generate(**batch, **options), expected)
+    assert (expected[:, -1] == 0).any()  # some row had ended before the last
+    assert set(fallen) == {3 * WIDTH}  # the prompt
 
 
 def test_engines_with_lines_of_their_own_all_have_kernels() -> None:

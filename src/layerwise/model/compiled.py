@@ -42,6 +42,7 @@ class CompiledEngine:
     """Kernels for one token and for a few, eager for the rest. `notify` gets a line when one has to be compiled."""
 
     name = "compiled"
+    idle_tokens = FEW_TOKENS  # a kernel takes all rows; leaving one out would send the others to eager
 
     def __init__(self, backbone: Backbone, notify: Callable[[str], None] = log.info) -> None:
         self.backbone = backbone

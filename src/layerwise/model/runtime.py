@@ -29,6 +29,7 @@ class Engine(Protocol):
     """How one layer call, and the head, are computed. Every engine must equal `EagerEngine`."""
 
     name: str
+    idle_tokens: int  # up to so many tokens of a pass, rows without a token are better carried along than left out
 
     def prepare(self, plans: Iterable[Plan], few: bool = False) -> None:
         """Make ready whatever takes long, before `plans` are decoded with; a `few` tokens at a time too."""
@@ -47,6 +48,7 @@ class EagerEngine:
     """The reference: calls the Hugging Face modules as they are."""
 
     name = "eager"
+    idle_tokens = 0
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
@@ -134,7 +136,8 @@ class Runtime:
         if visits is not None:
             assert len(set(plans)) == 1, "only a plan that all rows share can be cut"
             steps = steps[visits]
-        if 0 in counts:
+        carried = cache is not None and len(set(plans)) == 1 and rows * width <= self.engine.idle_tokens
+        if 0 in counts and not carried:
             steps = _without(steps, {row for row, count in enumerate(counts) if count == 0}, rows)
         try:
             hidden = self.run(embedded, steps, frame, trace)

@@ -47,29 +47,24 @@ def picked(work: Path, name: str, most: dict[str, int]) -> Path:
     """The first prompts of each group, at most 250 tokens each."""
     path = work / f"{name}.jsonl"
     tokenizer, taken = load_tokenizer(), dict.fromkeys(most, 0)
-    chosen: list[tuple[int, Example]] = []
-    for number, one in enumerate(prompts(work)):
+    chosen: list[Example] = []
+    for one in prompts(work):
         group = GROUPS.get(one.kind, "t")
         if taken[group] < most[group] and len(prompt_ids(one, tokenizer)) <= 250:
-            chosen.append((number, one))
+            chosen.append(one)
             taken[group] += 1
-    write_jsonl(path, (one for _, one in chosen))
+    write_jsonl(path, chosen)
     return path
 
 
 def untouched(work: Path) -> Path:
-    """An exit head for the model as it is."""
-    return head(work, "frozen-head", {"s": 500, "c": 600, "p": 414, "h": 480, "t": 250}, 5, None)
-
-
-def head(work: Path, name: str, most: dict[str, int], epochs: float, adapter: str | None) -> Path:
-    """The frozen recipe on some of the prompts."""
-    out = work / name
+    """The frozen recipe for the model as it is."""
+    out = work / "frozen-head"
+    most = {"s": 500, "c": 600, "p": 414, "h": 480, "t": 250}
     config = FrozenConfig(
-        data=str(picked(work, f"{name}-prompts", most)),
+        data=str(picked(work, "frozen-head-prompts", most)),
         out=str(out),
-        adapter=adapter,
-        epochs=epochs,
+        epochs=5,
         tokens_per_batch=4096,
         gradient_accumulation=1,
         learning_rate=1e-3,

@@ -22,7 +22,7 @@ from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
 from layerwise.model.exit_head import ExitHead
 from layerwise.model.fingerprint import fingerprint
 from layerwise.plan import Plan
-from layerwise.policies.fixed import policy_from_dict
+from layerwise.policies.fixed import RoutingPolicy, policy_from_dict
 from layerwise.sources import load_base
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
         "layers": model.depth,
         "layerwise_version": _version(),
     }
-    _save_exits(model, folder, about)
+    _save_parts(model, folder, about)
     card = folder / "README.md"
     kept = _card_of_the_user(folder)
     if trained:
@@ -69,8 +69,10 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
     card.write_text(_card(about) if kept is None else kept, encoding="utf-8")  # PEFT has written one of its own
 
 
-def _save_exits(model: LayerwiseForCausalLM, folder: Path, about: dict[str, Any]) -> None:
-    """Trained exits and the exit head, if there are any."""
+def _save_parts(model: LayerwiseForCausalLM, folder: Path, about: dict[str, Any]) -> None:
+    """What the policy is made of, trained exits and the exit head, if there are any."""
+    if isinstance(model.policy, RoutingPolicy):
+        model.policy.save(folder)
     about |= {"exits": list(model.exits)} if model.exits else {}
     if model.exit_head is not None:
         about["exit_head"] = {"exit": model.exit_head.exit, "tokens": len(model.exit_head.vocabulary)}
@@ -97,7 +99,7 @@ def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
             shutil.copy2(part, folder / part.name)
         elif part.name == "base" and about.get("base_inside"):
             shutil.copytree(part, folder / "base", dirs_exist_ok=True)
-    _save_exits(model, folder, about)
+    _save_parts(model, folder, about)
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
@@ -163,7 +165,7 @@ def from_pretrained(
     model.merged = about["adapted"] and engine != "eager"
     model.adapter_folder = Path(adapter)
     if plan is None:
-        model.policy = policy_from_dict(about["policy"], model.depth)
+        model.policy = policy_from_dict(about["policy"], model.depth, adapter)
     model.exits = tuple(exit for exit in about.get("exits") or () if 0 < exit < model.depth)
     if about.get("exit_head"):
         model.exit_head = ExitHead.load(adapter, model.runtime.backbone)

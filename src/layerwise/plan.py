@@ -23,6 +23,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from itertools import groupby, takewhile
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Part(StrEnum):
@@ -238,3 +242,24 @@ def schedule(plans: tuple[Plan, ...]) -> tuple[Step, ...]:
             pending[row].pop()
         steps.append(Step(visit, slot, None if len(rows) == everyone else rows))
     return tuple(steps)
+
+
+class Route(Protocol):
+    """The plans of one pass over a prompt, decided while it runs; good for one pass.
+
+    The runtime asks for the next step only after it has shown the states that the last one left, so a layer can be
+    decided from the state that enters it.
+    """
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        """The plan of each row, once the pass is over."""
+        ...
+
+    def steps(self, hidden: Tensor) -> Iterator[Step]:
+        """The layer calls, one by one; `hidden` (rows, width, hidden size) are the embeddings, packed to the left."""
+        ...
+
+    def observe(self, step: Step, hidden: Tensor) -> None:
+        """The states of all rows after `step`."""
+        ...

@@ -51,6 +51,7 @@ class Trace:
     drafted: int = 0  # tokens proposed, over all rows
     accepted: int = 0
     drafts: Counter[str] = field(default_factory=Counter)  # how often each draft was chosen, by its text form
+    targets: list[Plan] = field(default_factory=list)  # the plan whose output `generate` gave, per row
 
     def record(self, row: int, plan: Plan, phase: Phase, tokens: int) -> None:
         """Add `tokens` tokens of `row`; extends the last span if plan and phase are the same."""

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from layerwise.cli import options
-from layerwise.training.config import FrozenConfig, FrozenRecipe, LayerSkipConfig
+from layerwise.training.config import FrozenConfig, FrozenRecipe, LayerRouteConfig, LayerSkipConfig
 
 app = typer.Typer(help="Train a model to spend its layers well.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -86,6 +86,28 @@ def layerskip(
         from layerwise.training import frozen as trained
     else:
         from layerwise.training import layerskip as trained
+    out = trained.train(config, options.note, resume)
+    print(f"wrote {out}")
+    if json:
+        options.print_json({"adapter": str(out), "config": config.to_dict()})
+
+
+@app.command("layerroute")
+@_with_flags(LayerRouteConfig)
+def layerroute(
+    *,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    json: options.Json = False,
+    **chosen: Any,
+) -> None:
+    """Teach routers which layers a prompt needs, as LayerRoute does (arXiv 2606.01838), with a LoRA for the rest."""
+    config = LayerRouteConfig(**chosen)
+    options.quiet()
+    from layerwise.sources import model_path
+
+    model_path(config.model, options.note)
+    from layerwise.training import layerroute as trained
+
     out = trained.train(config, options.note, resume)
     print(f"wrote {out}")
     if json:

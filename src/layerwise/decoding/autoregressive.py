@@ -52,10 +52,9 @@ def decode(
     """
     runtime = model.runtime
     rows = input_ids.shape[0]
-    row_plans = model.row_plans(rows, plans)
     chosen_draft = model.read_draft(draft)
     speculative = chosen_draft.kind != "off"
-    model.prepare(row_plans, chosen_draft, few=speculative or rows > 1)
+    model.prepare(plans, chosen_draft, few=speculative or rows > 1)
     sequence = _Sequence(input_ids, generation_config)
     chooser = _Chooser(logits_processor, stopping_criteria, generation_config, rows)
 
@@ -66,6 +65,9 @@ def decode(
     if past_key_values is None and position_ids is not None:
         check_positions(position_ids, prompt.packing)
     cache = Cache(rows, max(prompt.counts) + sequence.room) if past_key_values is None else past_key_values
+    if chosen_draft.kind == "policy" and plans is None:  # the policy drafts: what it drafts for is the whole model
+        plans = [Plan.full(model.depth)] * rows
+    walked = model.decide(prompt.counts, plans, cache)
     if speculative:
         vocabulary, trusting = runtime.backbone.shape.vocabulary, chosen_draft.trust is not None
         judge = Judge(logits_processor, stopping_criteria, generation_config, vocabulary, trusting, rows)
@@ -74,13 +76,16 @@ def decode(
         read = (prompt.tokens, prompt.embedded, prompt.counts)
         padding = chooser.pad.to(input_ids.device) if chooser.padding else None
         keep = past_key_values is not None or bool(generation_config.return_dict_in_generate)
-        whole = speculate(model, input_ids, read, row_plans, cache, chosen_draft, judge, padding, streamer, trace, keep)
+        whole = speculate(model, input_ids, read, walked, cache, chosen_draft, judge, padding, streamer, trace, keep)
         if not generation_config.return_dict_in_generate:
             return whole
         made = whole.shape[1] - input_ids.shape[1]  # what was drafted beyond an end token was judged too
         scores, logits = (None if kept is None else kept[:made] for kept in (judge.scores, judge.logits))
         return GenerateDecoderOnlyOutput(sequences=whole, scores=scores, logits=logits, past_key_values=cache)
-    hidden = runtime.forward(prompt.embedded, row_plans, prompt.counts, cache, trace, Phase.PREFILL)
+    hidden = runtime.forward(prompt.embedded, walked, prompt.counts, cache, trace, Phase.PREFILL)
+    row_plans = walked if isinstance(walked, Sequence) else walked.plans  # decided once, kept for the answer
+    if trace is not None:
+        trace.targets = list(row_plans)
     hidden = last_of(hidden, prompt.counts)
     while True:
         tokens = chooser.choose(sequence.so_far, runtime.engine.logits(hidden)[:, -1].float())

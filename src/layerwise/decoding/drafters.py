@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ from layerwise.model.exit_head import ExitHead
 from layerwise.model.packing import last_of
 from layerwise.model.runtime import Runtime
 from layerwise.plan import Plan
+from layerwise.policies import Policy, decide
 from layerwise.trace import Phase
 
 Choose = Callable[[Tensor, Tensor | None], Pick]  # logits (rows, tokens) and which tokens those are, if not all
@@ -164,6 +165,42 @@ class PlanDrafter:
         target = self.target
         forward = target.model.runtime.forward
         return forward(hidden, [self.plan] * target.rows, counts, self.cache, target.trace, Phase.DRAFT, self.own)
+
+
+class PolicyDrafter(PlanDrafter):
+    """Drafts by the plans that `policy` decides from the prompt, each row by its own.
+
+    They are known once the prompt is read. If all rows got one plan, what it shares with the target is walked once from
+    then on.
+    """
+
+    def __init__(self, name: str, target: Target, policy: Policy, *options: Any) -> None:
+        super().__init__(name, target, target.plans[0], *options)
+        self.policy = policy
+        self.plans: list[Plan] = []
+        self.shared, self.own, self.cuts = 0, slice(0, None), frozenset()
+
+    def begin(self, prompt: Read) -> None:
+        target = self.target
+        self.cache = _beside(target.cache, prompt)
+        found = decide(self.policy, prompt.counts)
+        target.model.runtime.forward(prompt.states[0], found, prompt.counts, self.cache, target.trace, Phase.DRAFT)
+        self.plans = list(found if isinstance(found, Sequence) else found.plans)
+        self.plan = self.plans[0]
+        if self.share and target.uniform and len(set(self.plans)) == 1:
+            self.shared = target.plans[0].common_prefix(self.plan)
+            self.own = slice(self.shared, None) if self.shared < len(self.plan) else None
+            self.cuts = frozenset({self.shared} if self.own else ())
+            target.cuts |= self.cuts
+        self.behind = [prompt.deep.new_empty(0, prompt.deep.shape[-1])] * target.rows
+
+    def select(self, rows: Sequence[int]) -> None:
+        super().select(rows)
+        self.plans = [self.plans[row] for row in rows]
+
+    def _walk(self, hidden: Tensor, counts: Sequence[int]) -> Tensor:
+        forward, visits = self.target.model.runtime.forward, self.own if self.shared else None
+        return forward(hidden, self.plans, counts, self.cache, self.target.trace, Phase.DRAFT, visits)
 
 
 @dataclass

@@ -22,15 +22,23 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
-from layerwise.decoding.drafters import Drafter, HeadDrafter, NGramDrafter, PlanDrafter, Proposal, Worth
+from layerwise.decoding.drafters import (
+    Drafter,
+    HeadDrafter,
+    NGramDrafter,
+    PlanDrafter,
+    PolicyDrafter,
+    Proposal,
+    Worth,
+)
 from layerwise.decoding.drafts import MOST, Draft
 from layerwise.decoding.judge import Judge
-from layerwise.decoding.target import Read, Target
+from layerwise.decoding.target import Read, Target, Watched
 from layerwise.decoding.tuner import Tuner
 from layerwise.model.cache import Cache
 from layerwise.model.packing import last_of
-from layerwise.plan import Plan
-from layerwise.trace import Source, Trace
+from layerwise.plan import Plan, Route
+from layerwise.trace import Phase, Source, Trace
 
 if TYPE_CHECKING:
     from layerwise.model.causal_lm import LayerwiseForCausalLM
@@ -68,6 +76,10 @@ class Crew:
                 name, target, plan, judge.pick, logits, vocabulary, not draft.lookup, draft.trust or 0.0
             )
             self._add(name, drafter, plan.depth + 1)
+        if draft.kind == "policy":
+            logits, vocabulary = model.draft_logits()
+            drafter = PolicyDrafter("policy", target, model.policy, judge.pick, logits, vocabulary, not draft.lookup)
+            self._add("policy", drafter, target.plans[0].depth + 1)
         for drafter in self.drafters.values():
             target.cuts |= drafter.cuts
 
@@ -154,7 +166,7 @@ def speculate(
     model: LayerwiseForCausalLM,
     input_ids: Tensor,
     prompt: tuple[Tensor, Tensor, list[int]],
-    plans: Sequence[Plan],
+    plans: Sequence[Plan] | Route,
     cache: Cache,
     draft: Draft,
     judge: Judge,
@@ -168,7 +180,7 @@ def speculate(
     Args:
         input_ids: (rows, width) the prompt as `generate` got it.
         prompt: token ids (rows, width) packed to the left, their embeddings, and how many each row has.
-        plans: the target of each row.
+        plans: the target of each row, or a route that decides it in the pass over the prompt.
         padding: fills rows up that end early; None if all rows go on until all are done.
         keep: whether the cache is wanted afterwards; if so it holds all but the last token of every row.
 
@@ -182,12 +194,19 @@ def speculate(
     )
     texts.buffer[:, :width] = input_ids
     rows_of_trace = None if trace is None else trace.of(list(range(rows)))
-    target = Target(model, list(plans), cache, set(), rows_of_trace, keep=keep)
-    crew = Crew(model, target, draft, judge)
     before = list(cache.lengths)
     ids, embedded, counts = prompt
+    read = None
+    if not isinstance(plans, Sequence):  # who can draft depends on the target's plans: the prompt is read first
+        route = Watched(plans)
+        deep = model.runtime.forward(embedded, route, counts, cache, rows_of_trace, Phase.PREFILL)
+        plans, read = route.plans, Read(ids, list(counts), route.states, deep)
+    if trace is not None:
+        trace.targets = list(plans)
+    target = Target(model, list(plans), cache, set(), rows_of_trace, keep=keep)
     try:
-        read = target.read(ids, counts, embedded)
+        crew = Crew(model, target, draft, judge)
+        read = target.read(ids, counts, embedded) if read is None else read
         crew.begin(read)
         texts.ahead = [width + 1 - length for length in cache.lengths]
         logits = model.runtime.engine.logits(last_of(read.deep, counts)).float()

@@ -7,7 +7,7 @@ row and the states kept, and knows how to walk from one visit to another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from layerwise.model.cache import Cache
-from layerwise.plan import Plan
+from layerwise.plan import Plan, Route, Step
 from layerwise.trace import Phase, RowsOfTrace
 
 if TYPE_CHECKING:
@@ -37,6 +37,31 @@ class Read:
     counts: list[int]
     states: dict[int, Tensor]
     deep: Tensor
+
+
+class Watched:
+    """A route whose states are kept: those that all rows reach after the same visits."""
+
+    def __init__(self, route: Route) -> None:
+        self.route = route
+        self._states: list[Tensor] = []
+
+    @property
+    def plans(self) -> tuple[Plan, ...]:
+        return self.route.plans
+
+    def steps(self, hidden: Tensor) -> Iterator[Step]:
+        self._states = [hidden]
+        return self.route.steps(hidden)
+
+    def observe(self, step: Step, hidden: Tensor) -> None:
+        self._states.append(hidden)
+        self.route.observe(step, hidden)
+
+    @property
+    def states(self) -> dict[int, Tensor]:
+        """As `Read.states`, at every cut if all rows have one plan, else at 0."""
+        return dict(enumerate(self._states if len(set(self.plans)) == 1 else self._states[:1]))
 
 
 @dataclass

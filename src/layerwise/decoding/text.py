@@ -210,7 +210,7 @@ def answer(
     room = max_new_tokens if context is None else min(max_new_tokens, context - width)
     watch, trace = _Watch(Detokenizer(tokenizer), on_text), Trace()
     draft = model.read_draft(draft)
-    model.prepare(model.row_plans(1), draft, few=draft.kind != "off")  # compiling is neither reading nor decoding
+    model.prepare(None, draft, few=draft.kind != "off")  # compiling is neither reading nor decoding
     torch.manual_seed(sampling.seed)
     began = time.perf_counter()
     output = model.generate(
@@ -225,7 +225,7 @@ def answer(
     ended = output[0, -1].item() in (ends if isinstance(ends, list) else [ends])
     limit = "max new tokens" if room == max_new_tokens else "end of context"
     # The first token comes out of the pass over the prompt, the later ones out of passes of their own.
-    (plan,) = model.row_plans(1)
+    (plan,) = trace.targets
     spent = (Phase.DECODE, Phase.DRAFT, Phase.VERIFY)
     return Answer(
         pieces=tuple(watch.pieces),

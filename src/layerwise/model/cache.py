@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from layerwise.plan import Slot
+from layerwise.plan import Plan, Slot
 
 ALIGNMENT = 64  # capacities are rounded up to this many tokens
 
@@ -49,6 +49,7 @@ class Cache:
     capacity: int
     lengths: list[int] = field(default_factory=list)
     slots: dict[Slot, SlotStore] = field(default_factory=dict)
+    plans: list[Plan] | None = None  # that a routing policy decided for these rows at their first token
 
     def __post_init__(self) -> None:
         self.capacity = _aligned(self.capacity)
@@ -131,6 +132,7 @@ class Cache:
         """Keep the rows named, in that order; a row may be named twice (a beam, a draft tree)."""
         self.lengths = [self.lengths[row] for row in rows]
         self.rows = len(rows)
+        self.plans = None if self.plans is None else [self.plans[row] for row in rows]
         for store in self.slots.values():
             index = torch.tensor(rows, dtype=torch.long, device=store.keys.device)
             store.keys, store.values = store.keys[index], store.values[index]
@@ -140,7 +142,7 @@ class Cache:
     def part(self, rows: Sequence[int]) -> Cache:
         """A cache of its own with the rows named."""
         slots = {slot: replace(store) for slot, store in self.slots.items()}
-        made = Cache(self.rows, self.capacity, list(self.lengths), slots)
+        made = Cache(self.rows, self.capacity, list(self.lengths), slots, self.plans)
         made.select(rows)
         return made
 
@@ -163,6 +165,8 @@ class Cache:
                 seen = torch.cat([one if one is not None else all_ for one, all_ in zip(kept, shown, strict=True)])
             self.slots[slot] = SlotStore(keys, values, ends, seen)
         self.capacity, self.lengths = capacity, [length for cache in caches for length in cache.lengths]
+        if self.plans is not None:
+            self.plans = [plan for cache in caches for plan in cache.plans]
         self.rows = len(self.lengths)
         self.select(order)
 

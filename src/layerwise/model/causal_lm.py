@@ -25,10 +25,10 @@ from layerwise.model.cache import Cache
 from layerwise.model.compiled import CompiledEngine, compiler_available
 from layerwise.model.exit_head import ExitHead
 from layerwise.model.fingerprint import fingerprint
-from layerwise.model.packing import Packing, check_positions
+from layerwise.model.packing import Packing, check_positions, lengths_of_prompts
 from layerwise.model.runtime import EagerEngine, Engine, Runtime, check_fit
-from layerwise.plan import Plan
-from layerwise.policies import FixedPolicy, Policy
+from layerwise.plan import Plan, Route
+from layerwise.policies import FixedPolicy, Policy, RoutingPolicy
 from layerwise.trace import Phase, Trace
 
 EngineName = Literal["auto", "eager", "compiled"]
@@ -104,6 +104,18 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"plans must be a list with one plan a row: {rows} rows")
         return [self.read_plan(plan) for plan in plans]
 
+    def decide(
+        self, lengths: Sequence[int], plans: Sequence[Plan | str] | None = None, cache: Cache | None = None
+    ) -> list[Plan] | Route:
+        """What a pass over rows with prompts of `lengths` tokens walks: `plans` if given, else what the policy says.
+
+        A routing policy decides in the pass that reads the prompt; what continues its cache keeps the decision.
+        """
+        if plans is None and isinstance(self.policy, RoutingPolicy):
+            kept = cache is not None and cache.plans is not None and any(cache.lengths)
+            return list(cache.plans) if kept else self.policy.route(lengths)
+        return self.row_plans(len(lengths), plans)
+
     # -- drafts ------------------------------------------------------------------------------------------
 
     @property
@@ -163,9 +175,16 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             self._cut_runtime.engine.prepare([], few=True)
         return self._cut_runtime.engine.logits, self.exit_head.vocabulary
 
-    def prepare(self, plans: Sequence[Plan], draft: Draft | None = None, few: bool = False) -> None:
-        """Compile, or find, what decoding with `plans` and `draft` needs, so that nobody waits for it later."""
-        everything = [*plans, draft.plan] if draft is not None and draft.plan is not None else list(plans)
+    def prepare(self, plans: Sequence[Plan | str] | None = None, draft: Draft | None = None, few: bool = False) -> None:
+        """Compile, or find, what decoding with `plans` and `draft` needs, so that nobody waits for it later.
+
+        Without `plans`: the policy's, which may be any part of the whole model if it decides at the prompt.
+        """
+        whole = plans is None and (isinstance(self.policy, RoutingPolicy) or (draft and draft.kind == "policy"))
+        everything = [Plan.full(self.depth)] if whole else self.row_plans(1 if plans is None else len(plans), plans)
+        if draft is not None and draft.kind == "policy":
+            everything += [Plan.full(self.depth)] if isinstance(self.policy, RoutingPolicy) else self.policy.plans(1)
+        everything += [draft.plan] if draft is not None and draft.plan is not None else []
         self.runtime.engine.prepare(everything, few)
         if draft is not None and draft.kind in ("auto", "head") and self.head_runtime is not None:
             self.head_runtime.engine.prepare([Plan.full(1)], few=True)
@@ -192,6 +211,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         plans: Sequence[Plan | str] | None = None,
         trace: Trace | None = None,
+        prompt_lengths: Sequence[int] | Tensor | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """One pass that honours the plan.
@@ -205,6 +225,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             logits_to_keep: compute logits for the last so many columns only (0: all), or for the columns named.
             plans: one plan a row, instead of the policy's.
             trace: gets what ran.
+            prompt_lengths: tokens of each row, padding not counted, that a routing policy may look at. If not given,
+                those before the first label; without labels, all: then the gates see what a harness scores.
 
         Returns:
             loss (if labels), logits (rows, kept, vocabulary), past_key_values (if cached).
@@ -229,8 +251,12 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         packing = Packing.of(rows, width, attention_mask)
         if position_ids is not None:
             check_positions(position_ids, packing)
+        lengths = packing.counts
+        if plans is None and isinstance(self.policy, RoutingPolicy):
+            lengths = lengths_of_prompts(packing, labels, prompt_lengths)
+        walked = self.decide(lengths, plans, past_key_values)
         hidden = self.runtime.forward(
-            packing.pack(hidden), self.row_plans(rows, plans), packing.counts, past_key_values, trace, Phase.PREFILL
+            packing.pack(hidden), walked, packing.counts, past_key_values, trace, Phase.PREFILL
         )
         hidden = packing.unpack(hidden)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -266,6 +292,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         for unsupported in _UNRECORDED:
             if asked(unsupported):
                 raise ValueError(f"{unsupported} is not recorded; call the base model for it")
+        if kwargs.get("prompt_lengths") is not None:
+            raise ValueError("what generate is given is the prompt: leave prompt_lengths out")
         cache = kwargs.get("past_key_values")
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(f"past_key_values must be a layerwise.Cache, not {type(cache).__name__}")

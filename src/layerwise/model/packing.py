@@ -62,6 +62,33 @@ def last_of(packed: Tensor, counts: Sequence[int]) -> Tensor:
     return packed[torch.arange(len(index), device=packed.device), index][:, None]
 
 
+def lengths_of_prompts(
+    packing: Packing, labels: Tensor | None, given: Sequence[int] | Tensor | None = None
+) -> list[int]:
+    """How many tokens of each row are its prompt: as `given`, else what precedes the first label, else all.
+
+    The label of a row's first token is never predicted, so a prompt has at least one token.
+
+    Args:
+        labels: (rows, width) in the user's layout, -100 where no loss is wanted.
+
+    Raises:
+        ValueError: a given length is not between 1 and the tokens of its row.
+    """
+    counts = packing.counts
+    if given is not None:
+        lengths = [int(length) for length in given]
+        if len(lengths) != len(counts) or any(not 0 < n <= most for n, most in zip(lengths, counts, strict=True)):
+            raise ValueError(f"prompt_lengths must be 1 or more tokens of each row, at most {counts}, not {lengths}")
+        return lengths
+    if labels is None:
+        return list(counts)
+    columns = torch.arange(labels.shape[1], device=labels.device)
+    answered = (packing.pack(labels) != -100) & (columns < torch.tensor(counts, device=labels.device)[:, None])
+    first = torch.where(answered, columns, labels.shape[1]).amin(1).tolist()
+    return [max(1, min(at, count)) for at, count in zip(first, counts, strict=True)]
+
+
 def check_positions(position_ids: Tensor, packing: Packing) -> None:
     """Refuse positions (rows or 1, width) that do not count each row's tokens in order.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from layerwise.model.backbone import TESTED, Backbone, UnsupportedModelError
 from layerwise.model.cache import Cache
 from layerwise.model.frame import Frame
-from layerwise.plan import Plan, Step, schedule
+from layerwise.plan import Plan, Route, Step, schedule
 from layerwise.trace import Phase, Trace
 
 
@@ -108,7 +108,7 @@ class Runtime:
     def forward(
         self,
         embedded: Tensor,
-        plans: Sequence[Plan],
+        plans: Sequence[Plan] | Route,
         counts: Sequence[int] | None = None,
         cache: Cache | None = None,
         trace: Trace | None = None,
@@ -119,7 +119,7 @@ class Runtime:
 
         Args:
             embedded: (rows, width, hidden size) input embeddings; columns from counts[r] on are padding.
-            plans: the plan of each row.
+            plans: the plan of each row, or a route that decides them on the way; the cache then keeps its plans.
             counts: tokens of each row in this pass (all `width` if None); rows with 0 are left alone.
             cache: continued and extended in place if given.
             trace: gets what ran.
@@ -132,21 +132,28 @@ class Runtime:
         rows, width, _ = embedded.shape
         counts = [width] * rows if counts is None else counts
         frame = Frame(self.backbone, counts, width, embedded.device, embedded.dtype, cache)
-        steps = schedule(tuple(plans))
+        route = None if isinstance(plans, Sequence) else plans
+        steps = schedule(tuple(plans)) if route is None else route.steps(embedded)
         if visits is not None:
             assert len(set(plans)) == 1, "only a plan that all rows share can be cut"
             steps = steps[visits]
-        carried = cache is not None and len(set(plans)) == 1 and rows * width <= self.engine.idle_tokens
-        if 0 in counts and not carried:
-            steps = _without(steps, {row for row, count in enumerate(counts) if count == 0}, rows)
+        if 0 in counts:
+            assert route is None, "every row has a prompt"
+            carried = cache is not None and len(set(plans)) == 1 and rows * width <= self.engine.idle_tokens
+            if not carried:
+                steps = _without(steps, {row for row, count in enumerate(counts) if count == 0}, rows)
         try:
-            hidden = self.run(embedded, steps, frame, trace)
+            hidden = self.run(embedded, steps, frame, trace, None if route is None else route.observe)
         except BaseException:  # Ctrl-C too: what the first layers stored must not outlive the pass
             if cache is not None:
                 cache.rollback(cache.lengths)
             raise
         if cache is not None:
             cache.advance(counts)
+        if route is not None:
+            plans = route.plans
+            if cache is not None:
+                cache.plans = list(plans)
         if trace is not None:
             for row, (plan, count) in enumerate(zip(plans, counts, strict=True)):
                 ran = plan if visits is None else plan.visits[visits]

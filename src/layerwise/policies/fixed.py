@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
-from layerwise.plan import Plan
+from layerwise.plan import Plan, Route
 
 
 class Policy(Protocol):
@@ -19,6 +20,27 @@ class Policy(Protocol):
     def to_dict(self) -> dict[str, Any]:
         """What `layerwise.json` of an adapter keeps."""
         ...
+
+
+@runtime_checkable
+class RoutingPolicy(Policy, Protocol):
+    """A policy that must see hidden states of the prompt: it decides while the pass over the prompt runs.
+
+    Its `plans` raises ValueError, for there is no prompt to decide from.
+    """
+
+    def route(self, lengths: Sequence[int]) -> Route:
+        """For one pass over rows whose prompts are their first `lengths[r]` tokens; nothing later is looked at."""
+        ...
+
+    def save(self, folder: str | Path) -> None:
+        """Write what `to_dict` leaves out."""
+        ...
+
+
+def decide(policy: Policy, lengths: Sequence[int]) -> list[Plan] | Route:
+    """The plan of each row, or the route by which a pass over the rows' prompts, `lengths` tokens each, finds them."""
+    return policy.route(lengths) if isinstance(policy, RoutingPolicy) else list(policy.plans(len(lengths)))
 
 
 @dataclass(frozen=True)
@@ -34,12 +56,17 @@ class FixedPolicy:
         return {"kind": "fixed", "plan": str(self.plan)}
 
 
-def policy_from_dict(saved: dict[str, Any], layers: int) -> Policy:
-    """Read back `Policy.to_dict`.
+def policy_from_dict(saved: dict[str, Any], layers: int, folder: str | Path | None = None) -> Policy:
+    """Read back `Policy.to_dict`, and from `folder` what the policy wrote beside it.
 
     Raises:
-        ValueError: a kind of policy that this version does not know, or a plan the model cannot run.
+        ValueError: a kind of policy that this version does not know, a plan the model cannot run, or a file that is
+            missing or does not fit.
     """
+    if saved.get("kind") == "gated" and folder is not None:
+        from layerwise.policies.gates import GatedPolicy
+
+        return GatedPolicy.load(saved, layers, folder)
     if saved.get("kind") != "fixed":
         raise ValueError(f"unknown policy '{saved.get('kind')}': the adapter needs a newer layerwise")
     if not isinstance(saved.get("plan"), str):

@@ -1,4 +1,4 @@
-"""What a LayerSkip training is told; one dataclass from which the command line takes its flags and defaults.
+"""What a training is told; one dataclass a recipe, from which the command line takes its flags and defaults.
 
 Kept apart from the code that trains, so that `layerwise train --help` need not import torch.
 """
@@ -9,8 +9,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from layerwise.plan import Plan
+
 Dropout = Literal["constant", "growing", "decaying"]
 Curriculum = Literal["rotational", "gradual"]
+Objective = Literal["paper", "budget", "quality", "none"]
 Precision = Literal["bfloat16", "float32"]
 LearningRateSchedule = Literal["cosine", "linear", "constant_with_warmup"]
 _FREE_TO_CHANGE = ("out", "save_every", "log_every")  # a resumed training may differ in these
@@ -161,6 +164,81 @@ class FrozenConfig(FrozenRecipe, TrainingConfig):
     def __post_init__(self) -> None:
         FrozenRecipe.__post_init__(self)
         TrainingConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRouteRecipe:
+    """The choices of the method itself (arXiv 2606.01838); objectives are told apart in `training.layerroute`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    objective: Objective = field(default="quality", metadata=_help("What makes gates close; none trains no gates."))
+    penalty: float = field(
+        default=1.0, metadata=_help("Paper: price of a soft gate. Quality: the price it starts with.")
+    )
+    target: float = field(default=0.85, metadata=_help("Budget: mean share of layers to run."))
+    tolerance: float = field(
+        default=0.02, metadata=_help("Quality: nats a token that an input may lose against full depth.")
+    )
+    dual_rate: float = field(
+        default=0.05, metadata=_help("Budget, quality: how fast the price follows its constraint.")
+    )
+    keep: str = field(default="", metadata=_help('Layers that every prompt runs, such as "0-1 28-29".'))
+    start_closed: str | None = field(
+        default=None, metadata=_help("Layers whose gates begin closed; paper: the middle third, else none.")
+    )
+    start_bias: float = field(default=1.0, metadata=_help("Bias of gates that begin open; closed ones have its minus."))
+    normalize: bool = field(
+        default=False, metadata=_help("Divide what a router reads by its root mean square; the paper does not.")
+    )
+    router_learning_rate: float | None = field(
+        default=None, metadata=_help("Highest learning rate of the routers, if not that of the LoRA.")
+    )
+    weight_decay: float = field(default=0.01, metadata=_help("Weight decay of LoRA and routers."))
+    lora_dropout: float = field(default=0.05, metadata=_help("Dropout of the LoRA's inputs."))
+    rank: int = field(default=8, metadata=_help("LoRA rank, alpha is twice as much."))
+
+    def __post_init__(self) -> None:
+        _choice("objective", self.objective, Objective)
+        _require(0 < self.target <= 1, f"target must be above 0 and at most 1, not {self.target}")
+        for name in ("tolerance", "start_bias"):
+            _require(getattr(self, name) > 0, f"{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
+        for name in ("penalty", "dual_rate", "weight_decay"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name.replace('_', '-')} must be 0 or more, not {value}")
+        rate = self.router_learning_rate
+        _require(rate is None or rate > 0, f"router-learning-rate must be above 0, not {rate}")
+        _require(0 <= self.lora_dropout < 1, f"lora-dropout must be at least 0 and below 1, not {self.lora_dropout}")
+        _require(self.rank >= 1, f"rank must be 1 or more, not {self.rank}")
+        layers_of(self.keep)
+        layers_of(self.start_closed or "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerRouteConfig(LayerRouteRecipe, TrainingConfig):
+    """A training of routers and LoRA.
+
+    Raises:
+        ValueError: a value is out of range, or there is no such file of examples.
+    """
+
+    learning_rate: float = field(default=2e-4, metadata=_help("Highest learning rate."))
+    seed: int = field(default=0, metadata=_help("Seed of batches and LoRA."))
+
+    def __post_init__(self) -> None:
+        LayerRouteRecipe.__post_init__(self)
+        TrainingConfig.__post_init__(self)
+
+
+def layers_of(text: str, layers: int | None = None) -> tuple[int, ...]:
+    """The layers that a text such as "0-1 28-29" names, for a model of `layers` layers if that is known.
+
+    Raises:
+        ValueError: it names none, or one that is not there.
+    """
+    return tuple(sorted({visit.layer for visit in Plan.parse(text, layers)})) if text.strip() else ()
 
 
 def _require(holds: bool, otherwise: str) -> None:

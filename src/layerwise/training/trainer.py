@@ -300,6 +300,7 @@ class _Progress(TrainerCallback):
 
 
 _SHOWN = ("last_layer_loss", "exit_loss", "kept_layers", "agreement_1", "agreement_2", "agreement_3")
+_SHOWN += ("routed_loss", "layers_run", "quality_gap", "price")
 
 
 # -- a whole run -----------------------------------------------------------------------------------------------

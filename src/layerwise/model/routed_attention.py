@@ -1,0 +1,400 @@
+"""Routed attention: each position pays for attention only if it asks for it.
+
+Most positions of a text can be mixed by a short convolution; a few must look far back. A router reads each position and
+its recent past and chooses: a causal depthwise convolution, whose cost does not grow with the text, or attention to all
+earlier positions (M. Bee, Zenodo 10.5281/zenodo.18518956: y = (1 - g) convolution + g attention, g in {0, 1}).
+
+The published code computes both everywhere and blends, which saves nothing. Here the queries of the routed positions
+are gathered, only they are scored against the keys, and the results are scattered back: O(kN) for k of N positions. All
+positions can be looked at, so keys and values are projections of all of them (O(N)); they are made when a routed
+position first needs them. So a text in which nobody attends makes none, and in decoding a token that is not routed
+costs the router and the convolution, and nothing that grows with the text.
+
+Training blends both everywhere, since the gradient of a choice is the difference between the two; at inference the
+router's argmax is taken and the work really skipped. `reference` is the blend, which the fast path must equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from layerwise.model.recall_model import RoutedLayerCache
+
+Mixing = Literal["routed", "attention", "convolution"]
+Kernel = Literal["auto", "dense", "gathered", "chunked"]
+CHUNK, _LEAST_CHUNK = 256, 16  # most and fewest routed queries scored at once: their keys end at the last of them
+_BLOCK = 64  # positions of one block of a causal filter
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What the router said: `gate` (rows, width) in {0, 1}, 1 attends, with the straight-through gradient in training;
+    `logits` (rows, width), positive where attention is preferred. Padding has gate 0."""
+
+    gate: Tensor
+    logits: Tensor
+
+
+class Router(nn.Module):
+    """Linear, GELU, linear on [x ; moving average of x], per position: two logits, convolution and attention.
+
+    The moving average (decay 0.9, zero before the text) is linear and so commutes with the first map; it is taken after
+    it, on `width` numbers instead of the hidden size.
+    """
+
+    def __init__(self, hidden_size: int, width: int, decay: float = 0.9, initial_usage: float = 0.5) -> None:
+        super().__init__()
+        self.now = nn.Linear(hidden_size, width)
+        self.past = nn.Linear(hidden_size, width, bias=False)
+        self.out = nn.Linear(width, 2)
+        self.decay, self.initial_usage = decay, initial_usage
+        self.start()
+
+    def start(self) -> None:
+        """Set the bias to `initial_usage`."""
+        with torch.no_grad():
+            odds = torch.tensor(self.initial_usage / (1 - self.initial_usage)).log() / 2
+            self.out.bias.copy_(torch.stack((-odds, odds)))
+
+    def forward(self, hidden: Tensor, mask: Tensor | None, average: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Logits (rows, width, 2) and the moving average after the last position (rows, router width)."""
+        past = self.past(hidden)
+        if mask is not None:
+            past = past * mask[..., None]
+        past = moving_average(past, self.decay, average)
+        # Not the exact GELU: on a CPU that goes through oneDNN, a high price for the few numbers of one token.
+        return self.out(F.gelu(self.now(hidden) + past, approximate="tanh")), past[:, -1]
+
+
+class RoutedAttention(nn.Module):
+    """The layer; see the module's text.
+
+    Args:
+        hidden_size, heads, kv_heads, head_dim: as in any attention; `kv_heads` defaults to `heads`, `head_dim` to
+            hidden_size / heads.
+        kernel_size: taps of the convolution; its weights are a softmax over the taps, one set a head.
+        router_width: inner width of the router; the hidden size unless given, as published. A narrow one is cheaper.
+        rope_theta: base of rotary positions (in the rotate-half form of Llama); None has no positions, as published.
+        initial_usage: share of positions that attend before training.
+        bias: whether the projections of attention have biases.
+
+    Attributes:
+        mixing: "routed", or "attention" or "convolution" everywhere, without asking the router.
+        kernel: how routed queries are scored; all give the same result. "dense" scores every position; "gathered" the
+            routed ones against all keys; "chunked" in chunks, each against the keys up to its last query. "auto" is
+            dense if everybody attends and chunked otherwise.
+        blend: compute both paths everywhere while training, for an exact straight-through gradient. Without it the
+            routed path is used, and only positions that attend teach the router.
+        tau: temperature of the Gumbel softmax in training.
+
+    Raises:
+        ValueError: sizes do not divide.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        heads: int,
+        kv_heads: int | None = None,
+        head_dim: int | None = None,
+        kernel_size: int = 64,
+        router_width: int | None = None,
+        rope_theta: float | None = None,
+        initial_usage: float = 0.5,
+        bias: bool = False,
+    ) -> None:
+        super().__init__()
+        self.heads, self.kv_heads = heads, kv_heads or heads
+        if hidden_size % heads or heads % self.kv_heads:
+            raise ValueError("hidden-size must be a multiple of heads, and heads of kv-heads")
+        if not 0 < initial_usage < 1 or kernel_size < 1:
+            raise ValueError("initial-usage must be between 0 and 1, and kernel-size at least 1")
+        self.head_dim = head_dim or hidden_size // heads
+        if rope_theta is not None and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head size, not {self.head_dim}: leave rope-theta out")
+        self.hidden_size, self.kernel_size, self.rope_theta = hidden_size, kernel_size, rope_theta
+        self.q_proj = nn.Linear(hidden_size, heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, hidden_size, bias=False)
+        self.conv_value = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.conv_output = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.conv_taps = nn.Parameter(torch.empty(heads, kernel_size))
+        self.router = Router(hidden_size, router_width or hidden_size, initial_usage=initial_usage)
+        self.mixing: Mixing = "routed"
+        self.kernel: Kernel = "auto"
+        self.chunk, self.blend, self.tau = CHUNK, True, 1.0
+        self.start_taps()
+
+    def start_taps(self) -> None:
+        """Heads of short and of long memory: weights that fall by e over 1 to `kernel_size` / 2 taps."""
+        reach = torch.logspace(0, 1, self.heads, base=max(2.0, self.kernel_size / 2))
+        with torch.no_grad():
+            self.conv_taps.copy_(-torch.arange(self.kernel_size) / reach[:, None])
+
+    def forward(
+        self,
+        hidden: Tensor,
+        mask: Tensor | None = None,
+        cache: RoutedLayerCache | None = None,
+        gate: Tensor | None = None,
+    ) -> tuple[Tensor, Routing]:
+        """Mix `hidden` (rows, width, hidden size); returns the same shape, and what was routed.
+
+        Args:
+            mask: (rows, width) True at tokens, False at padding; None if there is none. Padding contributes nothing
+                and its output means nothing. It stands at the start or the end of a row, and with a `cache` that
+                is continued only at the start.
+            cache: earlier positions of the same rows, continued in place.
+            gate: (rows, width) who attends, instead of the router.
+        """
+        routing = self._route(hidden, mask, cache, gate)
+        if self.training and self.blend and cache is None and self.mixing == "routed":
+            return self._blend(hidden, mask, routing), routing
+        return self._mix(hidden, mask, cache, routing.gate), routing
+
+    def reference(
+        self, hidden: Tensor, mask: Tensor | None = None, gate: Tensor | None = None
+    ) -> tuple[Tensor, Routing]:
+        """As `forward` without a cache, slowly: both paths at every position, blended by the gate."""
+        routing = self._route(hidden, mask, None, gate)
+        return self._blend(hidden, mask, routing), routing
+
+    def _route(
+        self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache | None, gate: Tensor | None
+    ) -> Routing:
+        if self.mixing != "routed":
+            chosen = hidden.new_full(hidden.shape[:2], float(self.mixing == "attention"))
+            logits = torch.zeros_like(chosen)
+        else:
+            # Asked even if `gate` decides: the moving average goes on, and a timing includes the router.
+            pair, average = self.router(hidden, mask, None if cache is None else cache.average)
+            if cache is not None:
+                cache.average = average
+            logits = pair[..., 1] - pair[..., 0]
+            if gate is not None:
+                chosen = gate.to(hidden.dtype)
+            elif self.training:
+                chosen = F.gumbel_softmax(pair.float(), tau=self.tau, hard=True)[..., 1].to(hidden.dtype)
+            else:
+                chosen = (logits > 0).to(hidden.dtype)
+        return Routing(chosen if mask is None else chosen * mask, logits)
+
+    # -- both paths everywhere: the reference, and training ------------------------------------------------
+
+    def _blend(self, hidden: Tensor, mask: Tensor | None, routing: Routing) -> Tensor:
+        mixed = self._convolve(hidden, mask, None)
+        places = _positions(mask, hidden)
+        keys, values = self.project(hidden, places)
+        seen = None
+        if mask is not None:
+            # A query of padding sees itself, so that its softmax is defined.
+            square = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool, device=hidden.device)
+            seen = ((square.tril() & mask[:, None]) | (square.tril() & square.triu()))[:, None]
+        attended = self._score(self._queries(hidden, places), keys, values, seen, causal=seen is None)
+        gate = routing.gate[..., None]
+        return (1 - gate) * self.conv_output(mixed) + gate * self.o_proj(attended)
+
+    # -- the routed path -------------------------------------------------------------------------------------
+
+    def _mix(self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache | None, gate: Tensor) -> Tensor:
+        """Convolution where the gate is 0 and attention where it is 1, and neither where it is not asked for."""
+        width, attends = hidden.shape[1], gate.detach() > 0
+        counts = [width] * len(hidden) if self.mixing == "attention" and mask is None else attends.sum(1).tolist()
+        everybody = min(counts) == width
+        if cache is not None:
+            cache.advance(hidden, mask, keep=self.mixing != "convolution")
+        output = places = None
+        if not everybody:
+            mixed = self._convolve(hidden, mask, cache)
+            if sum(counts) * 2 > attends.numel() and not gate.requires_grad:
+                rest = ~attends
+                output = torch.zeros_like(hidden)
+                output[rest] = self.conv_output(mixed[rest])
+            else:
+                output = self.conv_output(mixed)
+        elif cache is not None and self.mixing == "routed":
+            cache.wait(hidden, self.kernel_size - 1)  # a later token may convolve over these
+        if max(counts) == 0:
+            return output
+        if self.rope_theta is not None:
+            places = _positions(mask, hidden) if cache is None else cache.positions(width, hidden.device)
+        starts = _starts(mask) if cache is None else cache.starts
+        if everybody and starts is None and self.kernel in ("auto", "dense"):
+            attended = self._attend_everywhere(hidden, places, cache)
+            return gate[..., None] * attended if gate.requires_grad else attended
+        tokens = torch.ones_like(attends) if mask is None else mask
+        scored = tokens if self.kernel == "dense" else attends
+        attended = self._attend(hidden, scored, places, starts, cache)
+        if output is None:
+            return gate[..., None] * attended.view_as(hidden)
+        # The gate is 0 or 1: it is multiplied in for its gradient, and to drop what "dense" scored for nothing.
+        chosen = gate[scored][:, None]
+        return output.index_put((scored,), (1 - chosen) * output[scored] + chosen * attended)
+
+    def _attend_everywhere(self, hidden: Tensor, places: Tensor | None, cache: RoutedLayerCache | None) -> Tensor:
+        """Attention of all positions of rows without padding, in one fused call."""
+        if cache is None:
+            keys, values = self.project(hidden, places)
+        else:
+            keys, values = cache.keys_and_values(self.project, cache.length)
+        width, length = hidden.shape[1], keys.shape[2]
+        seen = None
+        if 1 < width < length:
+            seen = torch.ones(width, length, dtype=torch.bool, device=hidden.device).tril(length - width)
+        return self.o_proj(self._score(self._queries(hidden, places), keys, values, seen, causal=width == length))
+
+    def _attend(
+        self,
+        hidden: Tensor,
+        scored: Tensor,
+        places: Tensor | None,
+        starts: list[int] | None,
+        cache: RoutedLayerCache | None,
+    ) -> Tensor:
+        """Attention of the positions `scored` (rows, width), row after row: (number of them, hidden size)."""
+        before = 0 if cache is None else cache.length - hidden.shape[1]
+        lines, columns = scored.nonzero(as_tuple=True)
+        needed = int(columns.max()) + before + 1
+        if cache is None:
+            keys, values = self.project(hidden[:, :needed], None if places is None else places[:, :needed])
+        else:
+            keys, values = cache.keys_and_values(self.project, needed)
+        if places is not None:
+            places = places.expand(len(hidden), -1)[lines, columns][None]
+        queries = self._queries(hidden[lines, columns][None], places)
+        outputs, done = [], 0
+        for row, count in enumerate(scored.sum(1).tolist()):
+            start = 0 if starts is None else starts[row]
+            size = min(self.chunk, max(_LEAST_CHUNK, count // 8)) if self.kernel in ("auto", "chunked") else count
+            for first in range(done, done + count, size or 1):
+                part = slice(first, min(first + size, done + count))
+                at = columns[part] + before
+                end = int(at[-1]) + 1  # nothing after the last of them is seen by any
+                seen = None if len(at) == 1 else torch.arange(start, end, device=hidden.device) <= at[:, None]
+                its_keys, its_values = keys[row, None, :, start:end], values[row, None, :, start:end]
+                outputs.append(self._score(queries[:, :, part], its_keys, its_values, seen, causal=False))
+            done += count
+        return self.o_proj(torch.cat(outputs, dim=1)[0])
+
+    def _score(self, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, causal: bool) -> Tensor:
+        """Scores, softmax and weighted sum: (rows, queries, heads times head size)."""
+        causal, grouped = causal and queries.shape[2] > 1, self.kv_heads != self.heads
+        mixed = F.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=seen, is_causal=causal, enable_gqa=grouped
+        )
+        return mixed.transpose(1, 2).flatten(2)
+
+    def _queries(self, hidden: Tensor, places: Tensor | None) -> Tensor:
+        """Queries (rows, heads, width, head size) of `hidden`, which stands at the positions `places`."""
+        queries = self.q_proj(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return queries if self.rope_theta is None else rotate(queries, places, self.rope_theta)
+
+    def project(self, hidden: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Keys and values (rows, kv heads, width, head size) of `hidden`, at positions `places` (rows, width)."""
+        keys = self.k_proj(hidden).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        values = self.v_proj(hidden).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        return (keys if self.rope_theta is None else rotate(keys, places, self.rope_theta)), values
+
+    def _convolve(self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache | None) -> Tensor:
+        """Values filtered by each head's taps, (rows, width, hidden size), before the output projection."""
+        width, reach = hidden.shape[1], self.kernel_size - 1
+        if mask is not None:
+            hidden = hidden * mask[..., None]  # the map has no bias: the value of padding is zero
+        if cache is None:
+            values = F.pad(self.conv_value(hidden), (0, 0, reach, 0))
+        else:
+            # Earlier tokens that all attended have waited for this.
+            values = self.conv_value(torch.cat((*cache.waiting, hidden), dim=1) if cache.waiting else hidden)
+            window = values.new_zeros(len(values), reach, values.shape[-1]) if cache.window is None else cache.window
+            if values.shape[1] > reach + width:
+                values = values[:, -reach - width :]
+            else:
+                values = torch.cat((window[:, values.shape[1] - width :], values), dim=1)
+            window = values[:, width:]  # of a long text a copy, so that the text's values are not kept
+            cache.window, cache.waiting = window.clone() if width > 1 else window, []
+        return causal_filter(values, self.conv_taps.softmax(-1))
+
+
+# -- filters over time ---------------------------------------------------------------------------------------------
+
+
+def causal_filter(values: Tensor, taps: Tensor) -> Tensor:
+    """y[t] = sum_j taps[head, j] values[t - j], each head's channels by its own taps.
+
+    Args:
+        values: (rows, taps - 1 + width, channels), the first taps - 1 are the past.
+        taps: (heads, taps), the newest first.
+
+    Returns:
+        (rows, width, channels). Long texts go in blocks, as products with a banded matrix.
+    """
+    heads, count = taps.shape
+    rows, total, channels = values.shape
+    width = total - count + 1
+    taps = taps.to(values.dtype)
+    if width < _BLOCK // 4:
+        windows = values.unfold(1, count, 1).unflatten(2, (heads, -1))  # rows, width, heads, channels, taps
+        return (windows * taps.flip(-1)[:, None]).sum(-1).flatten(2)
+    blocks = -(-width // _BLOCK)
+    values = F.pad(values, (0, 0, 0, blocks * _BLOCK - width))
+    span = _BLOCK + count - 1
+    windows = values.unfold(1, span, _BLOCK).unflatten(2, (heads, -1))  # rows, blocks, heads, channels, span
+    windows = windows.permute(2, 4, 0, 1, 3).reshape(heads, span, -1)
+    # Row i of the band holds the taps, oldest first, from column i on.
+    band = F.pad(taps.flip(-1)[:, None].expand(-1, _BLOCK, -1), (0, _BLOCK)).flatten(1)
+    band = band[:, : _BLOCK * span].view(heads, _BLOCK, span)
+    mixed = torch.bmm(band, windows).view(heads, _BLOCK, rows, blocks, channels // heads)
+    return mixed.permute(2, 3, 1, 0, 4).reshape(rows, blocks * _BLOCK, channels)[:, :width]
+
+
+def moving_average(values: Tensor, decay: float, before: Tensor | None = None) -> Tensor:
+    """m[t] = decay m[t - 1] + (1 - decay) values[t] for values (rows, width, channels); `before` is m[-1], or zero."""
+    rows, width, channels = values.shape
+    if width == 1:
+        return (1 - decay) * values + (0 if before is None else decay * before[:, None])
+    size = min(width, _BLOCK)
+    blocks = -(-width // size)
+    steps = torch.arange(size, device=values.device)
+    inside = _powers(decay, steps[:, None] - steps).to(values.dtype) * (1 - decay)
+    local = torch.matmul(inside, F.pad(values, (0, 0, 0, blocks * size - width)).unflatten(1, (blocks, size)))
+    # What a block hands on to the next ones fades by decay^size each.
+    order = torch.arange(blocks, device=values.device)
+    ahead = _powers(decay**size, order[:, None] - order - 1).to(values.dtype)
+    carry = torch.matmul(ahead, local[:, :, -1])
+    if before is not None:
+        carry = carry + (decay**size) ** order.to(values.dtype)[:, None] * before[:, None]
+    fade = decay ** (steps + 1).to(values.dtype)
+    return (local + fade[:, None] * carry[:, :, None]).view(rows, blocks * size, channels)[:, :width]
+
+
+def _powers(base: float, exponents: Tensor) -> Tensor:
+    """base^exponent, and 0 where the exponent is negative."""
+    return torch.where(exponents >= 0, base ** exponents.clamp(min=0).float(), 0.0)
+
+
+def rotate(states: Tensor, places: Tensor, theta: float) -> Tensor:
+    """Rotary positions (RoFormer, arXiv 2104.09864) of states (rows, heads, width, size) at `places` (rows, width)."""
+    half = states.shape[-1] // 2
+    angles = places[:, None, :, None] * theta ** (-torch.arange(half, device=states.device).float() / half)
+    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
+    first, second = states[..., :half], states[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+def _positions(mask: Tensor | None, hidden: Tensor) -> Tensor:
+    """The number of each token among its row's tokens (rows or 1, width)."""
+    if mask is None:
+        return torch.arange(hidden.shape[1], device=hidden.device)[None]
+    return (mask.long().cumsum(1) - 1).clamp(min=0)
+
+
+def _starts(mask: Tensor | None) -> list[int] | None:
+    """Where each row's tokens start; None if there is no padding."""
+    return None if mask is None else (mask.long().cumsum(1) == 0).sum(1).tolist()

@@ -1,0 +1,307 @@
+"""LayerRoute training (arXiv 2606.01838): routers that learn which layers a prompt needs, and a LoRA that makes up for
+the rest. The backbone is frozen.
+
+In training every layer runs, and a gate g, hard in the forward pass and soft in the backward, mixes:
+
+    h <- h + g (Layer_i(h) - h)        g = [soft > 1/2] + soft - stopgrad(soft)
+
+so a skipped layer is an identity, as it will be, and yet its router learns what running it would have changed. The gate
+reads the tokens before the first label, which is what generation shows it. In evaluation mode layers are really
+skipped.
+
+What keeps gates from all staying open is the objective, beside the cross entropy CE:
+
+    paper     CE + penalty * mean soft. As published: the same price for every input, on a number that is not what runs.
+    budget    CE + price * mean g. A dual variable moves the price until the mean of g is the target.
+    quality   CE + price * mean(worth * g). An input's worth falls from 1 to -1 with its gap, the cross entropy that it
+              loses against full depth: 0 at the tolerance, below which it is pushed to skip, above which to run. The
+              price rises while the mean gap is below the tolerance and falls while it is above.
+    none      CE, the same LoRA without routing: what the others are to be compared with.
+
+Means of gates are over rows and all layers. No objective knows of what kind an input is.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from layerwise.data.examples import Tokens
+from layerwise.model.backbone import Backbone
+from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
+from layerwise.model.frame import Frame
+from layerwise.model.packing import Packing, lengths_of_prompts
+from layerwise.model.runtime import EagerEngine, Runtime
+from layerwise.plan import Plan, Step, schedule
+from layerwise.policies.gates import GatedPolicy, Gates
+from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, layers_of
+from layerwise.training.exit_loss import IGNORED, LOGITS_AT_ONCE, exit_losses, labelled
+from layerwise.training.trainer import RecipeTrainer, run_training
+
+STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
+
+__all__ = ["LayerRoute", "LayerRouteConfig", "LayerRouteRecipe", "LayerRouteTrainer", "train"]
+
+
+class LayerRoute(nn.Module):
+    """The loss of LayerRoute as a module around `model`, whose policy it sets.
+
+    Args:
+        model: what is trained is the PEFT adapter in it.
+        recipe: objective and routers.
+
+    Attributes:
+        weight, bias: the routers (see `GatedPolicy`), the model's policy shares them; None without routing.
+        price: of a layer run, in nats a token; a dual variable in the objectives budget and quality.
+    """
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, model: LayerwiseForCausalLM, recipe: LayerRouteRecipe) -> None:
+        super().__init__()
+        self.model = model
+        self.recipe = recipe
+        self.price = 0.0 if recipe.objective == "budget" else recipe.penalty
+        # Numbers and not buffers: data parallel wrappers would overwrite them with those of the first process.
+        self.seen, self.rows_seen = 0.0, 0.0  # what the dual variable is moved by, summed since it was
+        self.weight: nn.Parameter | None = None
+        self.bias: nn.Parameter | None = None
+        if recipe.objective != "none":
+            layers, hidden = model.depth, model.runtime.backbone.shape.hidden
+            closed = layers_of(recipe.start_closed, layers) if recipe.start_closed is not None else None
+            if closed is None:
+                closed = tuple(range(layers // 3, 2 * layers // 3)) if recipe.objective == "paper" else ()
+            bias = [-recipe.start_bias if layer in closed else recipe.start_bias for layer in range(layers)]
+            device = model.runtime.backbone.device
+            self.weight = nn.Parameter(torch.zeros(layers, hidden, device=device))
+            self.bias = nn.Parameter(torch.tensor(bias, device=device))
+            keep = layers_of(recipe.keep, layers)
+            model.policy = GatedPolicy(self.weight, self.bias, keep, recipe.normalize)
+
+    @property
+    def config(self) -> Any:
+        return self.model.config
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        places: Tensor | None = None,
+        step: int = 0,
+    ) -> dict[str, Tensor]:
+        """The loss of a part of a batch; in evaluation mode the cross entropy alone, with layers really skipped.
+
+        Args:
+            input_ids, labels, attention_mask: (rows, width) as in `LayerwiseForCausalLM.forward`.
+            places, step: not used; what every recipe is given.
+
+        Returns:
+            `loss`, the objective times the labelled positions (with several processes, means over rows are those of
+            each); and, each as (numerator, denominator), `routed_loss` (cross entropy a position), `layers_run` (of
+            a row), and by objective `quality_gap` (nats a position) and `price`.
+        """
+        rows, width = input_ids.shape
+        packing = Packing.of(rows, width, attention_mask)
+        counts, packed = packing.counts, packing.pack(labels)
+        lengths = lengths_of_prompts(packing, labels)
+        real = (labels != IGNORED).any(1)  # not the row that only keeps a process company
+        hidden = packing.pack(self.model.embed(input_ids))
+        if torch.is_autocast_enabled(hidden.device.type):
+            hidden = hidden.float()  # the residual stream, which autocast would leave in the weights' dtype
+        runtime = self.model.runtime
+        everything = [Plan.full(self.model.depth)] * rows
+        if self.weight is None or not self.training:
+            walked = everything if self.weight is None else self.model.policy.route(lengths)
+            deep = Runtime(runtime.backbone).forward(hidden, walked, counts)
+            plans = walked if isinstance(walked, Sequence) else walked.plans
+            run = torch.tensor([float(len(plan)) for plan in plans], device=hidden.device)
+            losses, positions = self.row_losses(deep, packed, counts)
+            return self._report(losses.sum(), losses, positions, run, real)
+        engine = _Mixed(runtime.backbone, Gates(self.model.policy, lengths))
+        frame = Frame(runtime.backbone, counts, width, hidden.device, hidden.dtype)
+        deep = Runtime(runtime.backbone, engine).run(hidden, schedule(tuple(everything)), frame)
+        losses, positions = self.row_losses(deep, packed, counts)
+        soft, hard = torch.stack(engine.soft, 1).mean(1), torch.stack(engine.hard, 1).mean(1)
+        of_real = real / real.sum().clamp(min=1)
+        extra: dict[str, Tensor] = {}
+        if self.recipe.objective == "paper":
+            penalty = (soft * of_real).sum()
+        elif self.recipe.objective == "budget":
+            penalty = (hard * of_real).sum()
+            self._note(hard.detach(), real)
+        else:
+            # After the routed pass: autocast keeps the copies of weights it made, and these would have no gradient.
+            gap = (losses.detach() - self._full_depth(hidden, packed, counts)) / positions.clamp(min=1)
+            worth = (1 - gap / self.recipe.tolerance).clamp(-1, 1)
+            penalty = (worth * hard * of_real).sum()
+            self._note(gap, real)
+            extra["quality_gap"] = torch.stack([(gap * real).sum(), real.sum()])
+        loss = losses.sum() + self.price * penalty * positions.sum()
+        extra["price"] = loss.detach().new_tensor([self.price, 1.0])
+        return self._report(loss, losses, positions, hard.detach() * self.model.depth, real) | extra
+
+    def row_losses(self, deep: Tensor, labels: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Cross entropy (rows,) summed over the labelled positions of each row, and how many there are (rows,).
+
+        Args:
+            deep: (rows, width, hidden size) before the final norm, packed to the left.
+            labels: (rows, width) packed likewise.
+        """
+        backbone = self.model.runtime.backbone
+        chunk = max(1, LOGITS_AT_ONCE // backbone.head.weight.shape[0])
+        head = {id(p): p for part in (backbone.norm, backbone.head) for p in part.parameters() if p.requires_grad}
+        sums, positions = [], []
+        for row, count in enumerate(counts):
+            at, targets = labelled(labels[row : row + 1], [count])
+            picked = deep[row].index_select(0, at)[None]
+            total, _ = exit_losses(backbone.logits, list(head.values()), picked, targets, [1.0], chunk)
+            sums.append(total)
+            positions.append(len(targets))
+        return torch.stack(sums), torch.tensor(positions, device=deep.device)
+
+    def adapt(self, mean: float) -> None:
+        """One step of the dual variable, after an optimizer step in which its constraint stood at `mean` (over rows).
+
+        budget: `mean` is the share of layers run; the price rises while it is above the target, falls while below.
+        quality: `mean` is the gap; the price is multiplied, within a factor 100 of the penalty it began with.
+        """
+        recipe = self.recipe
+        if recipe.objective == "budget":
+            self.price += recipe.dual_rate * (mean - recipe.target)
+        elif recipe.objective == "quality":
+            by = max(-1.0, min(1.0, 1 - mean / recipe.tolerance))
+            price = self.price * (1 + recipe.dual_rate * by)
+            self.price = max(recipe.penalty / 100, min(recipe.penalty * 100, price))
+
+    @torch.no_grad()
+    def _full_depth(self, hidden: Tensor, labels: Tensor, counts: Sequence[int]) -> Tensor:
+        """Cross entropy of each row with every layer run, by the same LoRA."""
+        backbone = self.model.runtime.backbone
+        deep = Runtime(backbone).forward(hidden.detach(), [Plan.full(self.model.depth)] * len(counts), counts)
+        return self.row_losses(deep, labels, counts)[0]
+
+    def _note(self, values: Tensor, real: Tensor) -> None:
+        self.seen += (values * real).sum().item()
+        self.rows_seen += real.sum().item()
+
+    def _report(self, loss: Tensor, losses: Tensor, positions: Tensor, run: Tensor, real: Tensor) -> dict[str, Tensor]:
+        return {
+            "loss": loss,
+            "routed_loss": torch.stack([losses.detach().sum(), positions.sum()]),
+            "layers_run": torch.stack([(run * real).sum(), real.sum()]),
+        }
+
+
+class _Mixed(EagerEngine):
+    """Runs every layer, and mixes what it gives by straight-through gates; keeps both kinds, (rows,) a layer."""
+
+    def __init__(self, backbone: Backbone, gates: Gates) -> None:
+        super().__init__(backbone)
+        self.gates = gates
+        self.soft: list[Tensor] = []
+        self.hard: list[Tensor] = []
+
+    def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
+        soft, run = self.gates.decide(step.visit.layer, hidden)
+        hard = run.float() + (soft - soft.detach())  # in this order the value is exactly 0 or 1
+        self.soft.append(soft)
+        self.hard.append(hard)
+        return hidden + hard[:, None, None].to(hidden.dtype) * (super().visit(step, hidden, frame) - hidden)
+
+
+class LayerRouteTrainer(RecipeTrainer):
+    """transformers' Trainer for `LayerRoute`: its own learning rate for routers, and the dual variable."""
+
+    def __init__(self, module: LayerRoute, **options: Any) -> None:
+        super().__init__(module, **options)
+        self.add_callback(_Dual(self))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None:
+            recipe, routers = self.model.recipe, [p for p in (self.model.weight, self.model.bias) if p is not None]
+            known = {id(p) for p in routers}
+            lora = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
+            groups = [{"params": lora}]
+            if routers:
+                rate = recipe.router_learning_rate
+                groups.append({"params": routers, "lr": self.args.learning_rate if rate is None else rate})
+            decay = recipe.weight_decay
+            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, weight_decay=decay)
+        return self.optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            state = json.dumps({"price": self.model.price}) + "\n"
+            (Path(output_dir or self.args.output_dir) / STATE).write_text(state, encoding="utf-8")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        module, folder = self.model, Path(resume_from_checkpoint)
+        try:
+            module.price = float(json.loads((folder / STATE).read_text(encoding="utf-8"))["price"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"'{folder}' is no checkpoint of this training: it has no readable {STATE}") from error
+        if module.weight is not None:
+            saved = GatedPolicy.load(module.model.policy.to_dict(), module.model.depth, folder)
+            with torch.no_grad():
+                module.weight.copy_(saved.weight)
+                module.bias.copy_(saved.bias)
+
+
+class _Dual(TrainerCallback):
+    """Moves the price after every optimizer step, by what all processes saw."""
+
+    def __init__(self, trainer: LayerRouteTrainer) -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        module = self.trainer.model
+        sums = torch.tensor([module.seen, module.rows_seen], device=args.device)
+        seen, rows = self.trainer.accelerator.reduce(sums, "sum").tolist()
+        if rows:
+            module.adapt(seen / rows)
+        module.seen = module.rows_seen = 0.0
+
+
+def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line: None, resume: bool = False) -> Path:
+    """Train and save an adapter, routers included; `from_pretrained(adapter=...)` loads the folder it returns.
+
+    Processes, `notify`, `resume` and what is raised are those of `layerskip.train`.
+    """
+    return run_training(
+        config, lambda steps: LayerRoute(_load(config), config), LayerRouteTrainer, notify, resume, finish=_round
+    )
+
+
+def _round(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:
+    """The routers as they are shipped, so that what is saved decides as what is in memory."""
+    if isinstance(model.policy, GatedPolicy):
+        model.policy = model.policy.rounded()
+
+
+def _load(config: LayerRouteConfig) -> LayerwiseForCausalLM:
+    """The base model, attached, with a new LoRA on the projections of attention."""
+    from peft import LoraConfig, get_peft_model
+
+    from layerwise.sources import load_base
+
+    # Frozen weights are only read: in bfloat16 they need not be converted in every pass. PEFT keeps LoRA in float32.
+    base = load_base(config.model, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+    torch.manual_seed(config.seed)
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=2 * config.rank,
+        lora_dropout=config.lora_dropout,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=base.config.name_or_path,
+    )
+    return attach(get_peft_model(base, lora))

@@ -1,0 +1,234 @@
+"""Training of LayerRoute: the losses against slow ones, checkpoints, the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from test_causal_lm import one_line
+from test_layerroute import CLOSE, FULL, IDS, LABELS, LAYERS, LENGTHS, MASK, Calls, alone, decided, gates
+from test_training_runs import StopAt, files  # noqa: F401 (a fixture)
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from typer.testing import CliRunner
+
+from layerwise import Plan, attach, from_pretrained
+from layerwise.cli.train import app
+from layerwise.training import layerroute
+from layerwise.training.layerroute import LayerRoute, LayerRouteConfig, LayerRouteRecipe, train
+
+# -- the loss ------------------------------------------------------------------------------------------------
+
+
+def module(**recipe: Any) -> LayerRoute:
+    """LayerRoute of a tiny model whose LoRA and routers are random."""
+    torch.manual_seed(3)
+    lora = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False)
+    made = LayerRoute(attach(get_peft_model(tiny.model("llama"), lora)), LayerRouteRecipe(**recipe)).train()
+    if made.weight is not None:
+        with torch.no_grad():
+            made.weight.copy_(gates().weight)
+            made.bias.zero_()
+    return made
+
+
+def slow(made: LayerRoute) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of each row: summed cross entropy, labelled positions, mean soft and mean straight-through gate."""
+    backbone, results = made.model.runtime.backbone, []
+    for row, length in enumerate(LENGTHS):
+        hidden, softs, hards = made.model.embed(alone(row)), [], []
+        for layer in range(LAYERS):
+            mean = hidden[0, :3].mean(0)
+            if made.recipe.normalize:
+                mean = mean / (mean.square().mean() + 1e-6).sqrt()
+            soft = torch.sigmoid(made.weight[layer] @ mean + made.bias[layer])
+            gate = (soft > 0.5).float() - soft.detach() + soft
+            after = made.model.runtime.forward(hidden, [Plan.of([layer])])
+            hidden = gate * after + (1 - gate) * hidden
+            softs.append(soft)
+            hards.append(gate)
+        loss = cross_entropy(backbone.logits(hidden)[0, :-1], LABELS[row, 1:length], reduction="sum")
+        count = (LABELS[row, 1:length] != -100).sum()
+        results.append((loss, count, torch.stack(softs).mean(), torch.stack(hards).mean()))
+    return tuple(torch.stack(column) for column in zip(*results, strict=True))
+
+
+def gradients(made: LayerRoute, loss: Tensor) -> dict[str, Tensor]:
+    named = {name: p for name, p in made.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+    return {name: g for name, g in zip(named, found, strict=True) if g is not None}
+
+
+def assert_same_gradients(made: LayerRoute, found: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(found, expected, **CLOSE)
+    ours, theirs = gradients(made, found), gradients(made, expected)
+    assert ours.keys() == theirs.keys() and {"weight", "bias"} < ours.keys()
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert ours["weight"].abs().sum(1).min() > 0  # routers of layers that are skipped learn too
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_papers_loss_and_its_straight_through_gradient_equal_a_slow_computation(normalize: bool) -> None:
+    made = module(objective="paper", penalty=1.0, normalize=normalize)
+    losses, counts, soft, _ = slow(made)
+    found = made(IDS, LABELS, MASK)
+    assert_same_gradients(made, found["loss"] / counts.sum(), losses.sum() / counts.sum() + soft.mean())
+    torch.testing.assert_close(found["routed_loss"][0] / found["routed_loss"][1], losses.sum() / counts.sum(), **CLOSE)
+
+
+def test_budget_and_quality_losses_equal_a_slow_computation() -> None:
+    made = module(objective="budget")
+    made.price = 0.7
+    losses, counts, _, hard = slow(made)
+    found = made(IDS, LABELS, MASK)
+    assert_same_gradients(made, found["loss"] / counts.sum(), losses.sum() / counts.sum() + 0.7 * hard.mean())
+    assert made.seen / made.rows_seen == pytest.approx(hard.mean().item())
+
+    made = module(objective="quality", tolerance=0.5, penalty=0.3)
+    losses, counts, _, hard = slow(made)
+    full = made.model(IDS, plans=["0-5"] * 4).logits[:, :-1].transpose(1, 2)
+    full = cross_entropy(full, LABELS[:, 1:], reduction="none").sum(1)
+    gap = ((losses - full) / counts).detach()
+    expected = losses.sum() / counts.sum() + 0.3 * ((1 - gap / 0.5).clamp(-1, 1) * hard).mean()
+    found = made(IDS, LABELS, MASK)
+    assert_same_gradients(made, found["loss"] / counts.sum(), expected)
+    torch.testing.assert_close(found["quality_gap"][0] / 4, gap.mean(), rtol=1e-4, atol=1e-4)
+    made.adapt(0.25)
+    assert made.price == pytest.approx(0.3 * (1 + 0.05 * 0.5))
+
+
+def test_evaluation_skips_and_gives_the_loss_of_training() -> None:
+    made = module(objective="paper")
+    found = made(IDS, LABELS, MASK)
+    calls = Calls(made.model)
+    with torch.no_grad():
+        judged = made.eval()(IDS, LABELS, MASK)
+    assert sum(calls.rows.values()) == judged["layers_run"][0] < 4 * LAYERS
+    torch.testing.assert_close(judged["loss"], found["routed_loss"][0], **CLOSE)
+    torch.testing.assert_close(judged["layers_run"], found["layers_run"].to(judged["layers_run"].dtype))
+    loss = made.model(IDS, attention_mask=MASK, labels=LABELS).loss
+    torch.testing.assert_close(loss, judged["loss"] / judged["routed_loss"][1], **CLOSE)
+
+
+def test_a_row_without_labels_counts_for_nothing() -> None:
+    without = LABELS.clone()
+    without[2] = -100
+    rows = [0, 1, 3]
+    for objective in ("paper", "budget", "quality", "none"):
+        made = module(objective=objective)
+        found, expected = made(IDS, without, MASK), made(IDS[rows], LABELS[rows], MASK[rows])
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, **CLOSE)
+
+
+def test_gates_begin_as_the_paper_says() -> None:
+    model = attach(tiny.model("llama"))
+    made = LayerRoute(model, LayerRouteRecipe(objective="paper"))
+    assert made.bias.tolist() == [1, 1, -1, -1, 1, 1] and not made.weight.any()
+    assert decided(model, alone(0)) == [Plan.parse("0-1 4-5")]
+    other = LayerRoute(model, LayerRouteRecipe(start_closed="4", start_bias=0.5, keep="0 5"))
+    assert other.bias.tolist() == [0.5, 0.5, 0.5, 0.5, -0.5, 0.5] and model.policy.keep == (0, 5)
+
+
+def test_without_routing_it_is_an_ordinary_fine_tuning() -> None:
+    made = module(objective="none")
+    found = made(IDS, LABELS, MASK)
+    expected = made.model(IDS, attention_mask=MASK, labels=LABELS).loss
+    torch.testing.assert_close(found["loss"] / found["routed_loss"][1], expected, **CLOSE)
+    assert made.weight is None and made.model.plan == FULL
+
+
+# -- whole trainings -----------------------------------------------------------------------------------------
+
+
+def config(files: Path, out: Path, **changes: Any) -> LayerRouteConfig:  # noqa: F811
+    given: dict[str, Any] = {"rank": 2, "steps": 5, "tokens_per_batch": 60, "gradient_accumulation": 2}
+    given |= {"log_every": 1, "save_every": 2, "precision": "float32", "learning_rate": 1e-2, "warmup": 1}
+    given |= {"data": str(files / "data.jsonl"), "model": str(files / "base"), "out": str(out), **changes}
+    return LayerRouteConfig(**given)
+
+
+def logged(out: Path) -> Iterator[dict[str, float]]:
+    for entry in json.loads((out / "training.json").read_text(encoding="utf-8"))["log"]:
+        if "loss" in entry:
+            yield {name: value for name, value in entry.items() if name not in ("epoch", "step")}
+
+
+def test_ctrl_c_and_resume_equal_uninterrupted_training(
+    files: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = config(files, tmp_path / "whole", normalize=True, router_learning_rate=0.05)
+    train(whole)
+    expected = list(logged(tmp_path / "whole"))
+    assert len(expected) == 5 and len({entry["price"] for entry in expected}) == 5
+    broken = replace(whole, out=str(tmp_path / "broken"))
+    usual = layerroute.LayerRouteTrainer.__init__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            layerroute.LayerRouteTrainer,
+            "__init__",
+            lambda self, *args, **options: usual(self, *args, callbacks=[StopAt(2)], **options),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    train(broken, resume=True)
+    for found, entry in zip(logged(tmp_path / "broken"), expected, strict=True):
+        assert found == pytest.approx(entry, rel=1e-5)
+    ours, theirs = (from_pretrained(tmp_path / name, engine="eager") for name in ("whole", "broken"))
+    assert torch.equal(ours.policy.weight, theirs.policy.weight) and ours.policy.weight.any()
+    assert ours.policy.weight.dtype == torch.bfloat16
+    assert decided(ours, IDS, attention_mask=MASK) == decided(theirs, IDS, attention_mask=MASK)
+
+
+def test_the_budget_moves_the_rate_to_its_target(files: Path, tmp_path: Path) -> None:  # noqa: F811
+    chosen = config(
+        files, tmp_path / "out", objective="budget", target=0.5, dual_rate=1.0, steps=30, router_learning_rate=0.05,
+        normalize=True, save_every=100, learning_rate_schedule="constant_with_warmup", start_bias=0.5, keep="0",
+    )  # fmt: skip
+    train(chosen)
+    run = [entry["layers_run"] / LAYERS for entry in logged(tmp_path / "out")]
+    assert run[0] == 1 and abs(sum(run[-10:]) / 10 - 0.5) < 0.15
+    model = from_pretrained(tmp_path / "out", engine="eager")
+    assert all(plan.visits[0].layer == 0 for plan in decided(model, IDS[:, :4]))
+
+
+@pytest.mark.parametrize("objective", ["paper", "budget", "quality", "none"])
+def test_two_steps_from_the_command_line(objective: str, files: Path, tmp_path: Path) -> None:  # noqa: F811
+    out = tmp_path / "adapter"
+    given = ["layerroute", str(files / "data.jsonl"), "--out", str(out), "--model", str(files / "base"), "--steps", "2"]
+    given += ["--objective", objective, "--seed", "3", "--rank", "2", "--tokens-per-batch", "60", "--json"]
+    result = CliRunner().invoke(app, given)
+    assert result.exit_code == 0, result.output
+    model = from_pretrained(adapter=out, engine="eager")
+    assert (model.plan is None) == (objective != "none")
+    adapted = {name for name, _ in model.base.named_parameters() if "lora" in name}
+    assert len(adapted) == 2 * 4 * LAYERS
+    assert model.generate(IDS[:1], max_new_tokens=3, do_sample=False).shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "mention"),
+    [
+        ({"objective": "best"}, "objective"),
+        ({"target": 0.0}, "target"),
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"penalty": -1.0}, "penalty"),
+        ({"keep": "x"}, "'x'"),
+        ({"rank": 0}, "rank"),
+        ({"lora_dropout": 1.0}, "lora-dropout"),
+        ({"router_learning_rate": 0.0}, "router-learning-rate"),
+    ],
+)
+def test_recipes_refuse_nonsense(change: dict[str, Any], mention: str) -> None:
+    call: Callable[[], Any] = lambda: LayerRouteRecipe(**change)  # noqa: E731
+    one_line(call, mention)

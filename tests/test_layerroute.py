@@ -32,7 +32,7 @@ def gates(seed: int = 1, size: float = 1.0, **options: Any) -> GatedPolicy:
     """Random routers that open and close about equally often."""
     generator = torch.Generator().manual_seed(seed)
     weight = size * torch.randn(LAYERS, 32, generator=generator)
-    return GatedPolicy(weight, torch.zeros(LAYERS), normalized=True, **options)
+    return GatedPolicy(weight, torch.zeros(LAYERS), reads="last", **options)
 
 
 def gated(name: str = "llama", **options: Any) -> Any:
@@ -69,7 +69,7 @@ class Calls:
 
 def test_a_gate_is_the_papers_formula() -> None:
     model, ids = gated(), alone(1)
-    policy = replace(model.policy, normalized=False)
+    policy = replace(model.policy, reads="mean")
     hidden, kept = model.embed(ids), []
     for layer in range(LAYERS):
         soft = torch.sigmoid(policy.weight[layer] @ hidden[0].mean(0) + policy.bias[layer])
@@ -266,3 +266,5 @@ def test_damaged_routers_are_refused_in_one_line(adapter: tuple[Path, Any]) -> N
     one_line(lambda: from_pretrained(adapter=folder, engine="eager"), "routers")
     one_line(lambda: GatedPolicy(torch.zeros(3, 4), torch.zeros(2)), "bias")
     one_line(lambda: GatedPolicy(torch.zeros(3, 4), torch.zeros(3), keep=(3,)), "keep")
+    one_line(lambda: GatedPolicy(torch.zeros(3, 4), torch.zeros(3), reads="first"), "read")
+    one_line(lambda: GatedPolicy(torch.zeros(3, 4), torch.zeros(3), center=torch.zeros(3, 4)), "both or neither")

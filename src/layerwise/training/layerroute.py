@@ -24,7 +24,9 @@ Means of gates are over rows and all layers. No objective knows of what kind an 
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +41,13 @@ from layerwise.model.frame import Frame
 from layerwise.model.packing import Packing, lengths_of_prompts
 from layerwise.model.runtime import EagerEngine, Runtime
 from layerwise.plan import Plan, Step, schedule
-from layerwise.policies.gates import GatedPolicy, Gates
+from layerwise.policies.gates import GatedPolicy, Gates, summary
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, layers_of
 from layerwise.training.exit_loss import IGNORED, LOGITS_AT_ONCE, exit_losses, labelled
-from layerwise.training.trainer import RecipeTrainer, run_training
+from layerwise.training.trainer import RecipeTrainer, read_examples, run_training
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
+STANDARD = 64  # prompts that standardize what routers see
 
 __all__ = ["LayerRoute", "LayerRouteConfig", "LayerRouteRecipe", "LayerRouteTrainer", "train"]
 
@@ -82,7 +85,28 @@ class LayerRoute(nn.Module):
             self.weight = nn.Parameter(torch.zeros(layers, hidden, device=device))
             self.bias = nn.Parameter(torch.tensor(bias, device=device))
             keep = layers_of(recipe.keep, layers)
-            model.policy = GatedPolicy(self.weight, self.bias, keep, recipe.normalize)
+            reads = recipe.reads or ("mean" if recipe.objective == "paper" else "last")
+            model.policy = GatedPolicy(self.weight, self.bias, keep, reads)
+
+    @torch.no_grad()
+    def standardize(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Centre and scale what the routers see by these prompts, token ids, at full depth.
+
+        The last token's states at a layer are nearly the same for all prompts; a step along what they share would open
+        or close the gate for every input at once.
+        """
+        policy, runtime = self.model.policy, Runtime(self.model.runtime.backbone)
+        everything = Plan.full(self.model.depth)
+        seen: list[list[Tensor]] = [[] for _ in range(self.model.depth)]
+        for ids in prompts:
+            hidden = self.model.embed(torch.tensor([list(ids)], device=self.model.device))
+            for layer in range(self.model.depth):
+                seen[layer].append(summary(hidden, [len(ids)], policy.reads)[0])
+                hidden = runtime.forward(hidden, [everything[layer : layer + 1]])
+        found = torch.stack([torch.stack(states) for states in seen])  # (layers, prompts, hidden size)
+        center = found.mean(1)
+        scale = (found - center[:, None]).square().mean((1, 2)).sqrt().clamp(min=1e-6)
+        self.model.policy = replace(policy, center=center, scale=scale)
 
     @property
     def config(self) -> Any:
@@ -276,9 +300,17 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
 
     Processes, `notify`, `resume` and what is raised are those of `layerskip.train`.
     """
-    return run_training(
-        config, lambda steps: LayerRoute(_load(config), config), LayerRouteTrainer, notify, resume, finish=_round
-    )
+
+    def make(steps: int) -> LayerRoute:
+        module = LayerRoute(_load(config), config)
+        policy = module.model.policy
+        if isinstance(policy, GatedPolicy) and policy.reads == "last":
+            examples, _ = read_examples(config, lambda line: None)
+            chosen = random.Random(config.seed).sample(examples, min(STANDARD, len(examples)))
+            module.standardize([one.input_ids[: one.prompt_length] for one in chosen])
+        return module
+
+    return run_training(config, make, LayerRouteTrainer, notify, resume, finish=_round)
 
 
 def _round(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:

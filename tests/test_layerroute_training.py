@@ -48,8 +48,8 @@ def slow(made: LayerRoute) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             seen = hidden[0, :3].mean(0)
             if made.model.policy.reads == "last":
                 seen = hidden[0, 2] / (hidden[0, 2].square().mean() + 1e-6).sqrt()
-            if made.model.policy.center is not None:
-                seen = (seen - made.model.policy.center[layer]) / made.model.policy.scale[layer]
+            if made.model.policy.basis is not None:
+                seen = made.model.policy.basis[layer] @ (seen - made.model.policy.center[layer])
             soft = torch.sigmoid(made.weight[layer] @ seen + made.bias[layer])
             gate = (soft > 0.5).float() - soft.detach() + soft
             after = made.model.runtime.forward(hidden, [Plan.of([layer])])
@@ -77,11 +77,13 @@ def assert_same_gradients(made: LayerRoute, found: Tensor, expected: Tensor) -> 
     assert ours["weight"].abs().sum(1).min() > 0  # routers of layers that are skipped learn too
 
 
-@pytest.mark.parametrize("reads", ["mean", "last", "standardized"])
+@pytest.mark.parametrize("reads", ["mean", "last", "basis"])
 def test_the_papers_loss_and_its_straight_through_gradient_equal_a_slow_computation(reads: str) -> None:
     made = module(objective="paper", penalty=1.0, reads="mean" if reads == "mean" else "last")
-    if reads == "standardized":
-        made.standardize([IDS[0].tolist(), IDS[1, :3].tolist(), IDS[2, :5].tolist()])
+    if reads == "basis":
+        made.choose_basis([IDS[0].tolist(), IDS[1, :3].tolist(), IDS[2, :5].tolist()])
+        with torch.no_grad():
+            made.weight.normal_()
     losses, counts, soft, _ = slow(made)
     found = made(IDS, LABELS, MASK)
     assert_same_gradients(made, found["loss"] / counts.sum(), losses.sum() / counts.sum() + soft.mean())
@@ -109,18 +111,22 @@ def test_budget_and_quality_losses_equal_a_slow_computation() -> None:
     assert made.price == pytest.approx(0.3 * (1 + 0.05 * 0.5))
 
 
-def test_routers_are_standardized_by_what_prompts_have_in_common() -> None:
+def test_routers_see_the_directions_in_which_prompts_differ() -> None:
     made, prompts = module(), [IDS[0].tolist(), IDS[1, :3].tolist(), IDS[2, :5].tolist()]
-    made.standardize(prompts)
+    made.choose_basis(prompts)
     policy = made.model.policy
-    assert policy.weight is made.weight and policy.reads == "last"
+    assert policy.weight is made.weight and made.weight.shape == (LAYERS, 2) and policy.reads == "last"
     layer, states = 4, []
     for ids in prompts:
         hidden = made.model.runtime.forward(made.model.embed(torch.tensor([ids])), [Plan.of(range(layer))])[0, -1]
         states.append(hidden / hidden.square().mean().sqrt())
-    seen = (torch.stack(states) - policy.center[layer]) / policy.scale[layer]
-    torch.testing.assert_close(seen.mean(0), torch.zeros(32), rtol=0, atol=1e-5)
-    assert seen.square().mean().item() == pytest.approx(1, abs=1e-4)
+    centred = torch.stack(states) - policy.center[layer]
+    torch.testing.assert_close(centred.mean(0), torch.zeros(32), rtol=0, atol=1e-5)
+    seen = centred @ policy.basis[layer].T
+    torch.testing.assert_close(seen.T @ seen / 3, torch.eye(2), rtol=0, atol=1e-3)
+    # two components are all that three prompts have: nothing of the states is lost
+    restored = seen @ torch.linalg.pinv(policy.basis[layer]).T
+    torch.testing.assert_close(restored, centred, rtol=0, atol=1e-4)
 
 
 def test_evaluation_skips_and_gives_the_loss_of_training() -> None:

@@ -56,12 +56,13 @@ class GatedPolicy:
     """The routers of all layers.
 
     Attributes:
-        weight: (layers, hidden size).
+        weight: (layers, hidden size), or see `basis`.
         bias: (layers,).
         keep: layers that every prompt runs, whatever their router says.
         reads: the mean over the prompt, or its last token.
-        center, scale: (layers, hidden size) and (layers,), if what a router sees is first centred and divided; what all
-            prompts have in common then does not drown what tells them apart.
+        center, basis: (layers, hidden size) and (layers, directions, hidden size), if a router sees no more of a state
+            than `basis[layer] @ (state - center[layer])`, as the directions in which prompts differ most; the weight
+            then is (layers, directions).
 
     Raises:
         ValueError: weight and bias do not belong together, `keep` names a layer that is not there, or there is no such
@@ -73,7 +74,7 @@ class GatedPolicy:
     keep: tuple[int, ...] = ()
     reads: Reads = "mean"
     center: Tensor | None = None
-    scale: Tensor | None = None
+    basis: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.weight.dim() != 2 or self.bias.shape != self.weight.shape[:1]:
@@ -85,10 +86,10 @@ class GatedPolicy:
             raise ValueError(f"keep names layers {self.keep}, but the model's layers are 0-{self.layers - 1}")
         if self.reads not in get_args(Reads):
             raise ValueError(f"routers read {' or '.join(get_args(Reads))}, not '{self.reads}'")
-        if (self.center is None) != (self.scale is None):
-            raise ValueError("center and scale belong together: give both or neither")
-        if self.center is not None and (self.center.shape, self.scale.shape) != (self.weight.shape, self.bias.shape):
-            raise ValueError("center must have the shape of the weight, scale that of the bias")
+        if (self.center is None) != (self.basis is None):
+            raise ValueError("center and basis belong together: give both or neither")
+        if self.basis is not None and self.basis.shape != (*self.weight.shape, self.center.shape[-1]):
+            raise ValueError("basis must be (layers, directions, hidden size), with a weight a direction")
 
     @property
     def layers(self) -> int:
@@ -108,17 +109,20 @@ class GatedPolicy:
         Raises:
             ValueError: the routers were made for another hidden size.
         """
-        if hidden.shape[-1] != self.weight.shape[1]:
+        size = (self.weight if self.center is None else self.center).shape[1]
+        if hidden.shape[-1] != size:
             raise ValueError(
-                f"the routers are for hidden size {self.weight.shape[1]}, not {hidden.shape[-1]}: "
+                f"the routers are for hidden size {size}, not {hidden.shape[-1]}: "
                 "load the adapter with the model it was trained on"
             )
+        weight, bias, center, basis = (
+            None if one is None else one[layer].to(hidden.device, torch.float32)
+            for one in (self.weight, self.bias, self.center, self.basis)
+        )
         seen = summary(hidden, lengths, self.reads)
-        if self.center is not None:
-            center, scale = (one[layer].to(hidden.device, torch.float32) for one in (self.center, self.scale))
-            seen = (seen - center) / scale
-        # A sum of products, because autocast would make a matrix product in bfloat16.
-        weight, bias = (one[layer].to(hidden.device, torch.float32) for one in (self.weight, self.bias))
+        # Sums of products, because autocast would make matrix products in bfloat16.
+        if basis is not None:
+            seen = ((seen - center)[:, None] * basis).sum(-1)
         return torch.sigmoid((seen * weight).sum(-1) + bias)
 
     # -- saving --------------------------------------------------------------------------------------------
@@ -129,7 +133,7 @@ class GatedPolicy:
         return replace(self, **made)
 
     def _tensors(self) -> dict[str, Tensor]:
-        named = {name: getattr(self, name) for name in ("weight", "bias", "center", "scale")}
+        named = {name: getattr(self, name) for name in ("weight", "bias", "center", "basis")}
         return {name: one for name, one in named.items() if one is not None}
 
     def to_dict(self) -> dict[str, Any]:

@@ -47,7 +47,8 @@ from layerwise.training.exit_loss import IGNORED, LOGITS_AT_ONCE, exit_losses, l
 from layerwise.training.trainer import RecipeTrainer, read_examples, run_training
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
-STANDARD = 64  # prompts that standardize what routers see
+DIRECTIONS = 8  # that a router which reads the last token sees
+PROMPTS = 96  # they are found with so many
 
 __all__ = ["LayerRoute", "LayerRouteConfig", "LayerRouteRecipe", "LayerRouteTrainer", "train"]
 
@@ -89,11 +90,12 @@ class LayerRoute(nn.Module):
             model.policy = GatedPolicy(self.weight, self.bias, keep, reads)
 
     @torch.no_grad()
-    def standardize(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Centre and scale what the routers see by these prompts, token ids, at full depth.
+    def choose_basis(self, prompts: Sequence[Sequence[int]]) -> None:
+        """Let each router see only the DIRECTIONS in which these prompts, token ids, differ most at its layer.
 
-        The last token's states at a layer are nearly the same for all prompts; a step along what they share would open
-        or close the gate for every input at once.
+        They are the first principal components of what it reads, at full depth, each divided by its standard deviation.
+        A router of 576 weights would learn the rows of a batch by heart, and a step along what all prompts share would
+        open or close its gate for every input at once; what tells kinds of inputs apart is in the first few components.
         """
         policy, runtime = self.model.policy, Runtime(self.model.runtime.backbone)
         everything = Plan.full(self.model.depth)
@@ -105,8 +107,12 @@ class LayerRoute(nn.Module):
                 hidden = runtime.forward(hidden, [everything[layer : layer + 1]])
         found = torch.stack([torch.stack(states) for states in seen])  # (layers, prompts, hidden size)
         center = found.mean(1)
-        scale = (found - center[:, None]).square().mean((1, 2)).sqrt().clamp(min=1e-6)
-        self.model.policy = replace(policy, center=center, scale=scale)
+        _, sizes, components = torch.linalg.svd(found - center[:, None], full_matrices=False)
+        kept = min(DIRECTIONS, len(prompts) - 1)
+        deviations = sizes[:, :kept, None].clamp(min=1e-6) / len(prompts) ** 0.5
+        self.weight = nn.Parameter(torch.zeros(self.model.depth, kept, device=self.model.device))
+        basis = components[:, :kept] / deviations
+        self.model.policy = replace(policy, weight=self.weight, center=center, basis=basis)
 
     @property
     def config(self) -> Any:
@@ -306,8 +312,8 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
         policy = module.model.policy
         if isinstance(policy, GatedPolicy) and policy.reads == "last":
             examples, _ = read_examples(config, lambda line: None)
-            chosen = random.Random(config.seed).sample(examples, min(STANDARD, len(examples)))
-            module.standardize([one.input_ids[: one.prompt_length] for one in chosen])
+            chosen = random.Random(config.seed).sample(examples, min(PROMPTS, len(examples)))
+            module.choose_basis([one.input_ids[: one.prompt_length] for one in chosen])
         return module
 
     return run_training(config, make, LayerRouteTrainer, notify, resume, finish=_round)

@@ -1,0 +1,173 @@
+"""What a routed model answers, and in what time: the generating half of the suite `tools-vs-planning`.
+
+A tool call is right if its calls are those of the reference answer, name for name and value for value; a word problem
+if the number behind the last `####` is. Lengths and reasons to stop are reported too: a model that skips layers and
+then talks for longer has saved nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerwise.benchmarks.timing import Stopwatch, rounds
+from layerwise.cost import decode_cost
+from layerwise.data import Example, Tokens
+from layerwise.data.routing import side
+from layerwise.hub import from_pretrained
+from layerwise.plan import Plan
+from layerwise.trace import Trace
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from layerwise.model.causal_lm import LayerwiseForCausalLM
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A held-out example: `side` is its kind to this suite."""
+
+    example: Example
+    tokens: Tokens
+    side: str
+
+
+def called(text: str) -> Any:
+    """The calls between the tags as JSON, or None."""
+    start, end = text.find("<tool_call>"), text.rfind("</tool_call>")
+    if start < 0 or end < 0:
+        return None
+    try:
+        return json.loads(text[start + len("<tool_call>") : end])
+    except ValueError:
+        return None
+
+
+def result(text: str) -> str | None:
+    """What stands behind the last `####`, as GSM8K writes results; None if nothing does."""
+    _, mark, behind = text.rpartition("####")
+    return behind.strip().replace(",", "").split("\n")[0].strip() or None if mark else None
+
+
+def right(example: Example, text: str) -> bool:
+    """Whether an answer is right: the same calls, or the same result; a broken down question has no single answer."""
+    if side(example.kind) == "tools":
+        return called(text) is not None and called(text) == called(example.answer)
+    return result(text) is not None and result(text) == result(example.answer)
+
+
+def generate(
+    model: LayerwiseForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Asked],
+    new_tokens: int,
+    plans: Sequence[str | Plan] | None = None,
+) -> list[dict[str, Any]]:
+    """Greedy answers one by one: `right`, `tokens`, and `stopped` (end or limit)."""
+    answers = []
+    for one in asked:
+        ids = torch.tensor([one.tokens.input_ids[: one.tokens.prompt_length]])
+        made = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, plans=plans)[0, ids.shape[1] :]
+        text = tokenizer.decode(made, skip_special_tokens=True)
+        stopped = "limit" if len(made) == new_tokens else "end"
+        answers.append({"right": right(one.example, text), "tokens": len(made), "stopped": stopped})
+    return answers
+
+
+def _summed(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    n = len(answers)
+    return {
+        "n": n,
+        "right": sum(one["right"] for one in answers) / n,
+        "tokens": sum(one["tokens"] for one in answers) / n,
+        "ended": sum(one["stopped"] == "end" for one in answers) / n,
+    }
+
+
+def answer_quality(
+    depth: int,
+    model: str | None,
+    adapter: str | Path,
+    reference: str | Path | None,
+    tokenizer: PreTrainedTokenizerBase,
+    asked: Sequence[Asked],
+    count: int,
+) -> dict[str, Any]:
+    """Answers of the routed model, of the same at full depth, and of the reference, by the fastest engine."""
+    chosen = {
+        "tools": ([one for one in asked if one.side == "tools"][:count], 160),
+        "planning": ([one for one in asked if one.example.kind.startswith("gsm8k")][: max(1, count // 3)], 200),
+    }
+    found: dict[str, Any] = {name: {} for name in chosen}
+    contenders: list[tuple[str, str | Path, list[str] | None]] = [
+        ("routed", adapter, None),
+        ("full_depth", adapter, [str(Plan.full(depth))]),
+    ]
+    contenders += [("reference", reference, None)] if reference is not None else []
+    for contender, folder, plans in contenders:
+        loaded = from_pretrained(model, adapter=folder, dtype="bfloat16").eval()
+        for name, (those, new_tokens) in chosen.items():
+            found[name][contender] = _summed(generate(loaded, tokenizer, those, new_tokens, plans))
+    return found
+
+
+def timed(
+    adapter: str | Path, model: str | None, asked: Sequence[Asked], prompts: int, new_tokens: int = 48, count: int = 5
+) -> dict[str, Any]:
+    """Decoding and prefill of tool calls, routed and at full depth, in turns; greedy, bfloat16, medians.
+
+    `realised` is the share of decode time saved over the share of decode FLOPs skipped. `router_overhead` is what
+    deciding adds to a prefill of the same plan, over the time of decoding `new_tokens` tokens.
+    """
+    loaded = from_pretrained(model, adapter=adapter, dtype="bfloat16").eval()
+    shape, full = loaded.runtime.backbone.shape, Plan.full(loaded.depth)
+    loaded.prepare()
+    steps: dict[str, float] = {"routed": 0.0, "full": 0.0}
+    reads: dict[str, float] = {"routed": 0.0, "same plan": 0.0, "full": 0.0}
+    flops = {"routed": 0, "full": 0}
+    for one in [one for one in asked if one.side == "tools"][:prompts]:
+        ids = torch.tensor([one.tokens.input_ids[: one.tokens.prompt_length]])
+
+        def run(plan: Plan | None, ids: torch.Tensor = ids) -> tuple[float, float, Plan]:
+            watch, trace = Stopwatch(), Trace()
+            loaded.generate(
+                ids,
+                max_new_tokens=new_tokens,
+                do_sample=False,
+                streamer=watch,
+                trace=trace,
+                plans=None if plan is None else [plan],
+            )
+            return watch.step, watch.times[1] - watch.began, trace.targets[0]
+
+        plan = run(None)[2]
+        contenders = {"routed": lambda: run(None), "same plan": lambda plan=plan: run(plan), "full": lambda: run(full)}
+        taken: dict[str, list[tuple[float, float]]] = {name: [] for name in contenders}
+        for _, name, (step, read, _) in rounds(contenders, count):
+            taken[name].append((step, read))
+        for name in reads:
+            reads[name] += median(read for _, read in taken[name])
+        for name in steps:
+            steps[name] += median(step for step, _ in taken[name])
+        for name, which in (("routed", plan), ("full", full)):
+            flops[name] += decode_cost(shape, which, ids.shape[1], new_tokens).flops
+    skipped = 1 - flops["routed"] / flops["full"]
+    saved = 1 - steps["routed"] / steps["full"]
+    return {
+        "prompts": prompts,
+        "flop_skip": 100 * skipped,
+        "time_saved": 100 * saved,
+        "realised": saved / skipped if skipped else None,
+        "step_ms": {name: 1000 * value / prompts for name, value in steps.items()},
+        "prefill_ms": {name: 1000 * value / prompts for name, value in reads.items()},
+        "router_overhead": (reads["routed"] - reads["same plan"]) / (new_tokens * steps["routed"]),
+        "dtype": "bfloat16",
+        "engine": loaded.runtime.engine.name,
+    }

@@ -1,0 +1,281 @@
+"""The suite `tools-vs-planning`: does a routed model skip layers where they are not needed, and is anything lost?
+
+Held-out prompts of four kinds (see `layerwise.data.routing`): tool calls; plans and worked solutions; requests that no
+function fits; questions about functions. What is reported of each kind:
+
+- layers and decode FLOPs skipped (LM head and attention counted), also by length of the prompt, because a router that
+  tells lengths apart is not one that tells kinds apart;
+- exp(CE) of the reference answers, never with a penalty in it: routed, by the same adapter with every layer run, by the
+  base model, and by a LoRA trained alike without routing (`reference`);
+- what other ways to skip as much would cost, the same number of layers over the same prompts: `static`, the layers
+  that are skipped most often, the same for all prompts; `random`, as many random layers a prompt; `shuffled`, each
+  prompt by the route of another. Intervals are of the difference of the mean CE, by bootstrap over prompts.
+
+And what comes of it when text is generated: right tool calls, right results, lengths, reasons to stop, time.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from layerwise.benchmarks.environment import environment
+from layerwise.cost import Cost, decode_cost
+from layerwise.data import collate, length_sorted_batches, load, tokenize
+from layerwise.data.routing import side
+from layerwise.evaluation.routed_answers import Asked, answer_quality, timed
+from layerwise.hub import from_pretrained
+from layerwise.plan import Plan
+from layerwise.sources import load_tokenizer
+from layerwise.training.exit_loss import labelled
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from layerwise.model.causal_lm import LayerwiseForCausalLM
+
+SIDES = ("tools", "planning", "irrelevance", "questions")
+BATCH_TOKENS = 2048
+BUCKETS = (0, 128, 192, 256, 384, 1024)  # tokens of the prompt, from one to below the next
+RESAMPLES = 2000
+
+
+def held_out(tokenizer: PreTrainedTokenizerBase, samples: int, most_tokens: int, seed: int) -> list[Asked]:
+    """`samples` test examples of tools and of planning, a third as many of the other kinds, drawn by `seed`."""
+    asked: list[Asked] = []
+    for name in SIDES:
+        examples = load(name, "test")
+        wanted = samples if name in ("tools", "planning") else -(-samples // 3)
+        for example in random.Random(f"{name} {seed}").sample(examples, len(examples)):
+            tokens = tokenize(example, tokenizer, most_tokens)
+            if tokens is not None and wanted:
+                asked.append(Asked(example, tokens, side(example.kind)))
+                wanted -= 1
+    return asked
+
+
+# -- cross entropy -----------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def answer_losses(
+    model: LayerwiseForCausalLM, asked: Sequence[Asked], pad: int, plans: Sequence[Plan] | None = None
+) -> tuple[list[float], list[Plan]]:
+    """Cross entropy of each answer, nats a token, and the plan it ran by: of `plans`, or what the policy decides."""
+    losses, ran = [0.0] * len(asked), [Plan.full(model.depth)] * len(asked)
+    backbone = model.runtime.backbone
+    for group in length_sorted_batches([len(one.tokens.input_ids) for one in asked], BATCH_TOKENS):
+        batch = collate([asked[at].tokens for at in group], pad)
+        counts = [len(asked[at].tokens.input_ids) for at in group]
+        lengths = [asked[at].tokens.prompt_length for at in group]
+        walked = model.decide(lengths, None if plans is None else [plans[at] for at in group])
+        hidden = model.runtime.forward(model.embed(batch["input_ids"]), walked, counts)
+        for row, at in enumerate(group):
+            where, targets = labelled(batch["labels"][row : row + 1].to(hidden.device), [counts[row]])
+            logits = backbone.logits(hidden[row, where]).float()
+            losses[at] = torch.nn.functional.cross_entropy(logits, targets).item()
+            ran[at] = walked[row] if isinstance(walked, Sequence) else walked.plans[row]
+    return losses, ran
+
+
+def decode_flops(model: LayerwiseForCausalLM, one: Asked, plan: Plan) -> int:
+    """FLOPs of generating the example's answer after its prompt, LM head included."""
+    prompt = one.tokens.prompt_length
+    cost: Cost = decode_cost(model.runtime.backbone.shape, plan, prompt, len(one.tokens.input_ids) - prompt)
+    return cost.flops
+
+
+def perplexity(losses: Sequence[float], chosen: Sequence[int]) -> float:
+    """exp of the mean over the chosen answers, each answer counting once."""
+    return math.exp(sum(losses[at] for at in chosen) / len(chosen))
+
+
+def bootstrap(differences: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean, by resampling."""
+    chance, n = random.Random(seed), len(differences)
+    means = sorted(sum(chance.choices(differences, k=n)) / n for _ in range(RESAMPLES))
+    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
+
+
+# -- controls ----------------------------------------------------------------------------------------------------
+
+
+def control_plans(plans: Sequence[Plan], layers: int, keep: Sequence[int], seed: int) -> dict[str, list[Plan]]:
+    """For each control a plan for each prompt; each control skips as many layers over all prompts as `plans` do."""
+    chance, full = random.Random(seed), Plan.full(layers)
+    skipped = [[layer for layer, ran in enumerate(plan.counts(layers)) if not ran] for plan in plans]
+    times = [sum(layer in those for those in skipped) for layer in range(layers)]
+    free = sorted((layer for layer in range(layers) if layer not in keep), key=lambda layer: -times[layer])
+    total = sum(len(those) for those in skipped)
+    low, more = divmod(total, len(plans))
+    extra = set(chance.sample(range(len(plans)), more))
+    static = [full.skip(*free[: low + (at in extra)]) for at in range(len(plans))]
+    drawn = [full.skip(*chance.sample(free, len(those))) for those in skipped]
+    order = list(range(len(plans)))
+    chance.shuffle(order)
+    return {"static": static, "random": drawn, "shuffled": [plans[at] for at in order]}
+
+
+def controls(
+    model: LayerwiseForCausalLM,
+    asked: Sequence[Asked],
+    pad: int,
+    losses: Sequence[float],
+    plans: Sequence[Plan],
+    seed: int,
+) -> dict[str, dict[str, Any]]:
+    """Each control's exp(CE) over tool calls and planning, and how much more nats a token it costs than the routes."""
+    chosen = [at for at, one in enumerate(asked) if one.side in ("tools", "planning")]
+    keep = getattr(model.policy, "keep", ())
+    those = [plans[at] for at in chosen]
+    found = {}
+    for name, other in control_plans(those, model.depth, keep, seed).items():
+        theirs, _ = answer_losses(model, [asked[at] for at in chosen], pad, other)
+        worse = [their - losses[at] for their, at in zip(theirs, chosen, strict=True)]
+        found[name] = {
+            "layers_run": sum(plan.depth for plan in other) / len(other),
+            "ppl": math.exp(sum(theirs) / len(theirs)),
+            "ce_above_routed": sum(worse) / len(worse),
+            "interval": list(bootstrap(worse)),
+        }
+    return found
+
+
+# -- the suite ---------------------------------------------------------------------------------------------------
+
+
+def routing_suite(
+    adapter: str | Path,
+    model: str | None = None,
+    reference: str | Path | None = None,
+    samples: int = 60,
+    answers: int = 0,
+    time_prompts: int = 0,
+    most_tokens: int = 384,
+    seed: int = 0,
+    notify: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Measure a routed adapter; see the module. Cross entropies are computed in bfloat16, eagerly.
+
+    Args:
+        reference: an adapter of the same size, data and budget, trained without routing; ratios need it.
+        samples: held-out examples of tools and of planning each.
+        answers: of how many tool calls and word problems to generate answers; 0 leaves that out.
+        time_prompts: on how many tool calls to time decoding; 0 leaves that out.
+        most_tokens: longer examples are left out.
+        seed: which examples, and the controls' chance.
+
+    Raises:
+        ValueError: the adapter does not route.
+    """
+    began = time.perf_counter()
+    tokenizer = load_tokenizer(model)
+    routed = from_pretrained(model, adapter=adapter, dtype="bfloat16", engine="eager").eval()
+    if not hasattr(routed.policy, "route"):
+        raise ValueError(f"the adapter '{adapter}' does not route: train one with 'layerwise train layerroute'")
+    pad = tokenizer.pad_token_id or 0
+    asked = held_out(tokenizer, samples, most_tokens, seed)
+    losses, plans = answer_losses(routed, asked, pad)
+    notify(f"routed: {len(asked)} answers")
+    by: dict[str, list[float]] = {"routed": losses}
+    by["full_depth"], _ = answer_losses(routed, asked, pad, [Plan.full(routed.depth)] * len(asked))
+    notify("full depth: done")
+    others = {"base": None} | ({"reference": reference} if reference is not None else {})
+    for name, other in others.items():
+        loaded = from_pretrained(model, adapter=other, dtype="bfloat16", engine="eager").eval()
+        by[name], _ = answer_losses(loaded, asked, pad)
+        notify(f"{name}: done")
+    found: dict[str, Any] = {
+        "suite": "tools-vs-planning",
+        "adapter": Path(adapter).name,
+        "reference": None if reference is None else Path(reference).name,
+        **_trained_as(adapter),
+        **_skips(routed, asked, plans, by),
+        "controls": controls(routed, asked, pad, losses, plans, seed),
+        "layer_use": layer_use(asked, plans, routed.depth),
+    }
+    notify("controls: done")
+    if answers:
+        found["generated"] = answer_quality(routed.depth, model, adapter, reference, tokenizer, asked, answers)
+        notify("answers: done")
+    found["time_realised"] = None
+    if time_prompts:
+        found["time"] = timed(adapter, model, asked, time_prompts)
+        found["time_realised"] = found["time"]["realised"]
+    return found | {
+        "samples": samples,
+        "sample_seed": seed,
+        "seconds": round(time.perf_counter() - began, 1),
+        "environment": environment(),
+    }
+
+
+def _trained_as(adapter: str | Path) -> dict[str, Any]:
+    """Objective and seed, as the training noted them."""
+    try:
+        config = json.loads((Path(adapter) / "training.json").read_text(encoding="utf-8"))["config"]
+    except (OSError, ValueError, KeyError):
+        return {"objective": None, "seed": None}
+    return {"objective": config.get("objective"), "seed": config.get("seed")}
+
+
+def _skips(
+    model: LayerwiseForCausalLM, asked: Sequence[Asked], plans: Sequence[Plan], by: dict[str, list[float]]
+) -> dict[str, Any]:
+    """Skip rates and exp(CE) by kind and by length; rates in percent."""
+    full = Plan.full(model.depth)
+    whole = [decode_flops(model, one, full) for one in asked]
+    ran = [decode_flops(model, one, plan) for one, plan in zip(asked, plans, strict=True)]
+
+    def of(chosen: list[int]) -> dict[str, Any]:
+        layers = sum(plans[at].depth for at in chosen) / len(chosen)
+        return {
+            "n": len(chosen),
+            "layers_run": layers,
+            "layer_skip": 100 * (1 - layers / model.depth),
+            "flop_skip": 100 * (1 - sum(ran[at] for at in chosen) / sum(whole[at] for at in chosen)),
+            "ppl": {name: perplexity(losses, chosen) for name, losses in by.items()},
+        }
+
+    kinds = {name: [at for at, one in enumerate(asked) if one.side == name] for name in SIDES}
+    found = {name: of(chosen) for name, chosen in kinds.items() if chosen}
+    lengths = {
+        f"{low}-{high - 1}": {
+            name: of(inside)
+            for name in ("tools", "planning")
+            if (inside := [at for at in kinds[name] if low <= asked[at].tokens.prompt_length < high])
+        }
+        for low, high in pairwise(BUCKETS)
+    }
+    tools, planning = found["tools"], found["planning"]
+
+    def ratio(kind: dict[str, Any]) -> float | None:
+        return kind["ppl"]["routed"] / kind["ppl"]["reference"] if "reference" in by else None
+
+    return {
+        "tool_skip": tools["flop_skip"],
+        "planning_skip": planning["flop_skip"],
+        "differential": tools["flop_skip"] - planning["flop_skip"],
+        "tool_ppl_ratio": ratio(tools),
+        "planning_ppl_ratio": ratio(planning),
+        "kinds": found,
+        "by_length": {name: those for name, those in lengths.items() if those},
+    }
+
+
+def layer_use(asked: Sequence[Asked], plans: Sequence[Plan], layers: int) -> dict[str, list[float]]:
+    """Of each kind, the share of prompts that run each layer: what the heat map shows."""
+    use = {}
+    for name in SIDES:
+        those = [plan.counts(layers) for plan, one in zip(plans, asked, strict=True) if one.side == name]
+        if those:
+            use[name] = [sum(counts[layer] for counts in those) / len(those) for layer in range(layers)]
+    return use

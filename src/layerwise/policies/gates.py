@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from layerwise.plan import Plan, Slot, Step, Visit
-
-FILE = "routers.safetensors"
+from layerwise.policies.tensors import FILE, read_tensors, write_tensors
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,10 +101,7 @@ class GatedPolicy:
 
     def save(self, folder: str | Path) -> None:
         """Write the routers, in the numbers they are in."""
-        from safetensors.torch import save_file
-
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in ("weight", "bias")}
-        save_file(tensors, str(Path(folder) / FILE), metadata={"format": "pt"})
+        write_tensors(folder, {"weight": self.weight, "bias": self.bias})
 
     @classmethod
     def load(cls, saved: dict[str, Any], layers: int, folder: str | Path) -> GatedPolicy:
@@ -114,19 +110,14 @@ class GatedPolicy:
         Raises:
             ValueError: the file is missing, damaged or for a model of another depth.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        path = Path(folder) / FILE
-        try:
-            tensors = load_file(str(path))
-            made = cls(tensors["weight"], tensors["bias"], tuple(saved["keep"]), bool(saved["normalized"]))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the routers '{path}' cannot be loaded: {reason}") from error
-        if made.layers != layers:
-            raise ValueError(f"the routers '{path}' are for {made.layers} layers, the model has {layers}")
-        return made
+        def made(tensors: dict[str, Tensor]) -> GatedPolicy:
+            policy = cls(tensors["weight"], tensors["bias"], tuple(saved["keep"]), bool(saved["normalized"]))
+            if policy.layers != layers:
+                raise ValueError(f"they are for {policy.layers} layers, the model has {layers}")
+            return policy
+
+        return read_tensors(folder, made)
 
 
 class Gates:

@@ -242,8 +242,8 @@ def test_a_training_is_saved_with_what_it_chose(form: str, given: Path, tmp_path
     # again: everything that takes long is there already
     again: list[str] = []
     drllm.train(chosen, again.append)
-    assert any("features of" in line for line in lines) and any("plans scored" in line for line in lines)
-    assert not any("features of" in line or "plans scored" in line for line in again)
+    assert any("features of" in line for line in lines) and any("questions scored" in line for line in lines)
+    assert not any("features of" in line or "questions scored" in line for line in again)
     theirs = from_pretrained(adapter=tmp_path / "out", engine="eager").policy
     assert theirs.to_dict() == model.policy.to_dict()
 

@@ -1,4 +1,4 @@
-"""How good plans are for many questions, in a file that a stopped run goes on from."""
+"""How good plans are for many questions; what is known is kept in files that a stopped run goes on from."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from layerwise.data.short_answers import Question
 from layerwise.model.causal_lm import LayerwiseForCausalLM
@@ -40,26 +40,46 @@ def plan_margins(
         [one.task, one.id, one.prompt, one.answer, one.choices, [str(plan) for plan in own]]
         for one, own in zip(questions, plans, strict=True)
     ]
+
+    def compute(number: int) -> list[float]:
+        return PathEvaluator(model, tokenizer, questions[number]).margins(plans[number])
+
+    return kept_lines(folder, "margins", model, asked, compute, "questions scored", notify)
+
+
+def kept_lines(
+    folder: Path,
+    name: str,
+    model: LayerwiseForCausalLM,
+    asked: Sequence[Any],
+    compute: Callable[[int], Any],
+    doing: str,
+    notify: Callable[[str], None],
+) -> list[Any]:
+    """`compute(i)` for each of `asked`, a line of JSON each in a file whose name is made of the model and of `asked`.
+
+    A run that was stopped goes on after its last complete line.
+    """
     about = json.dumps([fingerprint(model.runtime.backbone.model), str(model.runtime.backbone.dtype), asked])
-    file = folder / f"margins-{hashlib.sha256(about.encode()).hexdigest()[:12]}.jsonl"
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / f"{name}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.jsonl"
     known = _complete_lines(file)
     first = len(known)
     began = said = time.perf_counter()
     with file.open("a", encoding="utf-8") as out:
-        for done, (question, own) in enumerate(zip(questions[first:], plans[first:], strict=True), first + 1):
-            known.append(PathEvaluator(model, tokenizer, question).margins(own))
+        for number in range(first, len(asked)):
+            known.append(compute(number))
             out.write(json.dumps(known[-1]) + "\n")
             out.flush()
-            now = time.perf_counter()
-            if now - said > SAID_EVERY or done == len(questions):
-                left = (now - began) / (done - first) * (len(questions) - done)
-                notify(f"plans scored for {done} of {len(questions)} questions ({left / 60:.0f} min left)")
+            done, now = number + 1, time.perf_counter()
+            if now - said > SAID_EVERY or done == len(asked):
+                left = (now - began) / (done - first) * (len(asked) - done)
+                notify(f"{done} of {len(asked)} {doing} ({left / 60:.0f} min left)")
                 said = now
     return known
 
 
-def _complete_lines(file: Path) -> list[list[float]]:
+def _complete_lines(file: Path) -> list[Any]:
     """What a stopped run wrote; the last line is cut off the file if it was not finished."""
     if not file.exists():
         return []

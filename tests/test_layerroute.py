@@ -18,7 +18,8 @@ from torch import Tensor
 from layerwise import Cache, Phase, Plan, Trace, attach, from_pretrained
 from layerwise.decoding.drafts import Draft
 from layerwise.hub import save_adapter
-from layerwise.policies.gates import FILE, GatedPolicy
+from layerwise.policies.gates import GatedPolicy
+from layerwise.policies.tensors import FILE
 
 LAYERS = tiny.LAYERS
 FULL = Plan.full(LAYERS)

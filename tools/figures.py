@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from layerwise.report.figures import acceptance_figure, exit_figure
+from layerwise.report.figures import acceptance_figure, exit_figure, path_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,6 +25,7 @@ def ablation(result: dict[str, Any], path: Path) -> None:
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any], Path], None]]] = {
     "exits.png": ("layerskip_quality.json", exits),
     "ablation.png": ("layerskip_ablation.json", ablation),
+    "paths.png": ("drllm.json", path_figure),
 }
 
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from layerwise.cli import options
-from layerwise.training.config import FrozenConfig, FrozenRecipe, LayerRouteConfig, LayerSkipConfig
+from layerwise.training.config import DrLLMConfig, FrozenConfig, FrozenRecipe, LayerRouteConfig, LayerSkipConfig
 
 app = typer.Typer(help="Train a model to spend its layers well.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -109,6 +109,26 @@ def layerroute(
     from layerwise.training import layerroute as trained
 
     out = trained.train(config, options.note, resume)
+    print(f"wrote {out}")
+    if json:
+        options.print_json({"adapter": str(out), "config": config.to_dict()})
+
+
+@app.command("drllm")
+@_with_flags(DrLLMConfig)
+def drllm(*, json: options.Json = False, **chosen: Any) -> None:
+    """Teach routers the paths that 'layerwise search' found, as Dr.LLM does (arXiv 2510.12773).
+
+    The model is left as it is. A run that was stopped goes on where it was when the same command is given again.
+    """
+    config = DrLLMConfig(**chosen)
+    options.quiet()
+    from layerwise.sources import model_path
+
+    model_path(config.model, options.note)
+    from layerwise.training import drllm as trained
+
+    out = trained.train(config, options.note)
     print(f"wrote {out}")
     if json:
         options.print_json({"adapter": str(out), "config": config.to_dict()})

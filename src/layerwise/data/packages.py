@@ -51,6 +51,19 @@ def package_file(requirement: str, path: str) -> bytes:
     return _member(_archive(requirement), path, requirement)
 
 
+def package_files(requirement: str, folder: str) -> list[str]:
+    """The paths of all files of a package below `folder`, sorted; each is one that `package_file` reads.
+
+    Raises:
+        ValueError: as `package_file`, and for a source archive, whose files are not where they would be installed.
+    """
+    archive = _archive(requirement)
+    if archive.suffix != ".whl":
+        raise ValueError(f"{requirement} comes without a wheel, so its files cannot be listed: name one file")
+    with zipfile.ZipFile(archive) as wheel:
+        return sorted(name for name in wheel.namelist() if name.startswith(f"{folder}/") and not name.endswith("/"))
+
+
 def _archive(requirement: str) -> Path:
     """The package's wheel (or source archive) in the cache directory; fetched if it is not there."""
     folder = cache_dir("packages") / requirement.lower()

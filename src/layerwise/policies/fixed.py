@@ -67,6 +67,10 @@ def policy_from_dict(saved: dict[str, Any], layers: int, folder: str | Path | No
         from layerwise.policies.gates import GatedPolicy
 
         return GatedPolicy.load(saved, layers, folder)
+    if saved.get("kind") == "router" and folder is not None:
+        from layerwise.policies.router import load_router
+
+        return load_router(saved, layers, folder)
     if saved.get("kind") != "fixed":
         raise ValueError(f"unknown policy '{saved.get('kind')}': the adapter needs a newer layerwise")
     if not isinstance(saved.get("plan"), str):

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 from layerwise.plan import Plan, Slot, Step, Visit
+from layerwise.policies.tensors import FILE, read_tensors, write_tensors
 
-FILE = "routers.safetensors"
 Reads = Literal["mean", "last"]
 
 
@@ -141,10 +141,7 @@ class GatedPolicy:
 
     def save(self, folder: str | Path) -> None:
         """Write the routers, in the numbers they are in."""
-        from safetensors.torch import save_file
-
-        tensors = {name: one.detach().cpu().contiguous() for name, one in self._tensors().items()}
-        save_file(tensors, str(Path(folder) / FILE), metadata={"format": "pt"})
+        write_tensors(folder, self._tensors())
 
     @classmethod
     def load(cls, saved: dict[str, Any], layers: int, folder: str | Path) -> GatedPolicy:
@@ -153,19 +150,14 @@ class GatedPolicy:
         Raises:
             ValueError: the file is missing, damaged or for a model of another depth.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
 
-        path = Path(folder) / FILE
-        try:
-            tensors = load_file(str(path))
-            made = cls(keep=tuple(saved["keep"]), reads=saved["reads"], **tensors)
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the routers '{path}' cannot be loaded: {reason}") from error
-        if made.layers != layers:
-            raise ValueError(f"the routers '{path}' are for {made.layers} layers, the model has {layers}")
-        return made
+        def made(tensors: dict[str, Tensor]) -> GatedPolicy:
+            policy = cls(keep=tuple(saved["keep"]), reads=saved["reads"], **tensors)
+            if policy.layers != layers:
+                raise ValueError(f"they are for {policy.layers} layers, the model has {layers}")
+            return policy
+
+        return read_tensors(folder, made)
 
 
 class Gates:

@@ -1,4 +1,4 @@
-"""Figures out of results: perplexity and acceptance by exit.
+"""Figures out of results: perplexity and acceptance by exit, layers and accuracy of routes.
 
 Drawn for a README: light background, letters that stay readable when the picture is shown 800 pixels wide, few colours
 (Okabe and Ito's, which differ for colour-blind readers too) and a marker for each, so that grey print will do.
@@ -108,6 +108,54 @@ def acceptance_figure(variants: Mapping[str, Mapping[int | str, float]], path: s
     _save(figure, path, "Acceptance of drafts by exit")
 
 
+def path_figure(result: Mapping[str, Any], path: str | Path) -> None:
+    """Draw how often each layer is skipped and repeated, and accuracy against layers run beside the controls.
+
+    Args:
+        result: of the suite `paths`.
+        path: a .png, .svg or .pdf file; overwritten.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
+    if not result.get("routes") or not result.get("controls"):
+        raise ValueError("there is no result with routes to draw: run 'layerwise eval --suite paths' first")
+    figure = _figure(9.2, 3.7)
+    left, right = figure.subplots(1, 2)
+    layers = range(len(result["routes"]["skipped"]))
+    for name, style, sign in (("repeated", STYLES[1], 1), ("skipped", STYLES[2], -1)):
+        heights = [sign * share for share in result["routes"][name]]
+        left.bar(layers, heights, color=style[0], width=0.75, label=name)
+    left.axhline(0, color=SOFT, lw=0.8)
+    _decorate(left, "What becomes of each layer")
+    left.yaxis.set_major_formatter(lambda value, _: f"{abs(value):.0%}")
+    left.set_xlabel("layer")
+    left.set_ylabel("share of the questions")
+    left.legend(frameon=False, labelcolor=INK, fontsize=9)
+    for (label, layers_run, accuracy), style in zip(who := _path_points(result), _styles(len(who)), strict=True):
+        right.plot([layers_run], [accuracy], color=style[0], marker=style[1], linestyle="", ms=7, label=label)
+    oracle = result.get("oracle", {}).get("menu")
+    if oracle:
+        right.axhline(oracle["accuracy"], color=SOFT, lw=1, linestyle=":", label="menu's oracle")
+    _decorate(right, "Accuracy, mean over tasks", counted=False)
+    right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    right.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    right.set_xlabel("layers run")
+    right.legend(frameon=False, labelcolor=INK, fontsize=9)
+    _save(figure, path, "Paths through the layers, chosen by the prompt")
+
+
+def _path_points(result: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """(label, share of the layers run, accuracy) of all layers, the router and the other controls."""
+    tasks = result["in_domain"].values()
+    routed = ("routed", 1 - result["layers_saved"], sum(one["routed"] for one in tasks) / len(tasks))
+    labels = {"always_execute": "all layers", "static": "best single plan", "random": "random layers"}
+    others = [
+        (labels.get(name, name), 1 - one["layers_saved"], one["accuracy"]) for name, one in result["controls"].items()
+    ]
+    return [others[0], routed, *others[1:]]
+
+
 # -- what figures share ------------------------------------------------------------------------------------------
 
 
@@ -140,12 +188,13 @@ def _handles(panels: Sequence[Axes]) -> tuple[list[Any], list[str]]:
     return list(found.values()), list(found)
 
 
-def _decorate(panel: Axes, title: str | None) -> None:
+def _decorate(panel: Axes, title: str | None, counted: bool = True) -> None:
+    """Title, grid and colours; `counted` if what is on the horizontal axis is whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     if title:
         panel.set_title(title, loc="left", fontsize=10.5, color=INK)
-    panel.xaxis.set_major_locator(MaxNLocator(7, integer=True))
+    panel.xaxis.set_major_locator(MaxNLocator(7, integer=counted))
     panel.grid(color=GRID, lw=0.8)
     panel.set_axisbelow(True)
     panel.tick_params(colors=SOFT, which="both", labelsize=9.5, length=0)

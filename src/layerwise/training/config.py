@@ -16,6 +16,7 @@ Curriculum = Literal["rotational", "gradual"]
 Objective = Literal["paper", "budget", "quality", "none"]
 Reads = Literal["mean", "last"]
 Precision = Literal["bfloat16", "float32"]
+Form = Literal["per-layer", "menu"]
 LearningRateSchedule = Literal["cosine", "linear", "constant_with_warmup"]
 _FREE_TO_CHANGE = ("out", "save_every", "log_every")  # a resumed training may differ in these
 
@@ -233,6 +234,72 @@ class LayerRouteConfig(LayerRouteRecipe, TrainingConfig):
     def __post_init__(self) -> None:
         LayerRouteRecipe.__post_init__(self)
         TrainingConfig.__post_init__(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterRecipe:
+    """How routers learn from labelled paths (arXiv 2510.12773); see `training.routers`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    form: Form = field(default="menu", metadata=_help("A router for each layer, or one that picks from a menu."))
+    units: int = field(default=128, metadata=_help("Hidden units of a router."))
+    epochs: int = field(default=25, metadata=_help("How often to go through the questions."))
+    batch: int = field(default=16, metadata=_help("Questions of an optimizer step."))
+    learning_rate: float = field(default=1e-3, metadata=_help("Highest learning rate."))
+    warmup: int = field(
+        default=500, metadata=_help("Steps over which the learning rate rises, at most a tenth of them.")
+    )
+    weight_decay: float = field(default=0.01, metadata=_help("Weight decay."))
+    gamma: float = field(default=2.0, metadata=_help("Per layer: exponent of the focal loss."))
+    beta: float = field(
+        default=0.9999, metadata=_help("Per layer: of the class weights; 1 is inverse frequency, the paper has 0.999.")
+    )
+    menu_size: int = field(default=8, metadata=_help("Menu: plans beside the full one."))
+    saved: float = field(
+        default=0.1, metadata=_help("Share of the layers that held-out questions must save; decides the threshold.")
+    )
+    held_out: float = field(default=0.15, metadata=_help("Share of the questions that choose and do not train."))
+    seed: int = field(default=0, metadata=_help("Seed of the routers and of their batches."))
+
+    def __post_init__(self) -> None:
+        _choice("form", self.form, Form)
+        for name in ("units", "epochs", "batch", "learning_rate", "menu_size"):
+            _require(getattr(self, name) > 0, f"{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
+        for name in ("warmup", "weight_decay", "gamma"):
+            value = getattr(self, name)
+            _require(value >= 0, f"{name.replace('_', '-')} must be 0 or more, not {value}")
+        _require(0 <= self.beta <= 1, f"beta must be between 0 and 1, not {self.beta}")
+        _require(0 <= self.saved < 1, f"saved must be at least 0 and below 1, not {self.saved}")
+        _require(0 < self.held_out < 1, f"held-out must be between 0 and 1, not {self.held_out}")
+        _require(0 <= self.seed < 2**32, f"seed must be between 0 and 2^32 - 1, not {self.seed}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DrLLMConfig(RouterRecipe):
+    """A training of routers from a file of labels.
+
+    Raises:
+        ValueError: a value is out of range, or there is no such file of labels.
+    """
+
+    labels: str = field(metadata=_help("JSON lines that 'layerwise search' wrote."))
+    out: str = field(metadata=_help("Folder for the adapter, with the features inside."))
+    model: str | None = field(
+        default=None, metadata=_help("A name from 'layerwise models', a folder, or a Hugging Face id.")
+    )
+    precision: Precision = field(default="bfloat16", metadata=_help("Numbers the model computes in."))
+
+    def __post_init__(self) -> None:
+        RouterRecipe.__post_init__(self)
+        _choice("precision", self.precision, Precision)
+        _require(Path(self.labels).is_file(), f"there is no file '{self.labels}': make one with 'layerwise search'")
+        _require(not Path(self.out).is_file(), f"'{self.out}' is a file: give a folder to write the adapter to")
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def layers_of(text: str, layers: int | None = None) -> tuple[int, ...]:

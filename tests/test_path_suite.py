@@ -1,0 +1,247 @@
+"""The suite `paths`: verdicts as a slow reference gives them, controls, intervals, the command, the figure."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from test_eval import layerwise_eval
+from test_router import FULL, LAYERS, MENU, menu, per_layer
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from layerwise import Plan, attach, from_pretrained
+from layerwise.data.short_answers import Question
+from layerwise.evaluation import path_time, paths, verdicts
+from layerwise.evaluation.verdicts import written
+from layerwise.hub import save_adapter
+from layerwise.model import causal_lm
+from layerwise.policies.router import MenuPolicy, classes_of
+from layerwise.report.figures import path_figure
+from layerwise.search.evaluator import PathEvaluator
+
+INSIDE, OUTSIDE = ("names", "sums"), ("others",)
+
+
+def number_tokenizer() -> PreTrainedTokenizerFast:
+    """Word `w7` is token 7 below 50; from there on the number `57` is token 57."""
+    vocabulary = {"<pad>": 0, "</s>": 1} | {f"w{n}" if n < 50 else str(n): n for n in range(2, tiny.VOCABULARY)}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=inner, pad_token="<pad>", eos_token="</s>")
+
+
+def asked(task: str, count: int) -> list[Question]:
+    """Questions of the tiny model; "sums" are to be written, and half of them are such that it writes the answer."""
+    chance, base, tokenizer, made = random.Random(task), tiny.model("llama"), number_tokenizer(), []
+    while len(made) < count:
+        prompt = " ".join(f"w{chance.randrange(2, 50)}" for _ in range(2 + len(made) % 7))
+        numbers = chance.sample(range(50, tiny.VOCABULARY), 3)
+        if task == "sums":
+            with torch.no_grad():
+                said = base(torch.tensor([tokenizer(prompt)["input_ids"]])).logits[0, -1].argmax().item()
+            if said < 50:
+                continue
+            numbers[0] = said if len(made) % 2 else numbers[0]
+            choices = tuple(f" {number}\n" for number in dict.fromkeys(numbers))
+        else:
+            choices = tuple(f" {number}" for number in numbers)
+        made.append(Question(task, f"{task}-{len(made)}", prompt, choices[0], choices))
+    return made
+
+
+@pytest.fixture
+def few_questions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paths, "IN_DOMAIN", INSIDE)
+    monkeypatch.setattr(paths, "OUT_OF_DOMAIN", OUTSIDE)
+    monkeypatch.setattr(paths, "questions", lambda task, split: asked(task, 12) if split == "test" else [])
+    monkeypatch.setattr(path_time, "PROMPTS", 2)
+    monkeypatch.setattr(path_time, "NEW_TOKENS", 4)
+
+
+# -- verdicts ------------------------------------------------------------------------------------------------
+
+
+def test_verdicts_are_those_of_plain_passes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verdicts, "ROWS", 5)
+    model, tokenizer = attach(tiny.model("llama")), number_tokenizer()
+    those = asked("names", 6) + asked("sums", 8)
+    plans = [[MENU[number % 4], FULL, FULL] for number in range(len(those))]
+    lines: list[str] = []
+    found = verdicts.verdicts(model, tokenizer, those, plans, tmp_path, lines.append)
+    said = []
+    for one, own, right in zip(those, plans, found, strict=True):
+        assert set(right) == set(own)
+        for plan in own:
+            if one.generated:
+                with torch.no_grad():
+                    logits = model(torch.tensor([tokenizer(one.prompt)["input_ids"]]), plans=[plan]).logits[0, -1]
+                expected = tokenizer.decode(logits.argmax()) == one.answer.strip()
+                said.append(expected)
+            else:
+                expected = PathEvaluator(model, tokenizer, one).margins([plan])[0] > 0
+            assert right[plan] == expected
+    assert 0 < sum(said) < len(said)
+    monkeypatch.setattr(verdicts, "written", lambda *_: pytest.fail("asked again"))
+    assert verdicts.verdicts(model, tokenizer, those, plans, tmp_path) == found
+    assert any("questions scored" in line for line in lines) and any("answers written" in line for line in lines)
+
+
+def test_a_batch_of_answers_is_each_answer(tmp_path: Path) -> None:
+    model, tokenizer, those = attach(tiny.model("llama")), number_tokenizer(), asked("sums", 8)
+    plans = [MENU[number % 4] for number in range(8)]
+    alone = [written(model, tokenizer, [one], [plan])[0] for one, plan in zip(those, plans, strict=True)]
+    assert written(model, tokenizer, those, plans) == alone
+
+
+# -- controls ------------------------------------------------------------------------------------------------
+
+
+def test_random_plans_run_as_many_layers() -> None:
+    chance = random.Random(0)
+    for text in ("0-5", "0*2 1-5", "0-2 4-5", "0-1 3*2 5"):
+        plan = Plan.parse(text)
+        drawn = {paths.random_plan(plan, LAYERS, chance) for _ in range(40)}
+        classes = Counter(classes_of(plan, LAYERS)[1:])
+        assert all(Counter(classes_of(one, LAYERS)[1:]) == classes and one.visits[0].layer == 0 for one in drawn)
+        assert len(drawn) > 3 or classes[1] == LAYERS - 1
+
+
+def test_the_bootstrap_is_the_interval_of_a_mean() -> None:
+    chance = np.random.default_rng(0)
+    differences = np.array([1.0] * 30 + [-1.0] * 10 + [0.0] * 160)
+    low, high = paths._ends(paths.bootstrap(differences, chance))
+    deviation = differences.std() / 200**0.5
+    assert (low, high) == pytest.approx((0.1 - 1.96 * deviation, 0.1 + 1.96 * deviation), abs=0.01)
+
+
+# -- the suite -----------------------------------------------------------------------------------------------
+
+
+def labels_file(folder: Path) -> Path:
+    """What a search of the test questions would have written."""
+    model, tokenizer, lines = attach(tiny.model("llama")), number_tokenizer(), [{"about": {}}]
+    for one in asked("names", 12):
+        scores = PathEvaluator(model, tokenizer, one).margins([FULL, *MENU])
+        row = {"task": one.task, "id": one.id, "prompt": one.prompt, "answer": one.answer, "choices": one.choices}
+        row |= {"base": {"score": scores[0], "right": scores[0] > 0}, "evaluations": 4, "seed": 0}
+        row["paths"] = [
+            {"plan": str(plan), "score": score, "right": score > 0, "robust": score > 0.05, "layers": plan.depth}
+            for plan, score in zip(MENU, scores[1:], strict=True)
+        ]
+        lines.append(row | {"algorithm": "mcts"})
+    file = folder / "labels.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return file
+
+
+@pytest.fixture(params=["per-layer", "menu"])
+def adapter(request: pytest.FixtureRequest, base: Path, tmp_path: Path) -> Path:
+    """A saved adapter with a record of its training."""
+    number_tokenizer().save_pretrained(base)
+    model = from_pretrained(base, engine="eager")
+    model.policy = {"per-layer": per_layer, "menu": menu}[request.param]()
+    save_adapter(model, tmp_path / "adapter")
+    static = {str(depth): "0-3 5" for depth in range(5, 13)}
+    held_out = {"macro_f1": 0.4, "macro_f1_always_execute": 0.3}
+    (tmp_path / "adapter" / "training.json").write_text(json.dumps({"static": static, "held_out": held_out}))
+    return tmp_path / "adapter"
+
+
+def test_the_suite_says_what_routing_gains(adapter: Path, few_questions: None, tmp_path: Path) -> None:
+    model, tokenizer = from_pretrained(adapter=adapter, engine="eager"), number_tokenizer()
+    lines: list[str] = []
+    given: dict[str, Any] = {"limit": 10, "rounds": 2, "folder": tmp_path / "kept"}
+    result = paths.path_suite(model, tokenizer, adapter, **given, notify=lines.append)
+    assert json.loads(json.dumps(result)) == result
+    assert tuple(result["in_domain"]) == INSIDE and tuple(result["out_of_domain"]) == OUTSIDE
+    base, routed = 0.0, 0.0
+    depths: list[tuple[int, float]] = []
+    for task in INSIDE:
+        table = result["in_domain"][task]
+        those = asked(task, 12)[:10]
+        assert table["n"] == 10 and table["interval"][0] <= table["routed"] - table["base"] <= table["interval"][1]
+        prompts = [tokenizer(one.prompt)["input_ids"] for one in those]
+        plans = [paths.decided_plans(model, model.policy, [ids])[0] for ids in prompts]
+        depths += [(len(ids), plan.depth) for ids, plan in zip(prompts, plans, strict=True)]
+        right = verdicts.verdicts(model, tokenizer, those, [[FULL, plan] for plan in plans], tmp_path / "other")
+        assert table["base"] == pytest.approx(sum(one[FULL] for one in right) / 10)
+        assert table["routed"] == pytest.approx(sum(one[plan] for one, plan in zip(right, plans, strict=True)) / 10)
+        base, routed = base + table["base"] / 2, routed + table["routed"] / 2
+    assert result["accuracy_gain"] == pytest.approx(100 * (routed - base))
+    run = sum(count * depth for count, depth in depths) / sum(count for count, _ in depths) / LAYERS
+    assert result["layers_saved"] == pytest.approx(1 - run)
+    controls = result["controls"]
+    everything = controls["always_execute"]
+    assert set(controls) == {"always_execute", "static", "random", "shuffled"}
+    assert (
+        controls["always_execute"]["accuracy"] == pytest.approx(base) and not controls["always_execute"]["layers_saved"]
+    )
+    assert controls["always_execute"]["routed_ahead"] == pytest.approx(result["accuracy_gain"])
+    assert controls["static"]["plan"] == "0-3 5" and controls["static"]["layers_saved"] == pytest.approx(1 / 6)
+    if isinstance(model.policy, MenuPolicy):
+        assert result["oracle"]["menu"]["accuracy"] >= max(routed, base)
+    assert result["oracle"]["search"] is None and result["macro_f1"]["routed"] == 0.4
+    assert result["time"]["prompts"] == 2 and result["commit"] == result["environment"]["commit"]
+    again = paths.path_suite(model, tokenizer, adapter, **given)
+    assert {name: again[name] for name in ("in_domain", "controls", "routes")} == {
+        name: result[name] for name in ("in_domain", "controls", "routes")
+    }
+    path_figure(result, tmp_path / "paths.png")
+    assert (tmp_path / "paths.png").stat().st_size > 5_000
+
+
+def test_labels_of_test_questions_give_the_searchs_oracle(adapter: Path, few_questions: None, tmp_path: Path) -> None:
+    model, tokenizer = from_pretrained(adapter=adapter, engine="eager"), number_tokenizer()
+    file = labels_file(tmp_path)
+    result = paths.path_suite(model, tokenizer, adapter, labels=file, rounds=1, folder=tmp_path)
+    rows = [json.loads(line) for line in file.read_text().splitlines()[1:]]
+    best = sum(row["base"]["right"] or any(path["right"] for path in row["paths"]) for row in rows) / 12
+    search = result["oracle"]["search"]
+    assert search["n"] == 12 and search["accuracy"] == pytest.approx(best) and best > search["base"]
+    assert search["base"] == pytest.approx(result["in_domain"]["names"]["base"])
+    assert "test split" in result["macro_f1"]["questions"] and 0 < result["macro_f1"]["always_execute"] < 1
+
+
+def test_the_command_writes_prints_and_draws(
+    adapter: Path, few_questions: None, tmp_path: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(causal_lm, "compiler_available", lambda: False)  # compiling takes longer than all the rest
+    out, figure = tmp_path / "drllm.json", tmp_path / "paths.png"
+    options = ["--suite", "paths", "--limit", "3", "--dtype", "float32", "--out", str(out), "--figure", str(figure)]
+    done = layerwise_eval(str(adapter), *options, "--json")
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    assert json.loads(done.stdout.splitlines()[-1]) == result and figure.stat().st_size > 5_000
+    fields = {"in_domain", "out_of_domain", "accuracy_gain", "out_of_domain_gain", "layers_saved", "time_realised"}
+    assert fields | {"controls", "oracle", "macro_f1", "command", "commit", "environment"} <= set(result)
+    assert result["adapter"] == "adapter" and "shuffled" in done.stdout and "points ahead" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["--suite", "paths"], "give the folder"),
+        (["somewhere", "--suite", "paths", "--limit", "0"], "limit must be 1"),
+        (["somewhere", "--suite", "paths", "--labels", "no-such-file"], "layerwise search"),
+        (["somewhere", "--limit", "3"], "belong to --suite paths"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_loaded(given: list[str], says: str) -> None:
+    error = layerwise_eval(*given).exception
+    assert isinstance(error, ValueError) and says in str(error) and "\n" not in str(error)
+
+
+def test_an_adapter_that_does_not_route_is_refused(few_questions: None, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="train drllm"):
+        paths.path_suite(attach(tiny.model("llama")), number_tokenizer(), tmp_path)
+    with pytest.raises(ValueError, match="to draw"):
+        path_figure({}, tmp_path / "x.png")

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from layerwise import Plan, attach, from_pretrained
 from layerwise.cli.train import app
+from layerwise.data import Tokens
 from layerwise.training import layerroute
 from layerwise.training.layerroute import LayerRoute, LayerRouteConfig, LayerRouteRecipe, train
 
@@ -62,6 +63,10 @@ def slow(made: LayerRoute) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return tuple(torch.stack(column) for column in zip(*results, strict=True))
 
 
+def answered(prompt: list[int]) -> Tokens:
+    return Tokens([*prompt, 7, 8, 9], [-100] * len(prompt) + [7, 8, 9])
+
+
 def gradients(made: LayerRoute, loss: Tensor) -> dict[str, Tensor]:
     named = {name: p for name, p in made.named_parameters() if p.requires_grad}
     found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
@@ -81,7 +86,7 @@ def assert_same_gradients(made: LayerRoute, found: Tensor, expected: Tensor) -> 
 def test_the_papers_loss_and_its_straight_through_gradient_equal_a_slow_computation(reads: str) -> None:
     made = module(objective="paper", penalty=1.0, reads="mean" if reads == "mean" else "last")
     if reads == "basis":
-        made.choose_basis([IDS[0].tolist(), IDS[1, :3].tolist(), IDS[2, :5].tolist()])
+        made.prepare([answered(IDS[0].tolist()), answered(IDS[1, :3].tolist()), answered(IDS[2, :5].tolist())])
         with torch.no_grad():
             made.weight.normal_()
     losses, counts, soft, _ = slow(made)
@@ -113,7 +118,7 @@ def test_budget_and_quality_losses_equal_a_slow_computation() -> None:
 
 def test_routers_see_the_directions_in_which_prompts_differ() -> None:
     made, prompts = module(), [IDS[0].tolist(), IDS[1, :3].tolist(), IDS[2, :5].tolist()]
-    made.choose_basis(prompts)
+    made.prepare([answered(ids) for ids in prompts])
     policy = made.model.policy
     assert policy.weight is made.weight and made.weight.shape == (LAYERS, 2) and policy.reads == "last"
     layer, states = 4, []
@@ -127,6 +132,34 @@ def test_routers_see_the_directions_in_which_prompts_differ() -> None:
     # two components are all that three prompts have: nothing of the states is lost
     restored = seen @ torch.linalg.pinv(policy.basis[layer]).T
     torch.testing.assert_close(restored, centred, rtol=0, atol=1e-4)
+
+
+def test_only_layers_that_cost_least_may_be_skipped() -> None:
+    made = module(candidates=2, start_bias=0.5, keep="5")
+    examples = [answered(IDS[row].tolist()) for row in range(3)]
+    made.prepare(examples)
+    rises = []
+    for layer in range(LAYERS):
+        rise = 0.0
+        for one in examples:
+            ids, labels = torch.tensor([one.input_ids]), torch.tensor([one.labels])
+            plans = [Plan.full(LAYERS), Plan.full(LAYERS).skip(layer)]
+            full, without = (made.model(ids, labels=labels, plans=[plan]).loss.item() for plan in plans)
+            rise += without - full
+        rises.append(rise)
+    first, second = sorted(range(LAYERS), key=rises.__getitem__)[:2]
+    assert set(made.model.policy.keep) == set(range(LAYERS)) - ({first, second} - {5})
+    assert made.bias[first].item() == pytest.approx(0.5) and made.bias[second].item() == pytest.approx(1.0)
+
+
+def test_the_tolerance_falls() -> None:
+    made = module(objective="quality", tolerance=0.02, tolerance_start=0.32)
+    made.steps = 30
+    found = []
+    for step in (0, 10, 20, 29):
+        made(IDS, LABELS, MASK, step=step)
+        found.append(made.tolerance)
+    assert found == pytest.approx([0.32, 0.08, 0.02, 0.02])
 
 
 def test_evaluation_skips_and_gives_the_loss_of_training() -> None:

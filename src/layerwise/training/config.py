@@ -184,8 +184,14 @@ class LayerRouteRecipe:
     tolerance: float = field(
         default=0.02, metadata=_help("Quality: nats a token that an input may lose against full depth.")
     )
+    tolerance_start: float | None = field(
+        default=None, metadata=_help("Quality: tolerance to begin with; it falls over the first two thirds.")
+    )
     dual_rate: float = field(
         default=0.05, metadata=_help("Budget, quality: how fast the price follows its constraint.")
+    )
+    candidates: int = field(
+        default=0, metadata=_help("Only so many layers, those that cost least on examples, may be skipped; 0: all.")
     )
     keep: str = field(default="", metadata=_help('Layers that every prompt runs, such as "0-1 28-29".'))
     start_closed: str | None = field(
@@ -207,9 +213,10 @@ class LayerRouteRecipe:
         if self.reads is not None:
             _choice("reads", self.reads, Reads)
         _require(0 < self.target <= 1, f"target must be above 0 and at most 1, not {self.target}")
-        for name in ("tolerance", "start_bias"):
-            _require(getattr(self, name) > 0, f"{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
-        for name in ("penalty", "dual_rate", "weight_decay"):
+        for name in ("tolerance", "tolerance_start", "start_bias"):
+            value = getattr(self, name)
+            _require(value is None or value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
+        for name in ("penalty", "dual_rate", "weight_decay", "candidates"):
             value = getattr(self, name)
             _require(value >= 0, f"{name.replace('_', '-')} must be 0 or more, not {value}")
         rate = self.router_learning_rate

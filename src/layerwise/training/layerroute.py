@@ -49,6 +49,8 @@ from layerwise.training.trainer import RecipeTrainer, read_examples, run_trainin
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
 DIRECTIONS = 8  # that a router which reads the last token sees
 PROMPTS = 96  # they are found with so many
+MEASURED = 16  # of these, without each layer in turn
+EASING = 2 / 3  # of the steps, over which the tolerance falls
 
 __all__ = ["LayerRoute", "LayerRouteConfig", "LayerRouteRecipe", "LayerRouteTrainer", "train"]
 
@@ -59,6 +61,7 @@ class LayerRoute(nn.Module):
     Args:
         model: what is trained is the PEFT adapter in it.
         recipe: objective and routers.
+        steps: how many there will be.
 
     Attributes:
         weight, bias: the routers (see `GatedPolicy`), the model's policy shares them; None without routing.
@@ -67,10 +70,12 @@ class LayerRoute(nn.Module):
 
     accepts_loss_kwargs = True
 
-    def __init__(self, model: LayerwiseForCausalLM, recipe: LayerRouteRecipe) -> None:
+    def __init__(self, model: LayerwiseForCausalLM, recipe: LayerRouteRecipe, steps: int = 1) -> None:
         super().__init__()
         self.model = model
         self.recipe = recipe
+        self.steps = steps
+        self.tolerance = recipe.tolerance if recipe.tolerance_start is None else recipe.tolerance_start
         self.price = 0.0 if recipe.objective == "budget" else recipe.penalty
         # Numbers and not buffers: data parallel wrappers would overwrite them with those of the first process.
         self.seen, self.rows_seen = 0.0, 0.0  # what the dual variable is moved by, summed since it was
@@ -90,29 +95,61 @@ class LayerRoute(nn.Module):
             model.policy = GatedPolicy(self.weight, self.bias, keep, reads)
 
     @torch.no_grad()
-    def choose_basis(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Let each router see only the DIRECTIONS in which these prompts, token ids, differ most at its layer.
+    def prepare(self, examples: Sequence[Tokens]) -> None:
+        """Learn from these examples, before training, what routers see and which layers may be skipped at all.
 
-        They are the first principal components of what it reads, at full depth, each divided by its standard deviation.
-        A router of 576 weights would learn the rows of a batch by heart, and a step along what all prompts share would
-        open or close its gate for every input at once; what tells kinds of inputs apart is in the first few components.
+        Each router sees only the DIRECTIONS in which the prompts differ most at its layer: the first principal
+        components of what it reads, at full depth, each divided by its standard deviation. A router of 576 weights
+        would learn the rows of a batch by heart, and a step along what all prompts share would open or close its gate
+        for every input at once; what tells kinds of inputs apart is in the first few components.
+
+        The `candidates` of the recipe are the layers without which the answers' cross entropy rises least; the others
+        are kept. The gradient of a gate does not tell: layers that write the huge state of the first token have small
+        ones, and nothing works without them. Gates start the closer to closing the cheaper their layer, so that they
+        close one after another.
         """
-        policy, runtime = self.model.policy, Runtime(self.model.runtime.backbone)
-        everything = Plan.full(self.model.depth)
-        seen: list[list[Tensor]] = [[] for _ in range(self.model.depth)]
-        for ids in prompts:
-            hidden = self.model.embed(torch.tensor([list(ids)], device=self.model.device))
-            for layer in range(self.model.depth):
-                seen[layer].append(summary(hidden, [len(ids)], policy.reads)[0])
+        policy, depth = self.model.policy, self.model.depth
+        runtime, everything = Runtime(self.model.runtime.backbone), Plan.full(depth)
+        seen: list[list[Tensor]] = [[] for _ in range(depth)]
+        rise = torch.zeros(depth)
+        for number, one in enumerate(examples):
+            ids = torch.tensor([one.input_ids], device=self.model.device)
+            labels, counts = torch.tensor([one.labels], device=self.model.device), [len(one.input_ids)]
+            hidden, entering = self.model.embed(ids), []
+            for layer in range(depth):
+                seen[layer].append(summary(hidden, [one.prompt_length], policy.reads)[0])
+                entering.append(hidden)
                 hidden = runtime.forward(hidden, [everything[layer : layer + 1]])
-        found = torch.stack([torch.stack(states) for states in seen])  # (layers, prompts, hidden size)
+            if number < MEASURED and self.recipe.candidates:
+                whole = self.row_losses(hidden, labels, counts)[0]
+                for layer, state in enumerate(entering):
+                    without = everything[layer + 1 :] if layer < depth - 1 else None
+                    deep = state if without is None else runtime.forward(state, [without])
+                    rise[layer] += (
+                        (self.row_losses(deep, labels, counts)[0] - whole) / labels.ne(IGNORED).sum()
+                    ).item()
+        self._see(torch.stack([torch.stack(states) for states in seen]))
+        if self.recipe.candidates:
+            self._may_skip(rise.argsort()[: self.recipe.candidates].tolist())
+
+    def _see(self, found: Tensor) -> None:
+        """Give the routers a basis; `found` is (layers, prompts, hidden size)."""
+        layers, prompts, _ = found.shape
         center = found.mean(1)
         _, sizes, components = torch.linalg.svd(found - center[:, None], full_matrices=False)
-        kept = min(DIRECTIONS, len(prompts) - 1)
-        deviations = sizes[:, :kept, None].clamp(min=1e-6) / len(prompts) ** 0.5
-        self.weight = nn.Parameter(torch.zeros(self.model.depth, kept, device=self.model.device))
+        kept = min(DIRECTIONS, prompts - 1)
+        deviations = sizes[:, :kept, None].clamp(min=1e-6) / prompts**0.5
+        self.weight = nn.Parameter(torch.zeros(layers, kept, device=found.device))
         basis = components[:, :kept] / deviations
-        self.model.policy = replace(policy, weight=self.weight, center=center, basis=basis)
+        self.model.policy = replace(self.model.policy, weight=self.weight, center=center, basis=basis)
+
+    def _may_skip(self, candidates: Sequence[int]) -> None:
+        """Keep all layers but these, cheapest first; their gates start open, the cheapest next to closing."""
+        kept = {layer for layer in range(self.model.depth) if layer not in candidates} | set(self.model.policy.keep)
+        self.model.policy = replace(self.model.policy, keep=tuple(sorted(kept)))
+        assert self.bias is not None
+        for rank, layer in enumerate(candidates, 1):
+            self.bias[layer] = 2 * self.recipe.start_bias * rank / len(candidates)
 
     @property
     def config(self) -> Any:
@@ -130,7 +167,8 @@ class LayerRoute(nn.Module):
 
         Args:
             input_ids, labels, attention_mask: (rows, width) as in `LayerwiseForCausalLM.forward`.
-            places, step: not used; what every recipe is given.
+            places: not used; what every recipe is given.
+            step: the number of optimizer steps done.
 
         Returns:
             `loss`, the objective times the labelled positions (with several processes, means over rows are those of
@@ -168,8 +206,9 @@ class LayerRoute(nn.Module):
             self._note(hard.detach(), real)
         else:
             # After the routed pass: autocast keeps the copies of weights it made, and these would have no gradient.
+            self._ease(step)
             gap = (losses.detach() - self._full_depth(hidden, packed, counts)) / positions.clamp(min=1)
-            worth = (1 - gap / self.recipe.tolerance).clamp(-1, 1)
+            worth = (1 - gap / self.tolerance).clamp(-1, 1)
             penalty = (worth * hard * of_real).sum()
             self._note(gap, real)
             extra["quality_gap"] = torch.stack([(gap * real).sum(), real.sum()])
@@ -206,9 +245,16 @@ class LayerRoute(nn.Module):
         if recipe.objective == "budget":
             self.price += recipe.dual_rate * (mean - recipe.target)
         elif recipe.objective == "quality":
-            by = max(-1.0, min(1.0, 1 - mean / recipe.tolerance))
+            by = max(-1.0, min(1.0, 1 - mean / self.tolerance))
             price = self.price * (1 + recipe.dual_rate * by)
             self.price = max(recipe.penalty / 100, min(recipe.penalty * 100, price))
+
+    def _ease(self, step: int) -> None:
+        """Set the tolerance of this step: it falls geometrically, so that the LoRA may learn to do with less first."""
+        end, start = self.recipe.tolerance, self.recipe.tolerance_start
+        if start is not None:
+            left = max(0.0, 1 - step / (EASING * self.steps))
+            self.tolerance = end * (start / end) ** left
 
     @torch.no_grad()
     def _full_depth(self, hidden: Tensor, labels: Tensor, counts: Sequence[int]) -> Tensor:
@@ -308,12 +354,12 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
     """
 
     def make(steps: int) -> LayerRoute:
-        module = LayerRoute(_load(config), config)
+        module = LayerRoute(_load(config), config, steps)
         policy = module.model.policy
         if isinstance(policy, GatedPolicy) and policy.reads == "last":
             examples, _ = read_examples(config, lambda line: None)
             chosen = random.Random(config.seed).sample(examples, min(PROMPTS, len(examples)))
-            module.choose_basis([one.input_ids[: one.prompt_length] for one in chosen])
+            module.prepare(chosen)
         return module
 
     return run_training(config, make, LayerRouteTrainer, notify, resume, finish=_round)

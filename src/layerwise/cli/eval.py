@@ -7,7 +7,7 @@ import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -18,6 +18,7 @@ DATASETS = "wikipedia,summarization,code,parsing,tools"
 
 class Suite(StrEnum):
     exits = "exits"
+    routing = "tools-vs-planning"
     paths = "paths"
 
 
@@ -29,13 +30,14 @@ def run(
         Suite,
         typer.Option(
             help="exits: perplexity of every exit, and two tasks of general ability; "
+            "tools-vs-planning: what an adapter that routes skips of each, with controls; "
             "paths: accuracy, layers and time of an adapter that routes, with controls."
         ),
     ] = Suite.exits,
     model: options.Model = None,
     exits: Annotated[str | None, typer.Option(help="Layers to leave after, such as 4,8,30; default: each 2nd.")] = None,
     datasets: Annotated[str, typer.Option(help="Texts and tasks, separated by commas.")] = DATASETS,
-    samples: Annotated[int, typer.Option(help="Held-out texts of each data set.")] = 32,
+    samples: Annotated[int, typer.Option(help="Held-out texts of each data set, or of each kind.")] = 32,
     questions: Annotated[int, typer.Option(help="Questions of each task of general ability; 0 leaves them out.")] = 150,
     limit: Annotated[
         int | None, typer.Option(help="Suite paths: questions of each task; default: the whole test split.")
@@ -43,6 +45,15 @@ def run(
     labels: Annotated[
         Path | None, typer.Option(help="Suite paths: what 'layerwise search' found for test questions, an oracle.")
     ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Suite tools-vs-planning: an adapter trained alike with --objective none.")
+    ] = None,
+    answers: Annotated[
+        int, typer.Option(help="Suite tools-vs-planning: of how many prompts to generate answers; 0 leaves it out.")
+    ] = 24,
+    timed: Annotated[
+        int, typer.Option(help="Suite tools-vs-planning: on how many prompts to time decoding; 0 leaves it out.")
+    ] = 6,
     seed: Annotated[int, typer.Option(help="Decides which texts and questions are drawn.")] = 0,
     dtype: options.Dtype = options.DtypeChoice.bfloat16,
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
@@ -53,21 +64,34 @@ def run(
     chosen, names = _numbers(exits), _names(datasets)
     if samples < 1 or questions < 0:
         raise ValueError("samples must be at least 1 and questions at least 0")
-    _check_paths(suite, adapter, limit, labels)
+    _check_routed(suite, adapter, reference)
+    _check_paths(suite, limit, labels)
     _check_files(out, figure)
-    engine = options.EngineChoice.auto if suite is Suite.paths else options.EngineChoice.eager
-    loaded, tokenizer = options.load(model, adapter, None, engine, dtype)
-    if suite is Suite.paths:
+    command = shlex.join(["layerwise", *sys.argv[1:]])
+    if suite is Suite.routing:
+        from layerwise.cli import eval_tables
+        from layerwise.evaluation.routing import routing_suite
+
+        options.quiet()
+        assert adapter is not None
+        result = routing_suite(
+            adapter, model, reference, samples, answers, timed, seed=seed, command=command, notify=options.note
+        )
+        eval_tables.routing(result)
+    elif suite is Suite.paths:
+        from layerwise.cli import eval_tables
         from layerwise.evaluation.paths import path_suite
 
-        command = shlex.join(["layerwise", *sys.argv[1:]])
+        loaded, tokenizer = options.load(model, adapter, None, options.EngineChoice.auto, dtype)
         result = path_suite(
             loaded, tokenizer, adapter, limit=limit, labels=labels, seed=seed, command=command, notify=options.note
         )
-        _print_paths(result)
+        eval_tables.paths(result)
     else:
+        from layerwise.cli import eval_tables
         from layerwise.evaluation.quality import exit_suite
 
+        loaded, tokenizer = options.load(model, adapter, None, options.EngineChoice.eager, dtype)
         result = exit_suite(
             loaded,
             tokenizer,
@@ -79,7 +103,7 @@ def run(
             adapter=adapter,
             notify=options.note,
         )
-        _print(result)
+        eval_tables.exits(result)
     if out is not None:
         out.write_text(json_text.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {out}")
@@ -88,6 +112,8 @@ def run(
 
         if suite is Suite.paths:
             figures.path_figure(result, figure)
+        elif suite is Suite.routing:
+            figures.layer_use_figure(result, figure)
         else:
             figures.exit_figure({result["adapter"] or result["model"]: result}, figure)
         print(f"wrote {figure}")
@@ -95,9 +121,16 @@ def run(
         options.print_json(result)
 
 
-def _check_paths(suite: Suite, adapter: str | None, limit: int | None, labels: Path | None) -> None:
-    if suite is Suite.paths and adapter is None:
-        raise ValueError("the suite paths judges an adapter that routes: give the folder of one")
+def _check_routed(suite: Suite, adapter: str | None, reference: Path | None) -> None:
+    if suite is not Suite.exits and adapter is None:
+        raise ValueError(f"the suite {suite} judges an adapter that routes: give the folder of one")
+    if suite is not Suite.routing and reference is not None:
+        raise ValueError("--reference belongs to --suite tools-vs-planning: leave it out")
+    if reference is not None and not reference.is_dir():
+        raise ValueError(f"there is no folder '{reference}': train one with --objective none")
+
+
+def _check_paths(suite: Suite, limit: int | None, labels: Path | None) -> None:
     if suite is not Suite.paths and (limit is not None or labels is not None):
         raise ValueError("--limit and --labels belong to --suite paths: leave them out")
     if limit is not None and limit < 1:
@@ -131,53 +164,3 @@ def _names(datasets: str) -> list[str]:
     if unknown:
         raise ValueError(f"there is no data set '{unknown[0]}': choose from {', '.join((*TEXTS, *TASKS))}")
     return list(dict.fromkeys(names))
-
-
-def _print(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    table.add_column("exit", justify="right")
-    for name in result["perplexity"]:
-        table.add_column(name, justify="right", no_wrap=True)
-    for row in zip(*result["perplexity"].values(), strict=True):
-        cells = (f"{_short(one['perplexity'])} {one['agreement']:4.0%}" for one in row)
-        table.add_row(str(row[0]["exit"]), *cells)
-    Console().print(table)
-    print("perplexity, and how often the exit's likeliest token is the last layer's")
-    for name, task in result["tasks"].items():
-        low, high = task["interval"]
-        print(f"{name}: {task['accuracy']:.1%} of {task['n']} questions right (95% interval {low:.1%} to {high:.1%})")
-
-
-def _print_paths(result: dict[str, Any]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, header_style="bold")
-    for name in ("task", "n", "all layers", "routed", "95% interval of the gain"):
-        table.add_column(name, justify="left" if name == "task" else "right", no_wrap=True)
-    for group in ("in_domain", "out_of_domain"):
-        for task, one in result[group].items():
-            low, high = (f"{100 * end:+.1f}" for end in one["interval"])
-            table.add_row(task, str(one["n"]), f"{one['base']:.1%}", f"{one['routed']:.1%}", f"{low} to {high}")
-    Console().print(table)
-    for name, gain in (("in domain", "accuracy_gain"), ("out of domain", "out_of_domain_gain")):
-        low, high = result[f"{gain}_interval"]
-        print(f"{name}: {result[gain]:+.2f} points (95% interval {low:+.2f} to {high:+.2f}), mean over tasks")
-    realised = "nothing to save" if result["time_realised"] is None else f"{result['time_realised']:.0%} of it as time"
-    print(f"layers saved: {result['layers_saved']:.1%} a token, {realised}")
-    for name, one in result["controls"].items():
-        low, high = one["interval"]
-        print(
-            f"{name.replace('_', ' ')}: {one['accuracy']:.1%}, {one['layers_saved']:.1%} of the layers saved; "
-            f"the router is {one['routed_ahead']:+.2f} points ahead ({low:+.2f} to {high:+.2f})"
-        )
-
-
-def _short(perplexity: float) -> str:
-    """At most seven characters."""
-    if perplexity >= 99_999.5:
-        return f"{perplexity:.1e}"
-    return f"{perplexity:,.0f}" if perplexity >= 99.95 else f"{perplexity:.2f}"

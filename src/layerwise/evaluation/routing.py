@@ -161,6 +161,7 @@ def routing_suite(
     time_prompts: int = 0,
     most_tokens: int = 384,
     seed: int = 0,
+    command: str = "",
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure a routed adapter; see the module. Cross entropies are computed in bfloat16, eagerly.
@@ -172,6 +173,7 @@ def routing_suite(
         time_prompts: on how many tool calls to time decoding; 0 leaves that out.
         most_tokens: longer examples are left out.
         seed: which examples, and the controls' chance.
+        command: only noted in the result.
 
     Raises:
         ValueError: the adapter does not route.
@@ -213,6 +215,7 @@ def routing_suite(
     return found | {
         "samples": samples,
         "sample_seed": seed,
+        "command": command,
         "seconds": round(time.perf_counter() - began, 1),
         "environment": environment(),
     }

@@ -145,6 +145,33 @@ def path_figure(result: Mapping[str, Any], path: str | Path) -> None:
     _save(figure, path, "Paths through the layers, chosen by the prompt")
 
 
+def layer_use_figure(result: Mapping[str, Any], path: str | Path) -> None:
+    """Draw which layers prompts of each kind run: a heat map, layer by kind.
+
+    Args:
+        result: of the suite `tools-vs-planning`.
+        path: as in `exit_figure`.
+    """
+    use = result["layer_use"]
+    layers = len(next(iter(use.values())))
+    figure = _figure(0.26 * layers + 2.2, 0.5 * len(use) + 1.3)
+    panel = figure.subplots()
+    image = panel.imshow(list(use.values()), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    labels = [f"{name}, {result['kinds'][name]['flop_skip']:.0f}% saved" for name in use]
+    panel.set_yticks(range(len(use)), labels, color=INK, fontsize=9)
+    panel.set_xticks(range(0, layers, 2), [str(layer) for layer in range(0, layers, 2)], color=SOFT, fontsize=8)
+    panel.set_xlabel("layer", color=SOFT, fontsize=9)
+    panel.set_xticks([layer - 0.5 for layer in range(1, layers)], minor=True)
+    panel.set_yticks([row - 0.5 for row in range(1, len(use))], minor=True)
+    panel.grid(which="minor", color="white", linewidth=1.5)
+    panel.tick_params(which="both", length=0)
+    panel.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=panel, pad=0.02, fraction=0.03, ticks=(0, 0.5, 1))
+    bar.outline.set_visible(False)
+    bar.ax.set_yticklabels(["0%", "50%", "100%"], color=SOFT, fontsize=8)
+    _save(figure, path, "Share of prompts that run each layer")
+
+
 def _path_points(result: Mapping[str, Any]) -> list[tuple[str, float, float]]:
     """(label, share of the layers run, accuracy) of all layers, the router and the other controls."""
     tasks = result["in_domain"].values()

@@ -48,8 +48,8 @@ from layerwise.training.trainer import RecipeTrainer, read_examples, run_trainin
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
 DIRECTIONS = 8  # that a router which reads the last token sees
-PROMPTS = 96  # they are found with so many
-MEASURED = 16  # of these, without each layer in turn
+PROMPTS = 64  # they are found with so many
+MEASURED = 8  # of these, without each layer in turn
 EASING = 2 / 3  # of the steps, over which the tolerance falls
 
 __all__ = ["LayerRoute", "LayerRouteConfig", "LayerRouteRecipe", "LayerRouteTrainer", "train"]

@@ -1,0 +1,151 @@
+"""The suite tools-vs-planning: skips, cross entropies and controls against slow computations; right answers."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_eval import word_tokenizer, words
+from test_layerroute import LAYERS, gates
+from torch.nn.functional import cross_entropy
+
+from layerwise import Plan, attach
+from layerwise.cost import decode_cost
+from layerwise.data import Example, bfcl, load, routing, split_of, tokenize
+from layerwise.evaluation import routing as suite
+from layerwise.evaluation.routed_answers import Asked, called, result, right
+from layerwise.report.figures import layer_use_figure
+
+
+def asked(count: int) -> list[Asked]:
+    chance, tokenizer, found = random.Random(1), word_tokenizer(), []
+    for number in range(count):
+        side = ("tools", "planning", "irrelevance")[number % 3]
+        example = Example.of(words(chance, 3 + number), words(chance, 2 + number % 4), side, str(number))
+        tokens = tokenize(example, tokenizer)
+        assert tokens is not None
+        found.append(Asked(example, tokens, side))
+    return found
+
+
+@pytest.fixture
+def model() -> Any:
+    made = attach(tiny.model("llama")).eval()
+    made.policy = gates(keep=(0,))
+    return made
+
+
+@torch.no_grad()
+def test_losses_and_plans_are_those_of_rows_alone(model: Any) -> None:
+    those = asked(7)
+    losses, plans = suite.answer_losses(model, those, 0)
+    assert len(set(plans)) > 1
+    for one, loss, plan in zip(those, losses, plans, strict=True):
+        ids, labels = torch.tensor([one.tokens.input_ids]), torch.tensor([one.tokens.labels])
+        logits = model(ids, labels=labels).logits[0, :-1]
+        assert loss == pytest.approx(cross_entropy(logits, labels[0, 1:]).item(), abs=1e-4)
+        given, same = suite.answer_losses(model, [one], 0, [plan])
+        assert given == pytest.approx([loss], abs=1e-4) and same == [plan]
+
+
+def test_flops_count_every_token_and_the_head(model: Any) -> None:
+    one = asked(1)[0]
+    plan = Plan.parse("0-2")
+    prompt, answer = one.tokens.prompt_length, len(one.tokens.input_ids) - one.tokens.prompt_length
+    expected = sum(decode_cost(model.runtime.backbone.shape, plan, prompt + at).flops for at in range(answer))
+    assert suite.decode_flops(model, one, plan) == expected > answer * 2 * 32 * model.config.vocab_size
+
+
+def test_controls_skip_as_many_layers() -> None:
+    full = Plan.full(6)
+    plans = [full.skip(2), full.skip(2, 3), full, full.skip(3, 4), full.skip(2, 3, 4)]
+    found = suite.control_plans(plans, 6, [0, 5], seed=3)
+    skipped = {name: sum(6 - len(plan) for plan in those) for name, those in found.items()}
+    assert skipped == {"static": 8, "random": 8, "shuffled": 8}
+    assert sorted(map(str, found["shuffled"])) == sorted(map(str, plans))
+    assert set(found["static"]) <= {full.skip(2), full.skip(2, 3), full.skip(3), full.skip(2, 3)}
+    assert [len(plan) for plan in found["random"]] == [len(plan) for plan in plans]
+    ran = {layer for plan in found["random"] for layer in plan.counts(6)[:1]}
+    assert ran == {1}  # layer 0 is kept
+
+
+def test_the_interval_holds_the_mean() -> None:
+    chance = random.Random(0)
+    values = [chance.gauss(0.3, 1) for _ in range(200)]
+    low, high = suite.bootstrap(values)
+    assert low < sum(values) / 200 < high and high - low == pytest.approx(2 * 1.96 / 200**0.5, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('<tool_call>[{"arguments": {"x": 1}, "name": "f"}]</tool_call>', True),
+        ('<tool_call>[{"name": "f", "arguments": {"x": "1"}}]</tool_call>', False),
+        ("I call f.", False),
+        ("<tool_call>[{</tool_call>", False),
+    ],
+)
+def test_a_right_call_says_the_same(text: str, expected: bool) -> None:
+    answer = '<tool_call>[{"name": "f", "arguments": {"x": 1}}]</tool_call>'
+    assert right(Example.of("q", answer, "simple_python", "k"), text) is expected
+
+
+def test_a_right_result_is_the_number() -> None:
+    problem = Example.of("q", "so 3 * 4\n#### 1,200", "gsm8k+functions", "k")
+    assert right(problem, "a\n#### 1200") and not right(problem, "a\n#### 12") and not right(problem, "1200")
+    assert result("no mark") is None and called("none") is None
+
+
+def test_the_suite_says_what_it_measured(model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    those = asked(12)
+    monkeypatch.setattr(suite, "held_out", lambda *_: those)
+    monkeypatch.setattr(suite, "load_tokenizer", lambda name: word_tokenizer())
+    plain = attach(tiny.model("llama")).eval()
+    monkeypatch.setattr(suite, "from_pretrained", lambda *_, adapter, **__: model if adapter == "routed" else plain)
+    found = suite.routing_suite("routed", reference="other")
+    assert json.loads(json.dumps(found)) == found
+    assert found["differential"] == pytest.approx(found["tool_skip"] - found["planning_skip"])
+    tools = found["kinds"]["tools"]
+    assert found["tool_ppl_ratio"] == pytest.approx(tools["ppl"]["routed"] / tools["ppl"]["base"])
+    assert tools["ppl"]["full_depth"] == pytest.approx(tools["ppl"]["base"])
+    assert sum(tools["n"] for tools in found["kinds"].values()) == 12
+    assert set(found["controls"]) == {"static", "random", "shuffled"} and len(found["layer_use"]["tools"]) == LAYERS
+    layer_use_figure(found, tmp_path / "heat.png")
+    assert (tmp_path / "heat.png").stat().st_size > 5_000
+    with pytest.raises(ValueError, match="does not route"):
+        suite.routing_suite("plain")
+
+
+# -- the data it is measured on ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_functions_beside_a_plan_are_of_its_split(split: str) -> None:
+    places: dict[str, set[str]] = {}
+    for row in bfcl.rows():
+        places.setdefault(bfcl.system_message(row), set()).add(split_of(row.key))
+    examples = load("planning", split)
+    beside = [one for one in examples if one.kind.endswith(routing.BESIDE)]
+    assert 0.4 < len(beside) / len(examples) < 0.6
+    assert all(split in places[one.messages[0]["content"]] for one in beside)
+    assert all(len(one.messages) == 2 for one in examples if one not in beside)
+
+
+def test_the_mix_has_every_kind_in_its_share() -> None:
+    sides = [routing.side(one.kind) for one in load("routing", "test")]
+    rounds = sides.count("questions")
+    assert [sides.count(name) for name in routing.SHARES] == [rounds * share for share in routing.SHARES.values()]
+    assert len(set(sides[:20])) > 2  # mixed, not one kind after another
+
+
+def test_questions_about_functions_are_answered_by_their_schema() -> None:
+    for one in load("questions", "test"):
+        system, answer = one.messages[0]["content"], one.answer
+        if answer.startswith("It must be given"):
+            names = answer.removeprefix("It must be given ").removesuffix(".").split(", ")
+            assert all(f'"{name}"' in system for name in names)

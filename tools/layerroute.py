@@ -1,0 +1,102 @@
+"""Make results/layerroute.json again: python tools/layerroute.py [--work FOLDER] [--seeds 5] [--objectives quality,none,paper].
+
+Trains an adapter for each objective and seed on the mix `routing` (up to 40 minutes each on two cores), then judges it by
+`layerwise eval --suite tools-vs-planning`, the LoRA of the same seed trained without routing as its reference. What is
+in the work folder already is not made again, and a stopped training goes on where it was. Run it twice at once with
+other seeds, one thread each, to use two cores well: each run only adds to the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from layerwise.cli import options
+from layerwise.data import load, write_jsonl
+from layerwise.evaluation.routing import routing_suite
+from layerwise.training import layerroute
+from layerwise.training.config import LayerRouteConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "layerroute.json"
+BUDGET: dict[str, Any] = {  # the same for every objective
+    "steps": 80,
+    "tokens_per_batch": 1024,
+    "gradient_accumulation": 2,
+    "learning_rate": 1e-3,
+    "warmup": 5,
+    "max_length": 384,
+    "save_every": 20,
+}
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "quality": {
+        "penalty": 0.3,
+        "tolerance": 0.02,
+        "tolerance_start": 0.3,
+        "router_learning_rate": 2e-2,
+        "start_bias": 0.5,
+        "candidates": 12,
+        "lora_dropout": 0.0,
+    },
+    "none": {"lora_dropout": 0.0},
+    "paper": {"penalty": 1.0, "learning_rate": 2e-4},
+}
+
+
+def trained(objective: str, seed: int, work: Path, data: Path) -> Path:
+    """The adapter's folder; trained if it is not there."""
+    out = work / f"{objective}-{seed}"
+    if not (out / "layerwise.json").is_file():
+        config = LayerRouteConfig(
+            data=str(data), out=str(out), objective=objective, seed=seed, **BUDGET | OBJECTIVES[objective]
+        )
+        begun = any(out.glob("checkpoints/checkpoint-*/trainer_state.json"))
+        layerroute.train(config, options.note, resume=begun)
+    return out
+
+
+def judged(objective: str, seed: int, work: Path, data: Path, samples: int) -> dict[str, Any]:
+    """The run's entry in the results; measured if the work folder has none."""
+    kept = work / f"{objective}-{seed}.json"
+    if not kept.is_file():
+        adapter = trained(objective, seed, work, data)
+        reference = trained("none", seed, work, data)
+        command = f"python tools/layerroute.py --objectives {objective}"
+        found = routing_suite(adapter, None, reference, samples, command=command, notify=options.note)
+        written = json.dumps(found, indent=2) + "\n"
+        kept.with_suffix(".tmp").write_text(written, encoding="utf-8")
+        os.replace(kept.with_suffix(".tmp"), kept)
+    return json.loads(kept.read_text(encoding="utf-8"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Make results/layerroute.json again.")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "layerroute", help="folder for adapters")
+    parser.add_argument("--seeds", default="0,1,2,3,4", help="seeds, separated by commas")
+    parser.add_argument("--objectives", default="quality,paper", help=f"of {', '.join(OBJECTIVES)}")
+    parser.add_argument("--samples", type=int, default=60, help="held-out examples of each kind")
+    chosen = parser.parse_args()
+    options.quiet()
+    chosen.work.mkdir(parents=True, exist_ok=True)
+    data = chosen.work / "routing.jsonl"
+    if not data.is_file():
+        write_jsonl(data, load("routing", "train"))
+    for objective in chosen.objectives.split(","):
+        for seed in map(int, chosen.seeds.split(",")):
+            if objective == "none":
+                trained(objective, seed, chosen.work, data)
+            else:
+                judged(objective, seed, chosen.work, data, chosen.samples)
+    runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(chosen.work.glob("*-*.json"))]
+    if runs:
+        RESULTS.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {RESULTS}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

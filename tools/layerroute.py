@@ -1,7 +1,7 @@
-"""Make results/layerroute.json again: python tools/layerroute.py [--work FOLDER] [--seeds 5] [--objectives quality,none,paper].
+"""Make results/layerroute.json again: python tools/layerroute.py [--work FOLDER] [--seeds 0,1] [--objectives paper].
 
-Trains an adapter for each objective and seed on the mix `routing` (up to 40 minutes each on two cores), then judges it by
-`layerwise eval --suite tools-vs-planning`, the LoRA of the same seed trained without routing as its reference. What is
+Trains an adapter for each objective and seed on the mix `routing` (up to 40 minutes each on two cores), then judges it
+by `layerwise eval --suite tools-vs-planning`, the LoRA of its seed trained without routing as the reference. What is
 in the work folder already is not made again, and a stopped training goes on where it was. Run it twice at once with
 other seeds, one thread each, to use two cores well: each run only adds to the results.
 """

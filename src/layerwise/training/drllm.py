@@ -101,7 +101,8 @@ def train(config: DrLLMConfig, notify: Callable[[str], None] = lambda line: None
     model.policy = policy.rounded()
     record |= {"labels": dict(_counted(material.paths)), "static": static_plans(labels, model.depth)}
     save_adapter(model, config.out)
-    written = {"config": config.to_dict() | {"labels": Path(config.labels).name}, **record}
+    names = {name: Path(getattr(config, name)).name for name in ("labels", "out")}  # folders mean nothing elsewhere
+    written = {"config": config.to_dict() | names, **record}
     (Path(config.out) / RECORD).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return Path(config.out)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +210,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
         row |= {"answer": choices[0], "choices": choices, "evaluations": 7, "seed": 0, "algorithm": "mcts"}
         question = drllm.Question(row["task"], row["id"], row["prompt"], choices[0], tuple(choices))
         scores = PathEvaluator(model, tokenizer, question).margins([FULL, *TRIED])
-        row["base"] = {"score": scores[0], "right": scores[0] > 0}
+        row["base"] = {"plan": str(FULL), "score": scores[0], "right": scores[0] > 0, "robust": False, "layers": 6.0}
         row["paths"] = [
             {"plan": str(plan), "score": score, "right": score > 0, "robust": score > 0.01, "layers": plan.depth}
             for plan, score in zip(TRIED, scores[1:], strict=True)
@@ -250,13 +249,13 @@ def test_a_training_is_saved_with_what_it_chose(form: str, given: Path, tmp_path
 
 def test_the_path_to_imitate_is_the_shortest_robust_one_that_is_right(given: Path) -> None:
     label = drllm.read_labels(given / "labels.jsonl")[1][0]
-    path = label.paths[0]
 
-    def tried(text: str, score: float = 1.0, right: bool = True, robust: bool = True) -> Any:
-        return replace(path, plan=Plan.parse(text), score=score, right=right, robust=robust)
+    def tried(text: str, score: float = 1.0, right: bool = True, robust: bool = True) -> dict[str, Any]:
+        return {"plan": text, "score": score, "right": right, "robust": robust}
 
     def found(*paths: Any, base_right: bool = True) -> str | None:
-        classes = drllm.path_to_imitate(replace(label, paths=list(paths), base_right=base_right), LAYERS)
+        changed = label | {"paths": paths, "base": label["base"] | {"right": base_right}}
+        classes = drllm.path_to_imitate(changed, LAYERS)
         return None if classes is None else str(plan_of(classes))
 
     assert found(tried("0-4"), tried("0-2 5"), tried("0 5", robust=False), tried("1 5", right=False)) == "0-2 5"
@@ -265,11 +264,35 @@ def test_the_path_to_imitate_is_the_shortest_robust_one_that_is_right(given: Pat
     assert found(tried("3-4*2"), base_right=False) is None and found(base_right=False) is None
 
 
+def test_the_menu_serves_tasks_and_not_lucky_questions() -> None:
+    model = attach(tiny.model("llama"))
+    plans = [FULL, *map(Plan.parse, ("0-4", "0-2 4-5", "0-3 5", "0*2 1-5"))]
+    asked = [drllm.Question("ab"[at % 2], str(at), "w9", " w3", (" w3", " w4")) for at in range(40)]
+    held_out = torch.arange(40) >= 36
+    given = drllm.Material(model, word_tokenizer(), asked, [], [], held_out, Path(), silent)
+    rewards = torch.full((40, 5), 0.5)
+    rewards[::2, 1], rewards[1::2, 2] = 0.6, 0.7  # each serves a task
+    rewards[:, 3] = 0.2
+    rewards[:9, 3] = 1.0  # right for a few questions, wrong for most
+    rewards[36:, 4] = 1.0  # only where it must not be seen
+    assert drllm.serving(rewards, plans, given, 4) == [0, 2, 1]
+    assert drllm.serving(rewards, plans, given, 1) == [0, 2]
+    one_line(lambda: drllm.serving(torch.tensor([[0.9, 0.0]] * 40), [FULL, Plan.parse("0*2 1-5")], given, 1), "better")
+
+
+def test_candidates_begin_with_the_first_layer_and_half_are_short(given: Path) -> None:
+    labels = drllm.read_labels(given / "labels.jsonl")[1]
+    found = drllm.candidate_plans(labels, FULL, RouterRecipe(candidates=4, saved=0.1))
+    assert FULL not in found and all(plan.visits[0].layer == 0 for plan in found) and len(set(found)) == len(found) == 4
+    assert all(plan.depth <= 5 for plan in found[:2]) and any(plan.depth > 5 for plan in found)
+    with pytest.raises(ValueError, match="search more"):
+        drllm.candidate_plans([label | {"paths": []} for label in labels], FULL, RouterRecipe())
+
+
 def test_the_static_plan_is_the_best_that_is_short_enough(given: Path) -> None:
     labels = drllm.read_labels(given / "labels.jsonl")[1]
-    path = labels[0].paths[0]
-    paths = [replace(path, plan=Plan.parse("0-3"), right=False), replace(path, plan=Plan.parse("0-4"), right=True)]
-    made = [replace(label, base_right=number % 2 == 0, paths=paths) for number, label in enumerate(labels)]
+    paths = [{"plan": "0-3", "right": False}, {"plan": "0-4", "right": True}]
+    made = [label | {"base": {"right": number % 2 == 0}, "paths": paths} for number, label in enumerate(labels)]
     found = drllm.static_plans(made, LAYERS)
     assert (found["4"], found["5"], found["6"]) == ("0-3", "0-4", "0-4") and "3" not in found
 

@@ -18,9 +18,10 @@ from layerwise.search.reference import plain_margin
 
 
 def question(seed: int, task: str = "lcm") -> Question:
-    """Random words; longer than the sliding window of the tiny models, choices of one to three tokens."""
+    """Random words; longer than the sliding window of the tiny models; two choices of four begin alike."""
     chance = random.Random(seed)
-    choices = tuple(f" {words(chance, count)}" for count in (2, 1, 3))
+    choices = [f" {words(chance, count)}" for count in (2, 1, 3)]
+    choices = (*choices, f"{choices[0]} {words(chance, 2)}")
     return Question(task, f"q{seed}", words(chance, 11), choices[seed % 3], choices)
 
 
@@ -64,12 +65,19 @@ def test_what_paths_share_is_run_once() -> None:
     assert scores.margins([Plan.full(6), Plan.parse("0-2 4-5")]) and not calls
 
 
-def test_a_packed_choice_sees_its_prompt_and_itself() -> None:
-    packed = PackedChoices.of([[5, 6, 7, 8], [5, 6, 9], [5, 6, 7]], prompt_tokens=2)
-    assert packed.ids == (5, 6, 7, 8, 9, 7) and packed.positions == (0, 1, 2, 3, 2, 2)
-    assert packed.targets == (7, 8, 9, 7) and packed.predictors == (1, 2, 1, 1) and packed.scored == (0, 0, 1, 2)
+def test_tokens_that_choices_share_stand_once_and_last_ones_not_at_all() -> None:
+    packed = PackedChoices.of([[5, 6, 7, 8], [5, 6, 9], [5, 6, 7, 4, 3]], prompt_tokens=2)
+    assert packed.ids == (5, 6, 7, 4) and packed.positions == (0, 1, 2, 3) and packed.parents == (-1, 0, 1, 2)
+    assert packed.targets == (7, 8, 9, 7, 4, 3)
+    assert packed.predictors == (1, 2, 1, 1, 2, 3) and packed.scored == (0, 0, 1, 2, 2, 2)
     # A choice that melts into the prompt's last token keeps a token of its own.
     assert PackedChoices.of([[5, 6], [5, 7, 8]], prompt_tokens=2).targets == (6, 7, 8)
+
+
+def test_branches_do_not_see_each_other() -> None:
+    packed = PackedChoices.of([[5, 6, 1], [5, 7, 1], [5, 6, 8, 1]], prompt_tokens=1)
+    assert packed.ids == (5, 6, 7, 8)
+    assert packed.ancestors.int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 0, 1]]
 
 
 def test_margins_are_per_character_where_the_task_says_so() -> None:

@@ -1,7 +1,7 @@
-"""Make the adapters in adapters/ again: python tools/adapters.py layerskip-frozen [--work FOLDER].
+"""Make the adapters in adapters/ again: python tools/adapters.py layerskip-frozen|drllm [--work FOLDER].
 
-Each is one run of up to an hour on two cores; stopped with Ctrl-C it goes on where it was when started again. The data
-are the built-in ones (`layerwise data --list`), training splits only.
+The first is a run of up to an hour on two cores, the second of as long as its search takes (`layerwise search` tells);
+stopped with Ctrl-C they go on where they were when started again. The data are the built-in ones, training splits only.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import argparse
 import random
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 
 from layerwise.data import Example, load, prompt_ids, read_jsonl, write_jsonl
 from layerwise.sources import load_tokenizer
-from layerwise.training import frozen
-from layerwise.training.config import FrozenConfig
+from layerwise.training import drllm, frozen
+from layerwise.training.config import DrLLMConfig, FrozenConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = {"tools": 1.0, "parsing": 1.0, "summarization": 1.5, "code": 1.0, "chat": 0.8}
@@ -75,21 +76,30 @@ def untouched(work: Path) -> Path:
     return frozen.train(config, note, _begun(out))
 
 
+def routed(work: Path) -> Path:
+    """Routers that pick from a menu, taught by a search of the training questions."""
+    labels = work / "drllm-labels.jsonl"
+    subprocess.run([sys.executable, "-m", "layerwise", "search", "--out", str(labels)], check=True)
+    return drllm.train(DrLLMConfig(labels=str(labels), out=str(work / "drllm"), form="menu"), note)
+
+
 def _begun(out: Path) -> bool:
     return any(out.glob("checkpoints/checkpoint-*/trainer_state.json"))
 
 
 def keep(made: Path, name: str, files: Iterable[str]) -> None:
-    """Copy what an adapter is made of; the model card there is written by hand and stays."""
+    """Copy what an adapter is made of, as far as it has it; the model card there is written by hand and stays."""
     target = ROOT / "adapters" / name
     target.mkdir(parents=True, exist_ok=True)
     for file in files:
-        shutil.copy2(made / file, target / file)
+        if (made / file).is_file():
+            shutil.copy2(made / file, target / file)
     note(f"wrote {target}")
 
 
-FILES = ("layerwise.json", "adapter_config.json", "adapter_model.safetensors", "exit_head.safetensors", "training.json")
-MAKERS = {"layerskip-frozen": untouched}
+FILES = ("layerwise.json", "adapter_config.json", "adapter_model.safetensors", "training.json")
+FILES += ("exit_head.safetensors", "routers.safetensors")
+MAKERS = {"layerskip-frozen": untouched, "drllm": routed}
 
 
 def main() -> int:

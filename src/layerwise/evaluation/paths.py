@@ -40,7 +40,7 @@ from layerwise.paths import cache_dir
 from layerwise.plan import Plan
 from layerwise.policies import RoutingPolicy
 from layerwise.policies.router import EXECUTE, MenuPolicy, plan_of
-from layerwise.search.labels import Label, read_labels
+from layerwise.search.labels import Record, read_labels, summary
 from layerwise.training.drllm import classes_or_counts, path_to_imitate
 from layerwise.training.features import decided_plans
 from layerwise.training.routers import macro_f1
@@ -248,24 +248,20 @@ def _beside_routed(those: Answers, who: str, chance: np.random.Generator) -> dic
     }
 
 
-def _oracles(those: Answers, policy: Any, searched: Sequence[Label] | None) -> dict[str, Any]:
+def _oracles(those: Answers, policy: Any, searched: Sequence[Record] | None) -> dict[str, Any]:
     """What the best choice for each question would have given; None where it is not known."""
     found: dict[str, Any] = {"menu": None, "search": None}
     if isinstance(policy, MenuPolicy):
         best = np.array([float(any(right[plan] for plan in policy.menu)) for right in those.right])
         found["menu"] = {"accuracy": float(np.mean([best[those.of(task)].mean() for task in those.tasks]))}
     if searched:
-        found["search"] = {
-            "n": len(searched),
-            "base": sum(one.base_right for one in searched) / len(searched),
-            "accuracy": sum(one.base_right or any(p.right for p in one.paths) for one in searched) / len(searched),
-            "robust": sum(one.base_right or any(p.right and p.robust for p in one.paths) for one in searched)
-            / len(searched),
-        }
+        counts = summary(searched)["all"]
+        found["search"] = {"n": counts["n"], "base": counts["base"], "accuracy": counts["oracle"]}
+        found["search"]["robust"] = counts["robust_oracle"]
     return found
 
 
-def _f1(those: Answers, searched: Sequence[Label] | None, record: Mapping[str, Any]) -> dict[str, Any]:
+def _f1(those: Answers, searched: Sequence[Record] | None, record: Mapping[str, Any]) -> dict[str, Any]:
     """Macro-F1 of the classes against the labelled paths: of test questions if they were searched, else held out."""
     if not searched:
         held_out = record.get("held_out", {})
@@ -277,9 +273,9 @@ def _f1(those: Answers, searched: Sequence[Label] | None, record: Mapping[str, A
     layers = int(those.full.depth)
     plans = {one.id: plan for one, plan in zip(those.questions, those.plans["routed"], strict=True)}
     pairs = [
-        (path, classes_or_counts(plans[one.question.id], layers))
+        (path, classes_or_counts(plans[one["id"]], layers))
         for one in searched
-        if one.question.id in plans and (path := path_to_imitate(one, layers)) is not None
+        if one["id"] in plans and (path := path_to_imitate(one, layers)) is not None
     ]
     if not pairs:
         raise ValueError("the labels are of none of the questions asked: search the test split")

@@ -61,7 +61,7 @@ class PathEvaluator:
         rows, prompt_tokens = choice_rows(tokenizer, question.prompt if prompt is None else prompt, question.choices)
         self.packed = PackedChoices.of(rows, prompt_tokens)
         backbone = model.runtime.backbone
-        longest = max(self.packed.positions) + 1
+        longest = max(map(len, rows))
         if backbone.context is not None and longest > backbone.context:
             raise ValueError(
                 f"question '{question.id}' has {longest} tokens, more than the model's context of {backbone.context}"

@@ -1,18 +1,22 @@
-"""A question as one row of tokens: the prompt once, then all choices side by side.
+"""A question as one row of tokens: the prompt once, then the tree of all choices.
 
-Choices continue the same prompt, so its states are the same for all of them. In the packed row each choice's tokens
-have the positions that follow the prompt, and attend to the prompt and to their own choice only:
+Choices continue the same prompt, and often begin alike themselves. In the packed row each token stands once, with the
+position it has in its own text, and attends to what precedes it there: the prompt and its ancestors in the tree. For
+the choices `a b x`, `a c x` and `d x` after a prompt `p p p`:
 
-    tokens     p p p p | a a | b b b | c
-    positions  0 1 2 3 | 4 5 | 4 5 6 | 4
+    tokens     p p p | a b c d
+    positions  0 1 2 | 3 4 4 3
+    parents    - 0 1 | 2 3 3 2
 
-so one pass over 10 tokens gives what three passes over 6, 7 and 5 tokens give.
+The last token of a choice is predicted, but predicts nothing, so it is left out unless another choice goes on from it.
+One pass over 7 tokens gives what three passes over 6, 6 and 5 tokens give.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,15 +33,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PackedChoices:
-    """The row: `ids`, `positions` and `owners` (number of the choice, -1 for the prompt), one entry a token.
+    """The row: `ids`, `positions` and `parents` (column of the token before; -1 for the first), one entry a column.
 
-    Each token of a choice is one to predict: `targets` are their ids, `predictors` the columns whose states predict
-    them, `scored` the choices they belong to.
+    Every token of every choice is to be predicted: `targets` are their ids, `predictors` the columns whose states
+    predict them, `scored` the choices they belong to.
     """
 
     ids: tuple[int, ...]
     positions: tuple[int, ...]
-    owners: tuple[int, ...]
+    parents: tuple[int, ...]
     targets: tuple[int, ...]
     predictors: tuple[int, ...]
     scored: tuple[int, ...]
@@ -48,26 +52,35 @@ class PackedChoices:
 
         What the rows share, up to `prompt_tokens`, is the prompt; the rest of each row belongs to its choice.
         """
-        shared = 0
-        most = min(prompt_tokens, *(len(row) - 1 for row in rows))
-        while shared < most and len({row[shared] for row in rows}) == 1:
-            shared += 1
-        if shared == 0:
+        prompt = min(prompt_tokens, *(len(row) - 1 for row in rows))
+        prompt = next((at for at in range(prompt) if len({row[at] for row in rows}) > 1), prompt)
+        if prompt == 0:
             raise ValueError("a question needs a prompt of at least one token before its choices")
-        ids, positions, owners = list(rows[0][:shared]), list(range(shared)), [-1] * shared
-        targets: list[int] = []
-        predictors: list[int] = []
-        scored: list[int] = []
+        ids, positions, parents = list(rows[0][:prompt]), list(range(prompt)), list(range(-1, prompt - 1))
+        children: dict[tuple[int, int], int] = {}
+        predicted: list[tuple[int, int, int]] = []
         for number, row in enumerate(rows):
-            own = row[shared:]
-            start = len(ids)
-            predictors += [shared - 1, *range(start, start + len(own) - 1)]
-            targets += own
-            scored += [number] * len(own)
-            ids += own
-            positions += range(shared, len(row))
-            owners += [number] * len(own)
-        return cls(*map(tuple, (ids, positions, owners, targets, predictors, scored)))
+            column = prompt - 1
+            for token in row[prompt:-1]:
+                predicted.append((token, column, number))
+                if (column, token) not in children:
+                    children[column, token] = len(ids)
+                    ids.append(token)
+                    positions.append(positions[column] + 1)
+                    parents.append(column)
+                column = children[column, token]
+            predicted.append((row[-1], column, number))
+        return cls(tuple(ids), tuple(positions), tuple(parents), *zip(*predicted, strict=True))
+
+    @cached_property
+    def ancestors(self) -> Tensor:
+        """(columns, columns) booleans: which columns precede each one in its text, itself included."""
+        seen = torch.zeros(len(self), len(self), dtype=torch.bool)
+        for column, parent in enumerate(self.parents):
+            if parent >= 0:
+                seen[column] = seen[parent]
+            seen[column, column] = True
+        return seen
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -101,7 +114,7 @@ class PackedFrame:
     def __init__(self, backbone: Backbone, packed: PackedChoices) -> None:
         self.backbone = backbone
         self._positions = torch.tensor([packed.positions], device=backbone.device)
-        self._owners = torch.tensor(packed.owners, device=backbone.device)
+        self._ancestors = packed.ancestors.to(backbone.device)
         self._stop = max(packed.positions) + 1
         self._masks: dict[int | None, Tensor] = {}
         self._tables: dict[str | None, tuple[Tensor, Tensor]] = {}
@@ -118,14 +131,12 @@ class PackedFrame:
         return self._tables[kind]
 
     def mask(self, layer: int, slot: Slot | None, rows: Rows) -> Tensor:
-        """Additive mask (1, 1, width, width): what comes before in the prompt, or in one's own choice."""
+        """Additive mask (1, 1, width, width): each column sees its ancestors, those within the layer's window."""
         window = self.backbone.kinds[layer].window
         if window not in self._masks:
-            position, owner = self._positions[0], self._owners
-            distance = position[:, None] - position[None]
-            allowed = (distance >= 0) & ((owner[None] == -1) | (owner[None] == owner[:, None]))
+            position, allowed = self._positions[0], self._ancestors
             if window is not None:
-                allowed &= distance < window
+                allowed = allowed & (position[:, None] - position[None] < window)
             dtype = self.backbone.dtype
             self._masks[window] = torch.where(allowed, 0.0, torch.finfo(dtype).min).to(dtype)[None, None]
         return self._masks[window]

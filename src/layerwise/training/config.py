@@ -264,7 +264,8 @@ class RouterRecipe:
     beta: float = field(
         default=0.9999, metadata=_help("Per layer: of the class weights; 1 is inverse frequency, the paper has 0.999.")
     )
-    menu_size: int = field(default=8, metadata=_help("Menu: plans beside the full one."))
+    menu_size: int = field(default=8, metadata=_help("Menu: the most plans beside the full one."))
+    candidates: int = field(default=24, metadata=_help("Menu: plans out of the labels that it is chosen from."))
     saved: float = field(
         default=0.1, metadata=_help("Share of the layers that held-out questions must save; decides the threshold.")
     )
@@ -273,7 +274,7 @@ class RouterRecipe:
 
     def __post_init__(self) -> None:
         _choice("form", self.form, Form)
-        for name in ("units", "epochs", "batch", "learning_rate", "menu_size"):
+        for name in ("units", "epochs", "batch", "learning_rate", "menu_size", "candidates"):
             _require(getattr(self, name) > 0, f"{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
         for name in ("warmup", "weight_decay", "gamma"):
             value = getattr(self, name)

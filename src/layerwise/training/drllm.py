@@ -2,7 +2,10 @@
 
 Of each question in the labels one path is imitated: of the robust paths that give the right answer, the one with the
 fewest layers. Questions without one teach the per-layer form nothing; the menu learns from all questions, for it is
-told how good each of its plans is for each of them.
+told how good each of its plans is for each of them. Plans come into the menu in two rounds: candidates cover most
+questions in the labels, where each was tried on few; then all are scored on all questions, and those are kept that
+serve whole tasks best, at several prices of a layer. (Those that serve single questions best are lucky, and no router
+can know for whom.)
 
 A share of the questions, picked by their text, trains nothing. On these are chosen the epoch, the threshold of
 confidence and, for the menu, the price of a layer: the highest reward among the choices that save enough layers.
@@ -32,8 +35,9 @@ from layerwise.hub import save_adapter
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.plan import Plan
 from layerwise.policies.router import EXECUTE, MenuPolicy, PerLayerPolicy, classes_of, shared_visits
-from layerwise.search.labels import Label, menu_of, read_labels
-from layerwise.training.config import DrLLMConfig
+from layerwise.search.labels import Record, read_labels
+from layerwise.search.labels import menu as covering
+from layerwise.training.config import DrLLMConfig, RouterRecipe
 from layerwise.training.features import decided_plans, kept_features, menu_reads, path_windows
 from layerwise.training.routers import choose, fit_layers, fit_menu, macro_f1
 from layerwise.training.trainer import RECORD
@@ -97,20 +101,21 @@ def train(config: DrLLMConfig, notify: Callable[[str], None] = lambda line: None
     model.policy = policy.rounded()
     record |= {"labels": dict(_counted(material.paths)), "static": static_plans(labels, model.depth)}
     save_adapter(model, config.out)
-    written = {"config": config.to_dict() | {"labels": Path(config.labels).name}, **record}
+    names = {name: Path(getattr(config, name)).name for name in ("labels", "out")}  # folders mean nothing elsewhere
+    written = {"config": config.to_dict() | names, **record}
     (Path(config.out) / RECORD).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return Path(config.out)
 
 
 def gather(
     config: DrLLMConfig,
-    labels: Sequence[Label],
+    labels: Sequence[Record],
     model: LayerwiseForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     notify: Callable[[str], None],
 ) -> Material:
     """Questions, prompts as tokens, paths to imitate, and who is held out."""
-    questions = [label.question for label in labels]
+    questions = [question_of(label) for label in labels]
     held_out = torch.tensor([split_of(one.prompt, config.held_out, 0.0) == "validation" for one in questions])
     paths = [path_to_imitate(label, model.depth) for label in labels]
     for name, those in (("held-out", held_out), ("training", ~held_out)):
@@ -122,13 +127,20 @@ def gather(
     return Material(model, tokenizer, questions, prompts, paths, held_out, Path(config.out), notify)
 
 
-def path_to_imitate(label: Label, layers: int) -> tuple[int, ...] | None:
+def question_of(label: Record) -> Question:
+    """The question that a label is of."""
+    return Question(*(label[name] for name in ("task", "id", "prompt", "answer")), tuple(label["choices"]))
+
+
+def path_to_imitate(label: Record, layers: int) -> tuple[int, ...] | None:
     """The classes of the shortest robust path that is right, the surest of equals; None if there is none.
 
     The full plan counts as robust.
     """
-    right = [(one.plan, one.score) for one in label.paths if one.right and one.robust]
-    right += [(Plan.full(layers), label.base_score)] if label.base_right else []
+    right = [
+        (Plan.parse(one["plan"], layers), one["score"]) for one in label["paths"] if one["right"] and one["robust"]
+    ]
+    right += [(Plan.full(layers), label["base"]["score"])] if label["base"]["right"] else []
     known = [(plan.depth, -score, classes_of(plan, layers)) for plan, score in right]
     return min(((depth, score, classes) for depth, score, classes in known if classes), default=(0, 0, None))[2]
 
@@ -136,7 +148,7 @@ def path_to_imitate(label: Label, layers: int) -> tuple[int, ...] | None:
 # -- the two forms -----------------------------------------------------------------------------------------------
 
 
-def per_layer(config: DrLLMConfig, labels: Sequence[Label], given: Material) -> tuple[PerLayerPolicy, dict[str, Any]]:
+def per_layer(config: DrLLMConfig, labels: Sequence[Record], given: Material) -> tuple[PerLayerPolicy, dict[str, Any]]:
     """Routers by teacher forcing along the labelled paths, and the threshold by running them."""
     known = [at for at, path in enumerate(given.paths) if path is not None]
     classes = [list(given.paths[at]) for at in known]
@@ -159,11 +171,14 @@ def per_layer(config: DrLLMConfig, labels: Sequence[Label], given: Material) -> 
     return policies[best], record
 
 
-def menu(config: DrLLMConfig, labels: Sequence[Label], given: Material) -> tuple[MenuPolicy, dict[str, Any]]:
-    """The menu that covers most questions, a router for each price, and the best pair of price and threshold."""
-    plans = (given.full, *menu_plans(labels, given.full, config.menu_size))
+def menu(config: DrLLMConfig, labels: Sequence[Record], given: Material) -> tuple[MenuPolicy, dict[str, Any]]:
+    """The menu, a router for each price of a layer, and the best pair of price and threshold."""
+    candidates = (given.full, *candidate_plans(labels, given.full, config))
+    given.notify(f"{len(candidates)} candidates for the menu")
+    scored = given.rewards(range(len(labels)), [candidates] * len(labels))
+    kept = serving(scored, candidates, given, config.menu_size)
+    plans, rewards = tuple(candidates[at] for at in kept), scored[:, kept]
     given.notify("menu: " + "; ".join(map(str, plans)))
-    rewards = given.rewards(range(len(labels)), [plans] * len(labels))
     shared = plans[0][: shared_visits(plans)]
 
     def compute(prompts: list[list[int]], paths: list[str]) -> dict[str, Tensor]:
@@ -171,10 +186,10 @@ def menu(config: DrLLMConfig, labels: Sequence[Label], given: Material) -> tuple
 
     prefixes = [str(shared)] * len(labels)
     read = kept_features(given.folder, given.model, given.prompts, prefixes, compute, given.notify)["read"].float()
-    share = torch.tensor([plan.depth for plan in plans]) / given.model.depth
     rows, options, found = given.held, [], []
     for price in PRICES:
-        routers = fit_menu(read, rewards - price * share, given.held_out, config, lambda line: None)
+        utility = rewards - price * _shares(plans, given)
+        routers = fit_menu(read, utility, given.held_out, config, lambda line: None)
         for threshold in THRESHOLDS:
             policy = MenuPolicy(plans, routers, threshold)
             picked = policy.pick(read[rows])
@@ -190,12 +205,54 @@ def menu(config: DrLLMConfig, labels: Sequence[Label], given: Material) -> tuple
     return policy, record | {"menu": [str(plan) for plan in plans]}
 
 
-def menu_plans(labels: Sequence[Label], full: Plan, size: int) -> list[Plan]:
-    """At most `size` plans that cover most labels, each of which begins with the first layer."""
-    fitting = [plan for plan in menu_of(labels, 4 * size) if plan != full and plan.common_prefix(full)]
-    if not fitting:
+def candidate_plans(labels: Sequence[Record], full: Plan, config: RouterRecipe) -> list[Plan]:
+    """Plans that begin with the first layer and cover most labels: one half short enough, the other any.
+
+    Raises:
+        ValueError: the labels hold no such plan.
+    """
+    short = full.depth * (1 - config.saved)
+    found: list[Plan] = []
+    for size, most in ((config.candidates // 2, short), (config.candidates, float("inf"))):
+        others = [_only(label, full, most, found) for label in labels]
+        chosen = covering(others, size - len(found))
+        found += [Plan.parse(one["plan"], len(full)) for one in chosen]
+    if not found:
         raise ValueError("the labels hold no robust path to make a menu of: search more questions, or longer")
-    return fitting[:size]
+    return found
+
+
+def _only(label: Record, full: Plan, most: float, but: Sequence[Plan]) -> Record:
+    """The label with those of its paths that may come into the menu: at most so many layers, and not in `but`."""
+    plans = [(Plan.parse(one["plan"], len(full)), one) for one in label["paths"]]
+    kept = [one for plan, one in plans if plan.depth <= most and plan.common_prefix(full) and plan not in but]
+    return label | {"paths": kept, "base": label["base"] | {"robust": False}}
+
+
+def serving(rewards: Tensor, plans: Sequence[Plan], given: Material, size: int) -> list[int]:
+    """The numbers of the full plan and of up to `size` others that together serve the tasks best, greedily.
+
+    How well a set serves is the sum, over tasks and prices, of its best plan's mean utility on the training questions.
+    """
+    tasks = list(dict.fromkeys(one.task for one in given.questions))
+    own = [[r for r, one in enumerate(given.questions) if one.task == task and not given.held_out[r]] for task in tasks]
+    means = torch.stack([rewards[rows].mean(0) for rows in own if rows])
+    utility = torch.cat([means - price * _shares(plans, given) for price in PRICES])
+    kept, best = [0], utility[:, 0]
+    while len(kept) <= size:
+        gains = (utility - best[:, None]).clamp(min=0).sum(0)
+        if gains.max() <= 0:
+            break
+        kept.append(int(gains.argmax()))
+        best = torch.maximum(best, utility[:, kept[-1]])
+    if len(kept) == 1:
+        raise ValueError("no candidate serves any task better than the full plan at any price: search more questions")
+    return kept
+
+
+def _shares(plans: Sequence[Plan], given: Material) -> Tensor:
+    """Layers run by each plan, as shares of the model's."""
+    return torch.tensor([plan.depth for plan in plans]) / given.model.depth
 
 
 # -- rewards, choices and what is noted --------------------------------------------------------------------------
@@ -252,16 +309,17 @@ def _counted(paths: Sequence[tuple[int, ...] | None]) -> Counter[str]:
     return Counter(names[one] for path in paths if path is not None for one in path)
 
 
-def static_plans(labels: Sequence[Label], layers: int) -> dict[str, str]:
+def static_plans(labels: Sequence[Record], layers: int) -> dict[str, str]:
     """The best single plan of at most so many layers, by that number: what any router has to beat.
 
     Best is the mean gain over the full plan on the questions that tried it, diluted by DOUBT questions without gain.
     """
-    gains: dict[Plan, list[int]] = defaultdict(list)
+    gains: dict[str, list[int]] = defaultdict(list)
     for label in labels:
-        for path in label.paths:
-            gains[path.plan].append(int(path.right) - int(label.base_right))
-    gain = {plan: sum(those) / (len(those) + DOUBT) for plan, those in gains.items()} | {Plan.full(layers): 0.0}
+        for path in label["paths"]:
+            gains[path["plan"]].append(int(path["right"]) - int(label["base"]["right"]))
+    gain = {Plan.parse(text, layers): sum(those) / (len(those) + DOUBT) for text, those in gains.items()}
+    gain[Plan.full(layers)] = 0.0
     found: dict[str, str] = {}
     for depth in range(1, 2 * layers + 1):
         fitting = [plan for plan in gain if plan.depth <= depth]

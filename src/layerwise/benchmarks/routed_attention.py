@@ -197,11 +197,13 @@ def _decode_points(
     def run(gate: Tensor | None) -> Callable[[], float]:
         cache = caches["attention" if gate is None else "routed"]
         steps = [tokens[:, at : at + 1] for at in range(decoded)]
-        asks = [None if gate is None else gate[:, at : at + 1] for at in range(decoded)]
+        asks = [None if gate is None else gate[:, at : at + 1].to(prompt.dtype) for at in range(decoded)]
 
+        @torch.inference_mode()
         def decode() -> None:
+            layer.mixing, layer.kernel = "attention" if gate is None else "routed", "auto"
             for token, ask in zip(steps, asks, strict=True):
-                _mix(layer, token, cache, ask)
+                layer(token, cache=cache, gate=ask)
 
         def timed() -> float:
             state = cache.snapshot()

@@ -236,7 +236,7 @@ class RoutedAttentionConfig(CurriculumConfig):
     )
     order: Order = field(default="spare-first", metadata=_help("Learn to spare before, or after, lengthening."))
     blend: bool = field(
-        default=True, metadata=_help("Compute both mixings everywhere in training, for exact gradients of choices.")
+        default=True, metadata=_help("Compute both mixings everywhere in training, until few positions attend.")
     )
     test_rows: int = field(default=1000, metadata=_help("Sequences of the test at the end."))
     layers: int = field(default=4, metadata=_help("Layers of the model."))

@@ -33,6 +33,7 @@ from layerwise.training.curriculum import Curriculum, CurriculumConfig, RoutedAt
 RESULT = "result.json"
 CHECKPOINT = "checkpoint.pt"
 _EVAL_TOKENS = 2**15  # of one evaluation batch
+_SPARSE, _LONG = 0.02, 256  # usage below which, and tokens from which, gathering is faster than scoring everything
 
 
 def build(config: RoutedAttentionConfig) -> RecallModel:
@@ -345,8 +346,11 @@ class RecallRun(CurriculumRun):
         return evaluate(self.model, self.task, config.eval_rows, config.seed, "validation")
 
     def _blend(self, soft: bool) -> None:
+        """Blend by probability if `soft`; where few attend in long texts, train on the gathered queries alone."""
+        usage = self.history[-1]["usage"] if self.history else 1.0
+        sparse = not soft and usage < _SPARSE and self.task.length >= _LONG
         for layer in self.model.layers:
-            layer.mix.soft = soft
+            layer.mix.soft, layer.mix.blend = soft, self.config.blend and not sparse
 
     def advance(self, seen: dict[str, Any]) -> None:
         config, curriculum = self.config, self.curriculum

@@ -180,6 +180,7 @@ def test_the_suite_says_what_routing_gains(adapter: Path, few_questions: None, t
     run = sum(count * depth for count, depth in depths) / sum(count for count, _ in depths) / LAYERS
     assert result["layers_saved"] == pytest.approx(1 - run)
     controls = result["controls"]
+    everything = controls["always_execute"]
 
     assert set(controls) == {"always_execute", "static", "random", "shuffled"}
     assert everything["accuracy"] == pytest.approx(base) and everything["layers_saved"] == 0

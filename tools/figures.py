@@ -7,7 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from layerwise.report.figures import acceptance_figure, exit_figure, path_figure
+from layerwise.report.figures import (
+    acceptance_figure,
+    exit_figure,
+    path_figure,
+    recall_figure,
+    routed_speed_figure,
+    routing_figure,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -22,10 +29,30 @@ def ablation(result: dict[str, Any], path: Path) -> None:
     acceptance_figure({label: one["acceptance"] for label, one in result["variants"].items()}, path)
 
 
+def recall(result: dict[str, Any], path: Path) -> None:
+    """`{"runs": [...]}` of tools/routed_attention_runs.py."""
+    recall_figure(result["runs"], path)
+
+
+def routing(result: dict[str, Any], path: Path) -> None:
+    """The same; the first run of several pairs, or of one."""
+    runs = [run for run in result["runs"] if run["mode"] == "curriculum" and run["solved"]]
+    run = next((run for run in runs if run["task"] == "mqar"), runs[0])
+    routing_figure(run["example"], run["pairs"], path)
+
+
+def routed_speed(result: dict[str, Any], path: Path) -> None:
+    """What `layerwise bench routed-attention` writes."""
+    routed_speed_figure(result["points"], path)
+
+
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any], Path], None]]] = {
     "exits.png": ("layerskip_quality.json", exits),
     "ablation.png": ("layerskip_ablation.json", ablation),
     "paths.png": ("drllm.json", path_figure),
+    "recall.png": ("routed_attention.json", recall),
+    "routing.png": ("routed_attention.json", routing),
+    "routed_speed.png": ("routed_attention_speed.json", routed_speed),
 }
 
 

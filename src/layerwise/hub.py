@@ -21,6 +21,7 @@ from torch import nn
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
 from layerwise.model.exit_head import ExitHead
 from layerwise.model.fingerprint import fingerprint
+from layerwise.model.routed_layers import RoutedLayers
 from layerwise.plan import Plan
 from layerwise.policies.fixed import RoutingPolicy, policy_from_dict
 from layerwise.sources import load_base
@@ -77,6 +78,9 @@ def _save_parts(model: LayerwiseForCausalLM, folder: Path, about: dict[str, Any]
     if model.exit_head is not None:
         about["exit_head"] = {"exit": model.exit_head.exit, "tokens": len(model.exit_head.vocabulary)}
         model.exit_head.save(folder)
+    if model.routed_layers is not None:
+        about["routed_layers"] = list(model.routed_layers.numbers)
+        model.routed_layers.save(folder)
 
 
 def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
@@ -169,6 +173,9 @@ def from_pretrained(
     model.exits = tuple(exit for exit in about.get("exits") or () if 0 < exit < model.depth)
     if about.get("exit_head"):
         model.exit_head = ExitHead.load(adapter, model.runtime.backbone)
+    if about.get("routed_layers"):
+        model.routed_layers = RoutedLayers.load(adapter, model.runtime.backbone)
+        model.routed_layers.attach(model.runtime.backbone)
     return model
 
 

@@ -130,7 +130,7 @@ def forward_cost(layer: RoutedAttention, gate: Tensor, parts: bool = True) -> fl
     work = 2 * inner * size * len(at) + 2 * inner * float((at + 1).sum())
     work += 2 * layer.kv_heads * layer.head_dim * size * (int(at[-1]) + 1 if len(at) else 0)
     if parts:
-        work += length * size * 2 * layer.router.now.out_features
+        work += length * size * layer.router.inputs.out_features
         if len(at) < length:
             work += length * size * layer.kernel_size + (2 * length - len(at)) * size * size
     return work
@@ -146,7 +146,7 @@ def decode_bytes(layer: RoutedAttention, gate: Tensor, before: int, width: int, 
     at = gate[0].nonzero()[:, 0]
     numbers = len(at) * (2 * inner + 2 * kv) * size + 2 * kv * float((at + before + 1).sum())
     if parts:
-        numbers += gate.shape[1] * 2 * size * layer.router.now.out_features
+        numbers += gate.shape[1] * size * layer.router.inputs.out_features
         numbers += (gate.shape[1] - len(at)) * (2 * size * size + layer.kernel_size * size)
     return numbers * width
 
@@ -175,7 +175,7 @@ def _forward_points(
     for usage, gate in gates.items():
         ideal = full_cost / forward_cost(layer, gate)
         bound = full_cost / max(1.0, forward_cost(layer, gate, parts=False))
-        point = _point(length, gate, "forward", ideal, bound, times["full", "auto"], times[usage, "auto"])
+        point = _point(length, usage, gate, "forward", ideal, bound, times["full", "auto"], times[usage, "auto"])
         if kernels:
             point["kernels"] = {kernel: times[usage, kernel] for kernel in KERNELS}
         points.append(point)
@@ -197,11 +197,13 @@ def _decode_points(
     def run(gate: Tensor | None) -> Callable[[], float]:
         cache = caches["attention" if gate is None else "routed"]
         steps = [tokens[:, at : at + 1] for at in range(decoded)]
-        asks = [None if gate is None else gate[:, at : at + 1] for at in range(decoded)]
+        asks = [None if gate is None else gate[:, at : at + 1].to(prompt.dtype) for at in range(decoded)]
 
+        @torch.inference_mode()
         def decode() -> None:
+            layer.mixing, layer.kernel = "attention" if gate is None else "routed", "auto"
             for token, ask in zip(steps, asks, strict=True):
-                _mix(layer, token, cache, ask)
+                layer(token, cache=cache, gate=ask)
 
         def timed() -> float:
             state = cache.snapshot()
@@ -220,16 +222,17 @@ def _decode_points(
     for usage, gate in gates.items():
         ideal = full / decode_bytes(layer, gate, length, width)
         bound = full / max(1.0, decode_bytes(layer, gate, length, width, parts=False))
-        points.append(_point(length, gate, "decode", ideal, bound, times["full"], times[usage]))
+        points.append(_point(length, usage, gate, "decode", ideal, bound, times["full"], times[usage]))
     return points
 
 
 def _point(
-    length: int, gate: Tensor, phase: str, ideal: float, bound: float, full: float, routed: float
+    length: int, asked: float, gate: Tensor, phase: str, ideal: float, bound: float, full: float, routed: float
 ) -> dict[str, Any]:
     return {
         "length": length,
         "usage": gate.float().mean().item(),
+        "asked_usage": asked,  # before rounding to whole tokens
         "phase": phase,
         "ideal": ideal,
         "bound": bound,

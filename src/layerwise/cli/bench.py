@@ -101,6 +101,77 @@ def speculative(
         options.print_json(results[0] if len(results) == 1 else {"tasks": results})
 
 
+@app.command("routed-attention")
+def routed_attention(
+    lengths: Annotated[str, typer.Option(help="Lengths of text, separated by commas.")] = "512,2048,8192,16384",
+    usages: Annotated[
+        str, typer.Option(help="Shares of positions that attend, separated by commas; 0.003 is 0.3%.")
+    ] = "0.003,0.01,0.05,0.25,0.5,1",
+    rounds: Annotated[int, typer.Option(help="How often each contender runs; medians are compared.")] = 5,
+    hidden_size: Annotated[int, typer.Option(help="Hidden size of the layer.")] = 512,
+    heads: Annotated[int, typer.Option(help="Heads of the layer.")] = 8,
+    dtype: options.Dtype = options.DtypeChoice.float32,
+    kernels: Annotated[bool, typer.Option(help="Also time every kernel, in forward passes.")] = True,
+    memory: Annotated[bool, typer.Option(help="Also measure the peak memory of a forward pass.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
+    json: options.Json = False,
+) -> None:
+    """A routed layer against full attention in the same layer: prompts and decoding, by length and usage."""
+    texts, shares = _list_of(lengths, int, "lengths"), _list_of(usages, float, "usages")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ValueError(f"cannot write '{out}': the folder '{out.parent}' does not exist")
+    options.quiet()
+    from layerwise.benchmarks.routed_attention import bench_routed_attention
+
+    result = bench_routed_attention(
+        texts,
+        shares,
+        rounds,
+        hidden_size=hidden_size,
+        heads=heads,
+        dtype=dtype.value,
+        kernels=kernels,
+        memory=memory,
+        notify=options.note,
+    )
+    _print_routed_attention(result)
+    if out is not None:
+        out.write_text(json_text.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {out}")
+    if json:
+        options.print_json(result)
+
+
+def _list_of(text: str, kind: type[int] | type[float], name: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(f"'{text}' is no list of {name}: give numbers with commas between them") from error
+
+
+def _print_routed_attention(result: dict[str, Any]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, header_style="bold")
+    for name in ("phase", "length", "usage", "full attention", "routed", "speed-up", "of the ideal"):
+        table.add_column(name, justify="left" if name == "phase" else "right")
+    for point in result["points"]:
+        table.add_row(
+            point["phase"],
+            f"{point['length']:,}",
+            f"{point['usage']:.1%}",
+            f"{1e3 * point['full_seconds']:.2f} ms",
+            f"{1e3 * point['seconds']:.2f} ms",
+            f"{point['measured']:.2f}x",
+            f"{point['realised']:.0%}",
+        )
+    Console().print(table)
+    for one in result.get("memory", ()):
+        who = "full attention" if one["full"] else f"usage {one['usage']:.1%}"
+        print(f"{who}: {one['peak_mib']:.0f} MiB peak in a pass over {one['length']:,} positions")
+
+
 def _keep(out: Path, result: dict[str, Any]) -> None:
     """Put a task's result into the file, in place of an earlier one of the same weights and task."""
     try:

@@ -12,6 +12,7 @@ import typer
 
 from layerwise.cli import options
 from layerwise.training.config import DrLLMConfig, FrozenConfig, FrozenRecipe, LayerRouteConfig, LayerSkipConfig
+from layerwise.training.curriculum import RoutedAttentionConfig, RoutedTextConfig
 
 app = typer.Typer(help="Train a model to spend its layers well.", no_args_is_help=True, rich_markup_mode=None)
 
@@ -132,6 +133,50 @@ def drllm(*, json: options.Json = False, **chosen: Any) -> None:
     print(f"wrote {out}")
     if json:
         options.print_json({"adapter": str(out), "config": config.to_dict()})
+
+
+@app.command("routed-attention")
+@_with_flags(RoutedAttentionConfig)
+def routed_attention(
+    *,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    json: options.Json = False,
+    **chosen: Any,
+) -> None:
+    """Teach a small model to attend only where recall needs it: first the task, then a rising penalty on attention."""
+    config = RoutedAttentionConfig(**chosen)
+    options.quiet()
+    from layerwise.training import routed_attention as trained
+
+    result = trained.train(config, options.note, resume)
+    print(f"wrote {config.out}: accuracy {result['accuracy']:.1%} at {result['usage']:.3%} usage")
+    if json:
+        options.print_json({name: value for name, value in result.items() if name != "history"})
+
+
+@app.command("routed-text")
+@_with_flags(RoutedTextConfig)
+def routed_text(
+    *,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    json: options.Json = False,
+    **chosen: Any,
+) -> None:
+    """Teach a pretrained model where it needs its attention: routers and short convolutions in its frozen layers."""
+    config = RoutedTextConfig(**chosen)
+    options.quiet()
+    from layerwise.sources import model_path
+
+    model_path(config.model, options.note)
+    from layerwise.training import routed_text as trained
+
+    result = trained.train(config, options.note, resume)
+    print(
+        f"wrote {config.out}: perplexity {result['perplexity']:.2f} at {result['usage']:.1%} attention, "
+        f"{result['base_perplexity']:.2f} with all"
+    )
+    if json:
+        options.print_json({name: value for name, value in result.items() if name != "history"})
 
 
 def _refuse_others(chosen: dict[str, Any], theirs: type, ours: type, recipe: str) -> None:

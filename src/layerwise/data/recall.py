@@ -53,7 +53,7 @@ class RecallTask:
         task: "recall" or "mqar".
         length: tokens of a sequence; of recall, distance + 2.
         pairs: mqar: how many keys stand in front, each with its value.
-        queries: mqar: how many of them are asked for; all unless given.
+        queries: mqar: how many are asked for; each once unless given, some again if there are more than pairs.
 
     Raises:
         ValueError: they do not fit into the length, or there are not enough keys.
@@ -70,8 +70,8 @@ class RecallTask:
         if self.task == "recall" and self.length < 3:
             raise ValueError(f"{self.length} tokens are too few for key, value and key: give a distance of 1 or more")
         if self.task == "mqar":
-            if not 1 <= self.asks <= self.pairs <= self.keys:
-                raise ValueError(f"queries must be 1 to pairs, and pairs at most {self.keys}: lower them")
+            if self.asks < 1 or not 1 <= self.pairs <= self.keys:
+                raise ValueError(f"queries must be 1 or more, and pairs 1 to {self.keys}")
             if self.length < 2 * self.pairs + self.asks:
                 raise ValueError(f"{self.pairs} pairs and {self.asks} queries do not fit into {self.length} tokens")
 
@@ -120,7 +120,8 @@ class RecallTask:
         room = self.length - front.shape[1]
         rest = torch.randint(self.keys, VOCABULARY, (rows, room), generator=source)
         places = torch.rand(rows, room, generator=source).argsort(dim=1)[:, : self.asks]
-        which = torch.rand(rows, self.pairs, generator=source).argsort(dim=1)[:, : self.asks]
+        rounds = -(-self.asks // self.pairs)  # each round asks for every key once
+        which = torch.rand(rows, rounds, self.pairs, generator=source).argsort(dim=2).flatten(1)[:, : self.asks]
         rest = rest.scatter(1, places, keys.gather(1, which))
         targets = torch.full((rows, self.length), IGNORED)
         targets.scatter_(1, places + front.shape[1], values.gather(1, which))

@@ -82,6 +82,7 @@ class Backbone:
             )
         self.sdpa = implementation == "sdpa"
         self.kinds = self._kinds()
+        self.attention: dict[int, nn.Module] = {}  # run in place of a layer's own attention
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
     # -- the parts ---------------------------------------------------------------------------------------
@@ -108,13 +109,19 @@ class Backbone:
 
         A partial visit gets a copy of the layer that shares all its weights and has a stand-in for the branch
         left out; since every decoder layer adds its branches to the residual stream, that leaves the rest as is.
+        In the same way attention is replaced where `attention` says so.
         """
-        if visit.part is Part.BOTH:
+        own = self.attention.get(visit.layer)
+        if visit.part is Part.BOTH and own is None:
             return self.layers[visit.layer]
         # Copied anew for each call: a kept copy would miss a later train(), eval() or gradient checkpointing.
         part = copy.copy(self.layers[visit.layer])
-        left_out = "mlp" if visit.part is Part.ATTENTION else "self_attn"
-        part._modules = {**part._modules, left_out: _Nothing(tuple_result=left_out == "self_attn")}
+        part._modules = dict(part._modules)
+        if own is not None:
+            part._modules["self_attn"] = own
+        if visit.part is not Part.BOTH:
+            left_out = "mlp" if visit.part is Part.ATTENTION else "self_attn"
+            part._modules[left_out] = _Nothing(tuple_result=left_out == "self_attn")
         return part
 
     def rotary(self, kind: str | None, positions: Tensor, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

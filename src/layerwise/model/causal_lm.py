@@ -26,6 +26,7 @@ from layerwise.model.compiled import CompiledEngine, compiler_available
 from layerwise.model.exit_head import ExitHead
 from layerwise.model.fingerprint import fingerprint
 from layerwise.model.packing import Packing, check_positions, lengths_of_prompts
+from layerwise.model.routed_layers import RoutedLayers
 from layerwise.model.runtime import EagerEngine, Engine, Runtime, check_fit
 from layerwise.plan import Plan, Route
 from layerwise.policies import FixedPolicy, Policy, RoutingPolicy
@@ -64,6 +65,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.training = base.training
         self.attached_to = fingerprint(inner)  # tells at save whether the base was trained since
         self.exit_head: ExitHead | None = None  # drafts for this model, if it was trained
+        self.routed_layers: RoutedLayers | None = None  # layers whose attention is routed
         self.exits: tuple[int, ...] = ()  # exits that were trained: drafts that `auto` tries
         self._draft = Draft("off")
         self._tuners: dict[str, Tuner] = {}

@@ -60,7 +60,7 @@ class CompiledEngine:
         Kernels hold on to the parameters they were made for. Values may change under them; if parameters were
         replaced since (another dtype or device, an adapter attached), their kernels are made anew here.
         """
-        visits = list(dict.fromkeys(visit for plan in plans for visit in plan))
+        visits = dict.fromkeys(visit for plan in plans for visit in plan if not self._is_replaced(visit))
         for form in (ONE, FEW) if few else (ONE,):
             known = self._heads.get(form)
             if form not in self._heads or (known and known.outdated(HeadSource(self.backbone, form))):
@@ -93,6 +93,8 @@ class CompiledEngine:
     def _kernel(self, step: Step, hidden: Tensor, frame: Frame) -> _Kernel | None:
         """The kernel that can do this call, if there is one."""
         cache, (rows, width) = frame.cache, hidden.shape[:2]
+        if self._is_replaced(step.visit):
+            return None
         if cache is None or step.rows is not None or rows * width > FEW_TOKENS or torch.is_grad_enabled():
             return None
         if step.slot is not None:
@@ -102,6 +104,10 @@ class CompiledEngine:
         form = ONE if rows == width == 1 else FEW
         key = (step.visit, form)
         return self._layers[key] if key in self._layers else self._build(*key)
+
+    def _is_replaced(self, visit: Visit) -> bool:
+        """Whether something else than the layer's attention runs, which kernels do not know of."""
+        return visit.attends and visit.layer in self.backbone.attention
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As `Engine.logits`; of few tokens in float32, which is what their sums are made in."""

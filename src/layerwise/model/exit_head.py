@@ -79,7 +79,7 @@ class ExitHead(nn.Module):
         own = copy.copy(base)
         own.__dict__.pop("shape", None)
         own.layers, own.norm, own.head = [self.layer], self.norm, self.head
-        own.kinds = base.kinds[-1:]
+        own.kinds, own.attention = base.kinds[-1:], {}
         return own
 
     # -- saving ------------------------------------------------------------------------------------------

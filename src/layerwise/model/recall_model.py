@@ -71,9 +71,10 @@ class RoutedLayerCache:
 
     def positions(self, width: int, device: torch.device) -> Tensor:
         """Positions of the last `width` columns (rows or 1, width)."""
-        return self._places(self.length - width, self.length, device)
+        return self.places(self.length - width, self.length, device)
 
-    def _places(self, first: int, end: int, device: torch.device) -> Tensor:
+    def places(self, first: int, end: int, device: torch.device) -> Tensor:
+        """Positions of the columns `first` to `end` (rows or 1, end - first)."""
         columns = torch.arange(first, end, device=device)[None]
         if self.starts is None:
             return columns
@@ -91,15 +92,17 @@ class RoutedLayerCache:
             self.waiting = [torch.cat(self.waiting, dim=1)[:, -reach:]]
 
     def keys_and_values(
-        self, project: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]], needed: int
+        self, project: Callable[[Tensor, int, int], tuple[Tensor, Tensor]], needed: int
     ) -> tuple[Tensor, Tensor]:
-        """Keys and values (rows, kv heads, needed, head size); made now for columns that have none yet."""
+        """Keys and values (rows, kv heads, needed, head size); made now for columns that have none yet.
+
+        `project` makes them of inputs (rows, width, hidden size), given the first column and one past the last.
+        """
         if needed > self.made:
             inputs = self._pending[0] if len(self._pending) == 1 else torch.cat(self._pending, dim=1)
             count = needed - self.made
-            keys, values = project(inputs[:, :count], self._places(self.made, needed, inputs.device))
-            rest = inputs[:, count:]
-            self._pending = [rest.clone()] if rest.shape[1] else []
+            keys, values = project(inputs[:, :count], self.made, needed)
+            self._pending = [inputs[:, count:].clone()] if count < inputs.shape[1] else []
             self._keys = self._store(self._keys, keys)
             self._values = self._store(self._values, values)
             self.made = needed
@@ -184,6 +187,8 @@ class RecallModelConfig(PretrainedConfig):
         self.intermediate_size = intermediate_size or 4 * hidden_size
         self.rope_theta, self.initial_usage, self.mixing = rope_theta, initial_usage, mixing
         kwargs.setdefault("tie_word_embeddings", False)
+        # Not the usual 0.02: in a model so narrow, all scores of attention would begin near zero and learn too late.
+        kwargs.setdefault("initializer_range", hidden_size**-0.5)
         super().__init__(**kwargs)
 
 
@@ -222,6 +227,7 @@ class RecallModel(PreTrainedModel, GenerationMixin):
     config_class = RecallModelConfig
     base_model_prefix = "model"
     main_input_name = "input_ids"
+    _tied_weights_keys = {"lm_head.weight": "embedding.weight"}  # noqa: RUF012 (transformers reads it so)
 
     def __init__(self, config: RecallModelConfig) -> None:
         super().__init__(config)
@@ -240,6 +246,9 @@ class RecallModel(PreTrainedModel, GenerationMixin):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embedding
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:

@@ -16,14 +16,17 @@ router's argmax is taken and the work really skipped. `reference` is the blend, 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from layerwise.model.recall_model import RoutedLayerCache
 
 Mixing = Literal["routed", "attention", "convolution"]
@@ -42,34 +45,35 @@ class Routing:
 
 
 class Router(nn.Module):
-    """Linear, GELU, linear on [x ; moving average of x], per position: two logits, convolution and attention.
+    """Linear, GELU, linear on [x ; moving average of x], per position: one logit, positive to attend.
 
-    The moving average (decay 0.9, zero before the text) is linear and so commutes with the first map; it is taken after
-    it, on `width` numbers instead of the hidden size.
+    One logit is the published two's difference. The moving average (decay 0.9, zero before the text) is linear and so
+    commutes with the first map; it is taken after it, on `width` numbers instead of the hidden size.
     """
 
     def __init__(self, hidden_size: int, width: int, decay: float = 0.9, initial_usage: float = 0.5) -> None:
         super().__init__()
-        self.now = nn.Linear(hidden_size, width)
-        self.past = nn.Linear(hidden_size, width, bias=False)
-        self.out = nn.Linear(width, 2)
+        self.inputs = nn.Linear(hidden_size, 2 * width)  # for x and for the average, in one product
+        self.out = nn.Linear(width, 1)
         self.decay, self.initial_usage = decay, initial_usage
         self.start()
 
     def start(self) -> None:
-        """Set the bias to `initial_usage`."""
+        """Every position attends with the probability `initial_usage`, whatever it holds."""
         with torch.no_grad():
-            odds = torch.tensor(self.initial_usage / (1 - self.initial_usage)).log() / 2
-            self.out.bias.copy_(torch.stack((-odds, odds)))
+            self.out.weight.zero_()
+            self.out.bias.fill_(math.log(self.initial_usage / (1 - self.initial_usage)))
 
     def forward(self, hidden: Tensor, mask: Tensor | None, average: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits (rows, width, 2) and the moving average after the last position (rows, router width)."""
-        past = self.past(hidden)
+        """Logits (rows, width) and the moving average after the last position (rows, router width)."""
+        # Functions, not modules: for one token the calls of three modules take as long as what they compute.
+        now, past = F.linear(hidden, self.inputs.weight, self.inputs.bias).chunk(2, dim=-1)
         if mask is not None:
             past = past * mask[..., None]
         past = moving_average(past, self.decay, average)
         # Not the exact GELU: on a CPU that goes through oneDNN, a high price for the few numbers of one token.
-        return self.out(F.gelu(self.now(hidden) + past, approximate="tanh")), past[:, -1]
+        inner = F.gelu(now + past, approximate="tanh")
+        return F.linear(inner, self.out.weight, self.out.bias)[..., 0], past[:, -1]
 
 
 class RoutedAttention(nn.Module):
@@ -92,6 +96,7 @@ class RoutedAttention(nn.Module):
         blend: compute both paths everywhere while training, for an exact straight-through gradient. Without it the
             routed path is used, and only positions that attend teach the router.
         tau: temperature of the Gumbel softmax in training.
+        soft: mix by the probability of attending, in training and inference: the first phase of a curriculum.
 
     Raises:
         ValueError: sizes do not divide.
@@ -129,14 +134,16 @@ class RoutedAttention(nn.Module):
         self.router = Router(hidden_size, router_width or hidden_size, initial_usage=initial_usage)
         self.mixing: Mixing = "routed"
         self.kernel: Kernel = "auto"
-        self.chunk, self.blend, self.tau = CHUNK, True, 1.0
+        self.chunk, self.blend, self.tau, self.soft = CHUNK, True, 1.0, False
+        self._kept_weights: tuple[Any, Tensor] | None = None
         self.start_taps()
 
     def start_taps(self) -> None:
-        """Heads of short and of long memory: weights that fall by e over 1 to `kernel_size` / 2 taps."""
-        reach = torch.logspace(0, 1, self.heads, base=max(2.0, self.kernel_size / 2))
+        """Heads of short and of long memory: the first looks at the token before, as recall needs it (a value must
+        know its key), the others' weights fall by e over up to `kernel_size` / 2 taps around it."""
+        reach = torch.logspace(-1, 1, self.heads, base=max(4.0, self.kernel_size / 2))
         with torch.no_grad():
-            self.conv_taps.copy_(-torch.arange(self.kernel_size) / reach[:, None])
+            self.conv_taps.copy_(-(torch.arange(self.kernel_size) - 1).abs() / reach[:, None])
 
     def forward(
         self,
@@ -155,7 +162,7 @@ class RoutedAttention(nn.Module):
             gate: (rows, width) who attends, instead of the router.
         """
         routing = self._route(hidden, mask, cache, gate)
-        if self.training and self.blend and cache is None and self.mixing == "routed":
+        if (self.soft or (self.training and self.blend)) and cache is None and self.mixing == "routed":
             return self._blend(hidden, mask, routing), routing
         return self._mix(hidden, mask, cache, routing.gate), routing
 
@@ -174,14 +181,15 @@ class RoutedAttention(nn.Module):
             logits = torch.zeros_like(chosen)
         else:
             # Asked even if `gate` decides: the moving average goes on, and a timing includes the router.
-            pair, average = self.router(hidden, mask, None if cache is None else cache.average)
+            logits, average = self.router(hidden, mask, None if cache is None else cache.average)
             if cache is not None:
                 cache.average = average
-            logits = pair[..., 1] - pair[..., 0]
             if gate is not None:
                 chosen = gate.to(hidden.dtype)
+            elif self.soft:
+                chosen = torch.sigmoid(logits)
             elif self.training:
-                chosen = F.gumbel_softmax(pair.float(), tau=self.tau, hard=True)[..., 1].to(hidden.dtype)
+                chosen = gumbel_sigmoid(logits, self.tau)
             else:
                 chosen = (logits > 0).to(hidden.dtype)
         return Routing(chosen if mask is None else chosen * mask, logits)
@@ -206,7 +214,10 @@ class RoutedAttention(nn.Module):
     def _mix(self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache | None, gate: Tensor) -> Tensor:
         """Convolution where the gate is 0 and attention where it is 1, and neither where it is not asked for."""
         width, attends = hidden.shape[1], gate.detach() > 0
-        counts = [width] * len(hidden) if self.mixing == "attention" and mask is None else attends.sum(1).tolist()
+        if self.mixing == "attention" and mask is None:
+            counts = [width] * len(hidden)
+        else:  # of one token, as in decoding, without a sum
+            counts = [int(attends)] if attends.numel() == 1 else attends.sum(1).tolist()
         everybody = min(counts) == width
         if cache is not None:
             cache.advance(hidden, mask, keep=self.mixing != "convolution")
@@ -243,7 +254,7 @@ class RoutedAttention(nn.Module):
         if cache is None:
             keys, values = self.project(hidden, places)
         else:
-            keys, values = cache.keys_and_values(self.project, cache.length)
+            keys, values = cache.keys_and_values(self._project_for(cache), cache.length)
         width, length = hidden.shape[1], keys.shape[2]
         seen = None
         if 1 < width < length:
@@ -265,7 +276,7 @@ class RoutedAttention(nn.Module):
         if cache is None:
             keys, values = self.project(hidden[:, :needed], None if places is None else places[:, :needed])
         else:
-            keys, values = cache.keys_and_values(self.project, needed)
+            keys, values = cache.keys_and_values(self._project_for(cache), needed)
         if places is not None:
             places = places.expand(len(hidden), -1)[lines, columns][None]
         queries = self._queries(hidden[lines, columns][None], places)
@@ -302,6 +313,26 @@ class RoutedAttention(nn.Module):
         values = self.v_proj(hidden).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
         return (keys if self.rope_theta is None else rotate(keys, places, self.rope_theta)), values
 
+    def _project_for(self, cache: RoutedLayerCache) -> Callable[[Tensor, int, int], tuple[Tensor, Tensor]]:
+        """`project` for the columns `first` to `end` of a cache."""
+
+        def project(hidden: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
+            return self.project(hidden, None if self.rope_theta is None else cache.places(first, end, hidden.device))
+
+        return project
+
+    def _window_weights(self) -> Tensor:
+        """The weight of each channel in a window of the convolution (taps, hidden size), the oldest first.
+
+        Kept between the tokens of a text; made anew whenever the parameter was written to, moved or cast.
+        """
+        taps = self.conv_taps
+        state = None if taps.is_inference() else (taps._version, taps.data_ptr(), taps.dtype)
+        if state is None or self._kept_weights is None or self._kept_weights[0] != state:
+            weights = taps.detach().softmax(-1).flip(-1).T.repeat_interleave(self.hidden_size // self.heads, dim=1)
+            self._kept_weights = (state, weights.contiguous())
+        return self._kept_weights[1]
+
     def _convolve(self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache | None) -> Tensor:
         """Values filtered by each head's taps, (rows, width, hidden size), before the output projection."""
         width, reach = hidden.shape[1], self.kernel_size - 1
@@ -319,7 +350,20 @@ class RoutedAttention(nn.Module):
                 values = torch.cat((window[:, values.shape[1] - width :], values), dim=1)
             window = values[:, width:]  # of a long text a copy, so that the text's values are not kept
             cache.window, cache.waiting = window.clone() if width > 1 else window, []
+        if width == 1 and not torch.is_grad_enabled():
+            return (values * self._window_weights()).sum(1, keepdim=True)
         return causal_filter(values, self.conv_taps.softmax(-1))
+
+
+def gumbel_sigmoid(logits: Tensor, tau: float) -> Tensor:
+    """1 with the probability sigmoid(logit), else 0; the gradient is that of the relaxed sample at temperature `tau`.
+
+    The hard Gumbel softmax (arXiv 1611.01144) of two logits, of which only the difference matters: two Gumbel
+    variables differ by a logistic one.
+    """
+    uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
+    soft = torch.sigmoid((logits + torch.logit(uniform)) / tau)
+    return (soft > 0.5).to(soft.dtype) - soft.detach() + soft
 
 
 # -- filters over time ---------------------------------------------------------------------------------------------
@@ -358,7 +402,7 @@ def moving_average(values: Tensor, decay: float, before: Tensor | None = None) -
     """m[t] = decay m[t - 1] + (1 - decay) values[t] for values (rows, width, channels); `before` is m[-1], or zero."""
     rows, width, channels = values.shape
     if width == 1:
-        return (1 - decay) * values + (0 if before is None else decay * before[:, None])
+        return (1 - decay) * values if before is None else torch.lerp(before[:, None], values, 1 - decay)
     size = min(width, _BLOCK)
     blocks = -(-width // size)
     steps = torch.arange(size, device=values.device)

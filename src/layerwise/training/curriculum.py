@@ -4,10 +4,15 @@ A router that is punished for attention before attention is of any use never fin
 task is learnt first, without penalty (phase "learn"); when it is solved, the penalty rises in small steps (phase
 "spare"), and only while accuracy holds (M. Bee, Zenodo 10.5281/zenodo.18518956). What differs from the publication:
 
-- *Stages.* A long distance is not learnt from nothing; lengths double from a short one. By default a model is taught to
-  spare at the shortest length and lengthened afterwards, since a sparse solution hardly depends on the length.
-- *One weight per layer.* A mean over layers lets one stay fully on ("the 25% floor" is one layer of four). A layer's
-  weight rises until its own usage is below its share of the target, so no layer is forgotten.
+- *Stages.* A long distance is not learnt from nothing: of several pairs there are two at first, and their number
+  doubles; then lengths double from a short one. By default a model is taught to spare at the shortest length and
+  lengthened afterwards, since a sparse solution hardly depends on the length.
+- *One weight per layer.* A mean over layers lets one stay fully on ("the 25% floor" is one layer of four). Weights
+  double until no more slots attend than the task needs: while the price of a slot is small beside a right answer, two
+  layers share the work for good.
+- *Both at first.* Sampled gates hide half of what a position could see, and a router that is sure early closes a path
+  before it is of use. So a model first learns with both mixings blended and the router held unsure (phase "blend"),
+  then with sampled gates (phase "learn").
 - *A floor that acts.* Below `floor` the weights are halved, instead of ending the training.
 
 The state is a handful of numbers, told the measured accuracy and usage, and knows nothing of models. The options of a
@@ -21,7 +26,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from layerwise.training.config import _choice, _help, _require
+from layerwise.training.config import Precision, _choice, _help, _require, layers_of
 
 TaskName = Literal["recall", "mqar"]
 Mode = Literal["curriculum", "joint", "attention", "convolution"]
@@ -44,31 +49,36 @@ class Rules:
     """What the curriculum goes by.
 
     Args:
-        lengths: of the stages, rising.
-        order: "spare-first" presses from the first stage on; "lengthen-first" only at the last length.
+        lengths: of the stages.
+        pairs: of the stages' sequences, if the task has several.
+        spare_from: the first stage at which attention is pressed for.
         solved: accuracy at which a stage counts as learnt, and that is held while the penalty rises.
         floor: accuracy below which the penalty is halved.
         most: the highest weight of a layer's penalty.
-        rises: evaluations over which a weight rises from 0 to `most`.
-        target: mean usage at which the pressure is no longer raised, instead of going on to `most`; None goes on.
+        rises: doublings, one an evaluation, by which a weight rises from most / 2^rises to `most`.
+        target: slots (positions that attend, summed over layers) a question at which the pressure is no longer
+            raised, instead of going on to `most`; None goes on.
     """
 
     lengths: tuple[int, ...]
-    order: Order = "spare-first"
+    pairs: tuple[int, ...] = ()
+    spare_from: int = 0
     solved: float = 0.99
     floor: float = 0.9
-    most: float = 0.5
-    rises: int = 20
+    most: float = 64.0
+    rises: int = 10
     target: float | None = None
 
 
 @dataclass
 class Curriculum:
-    """The state: `stage`, whether this stage is `sparing`, a penalty `weights` per layer, and whether it is `done`."""
+    """The state: `stage`, whether gates are `soft` or attention is pressed for (`sparing`), the penalty's `weights` per
+    layer, and whether it is `done`."""
 
     rules: Rules
     layers: int
     stage: int = 0
+    soft: bool = False
     sparing: bool = False
     done: bool = False
     backed_off: int = 0
@@ -87,37 +97,35 @@ class Curriculum:
 
     @property
     def phase(self) -> str:
-        return "done" if self.done else "spare" if self.sparing else "learn"
+        return "done" if self.done else "spare" if self.sparing else "blend" if self.soft else "learn"
 
-    def update(self, accuracy: float, usage: Sequence[float]) -> None:
-        """Take what was measured at the present length: accuracy, and the share of positions that attend per layer."""
+    def update(self, accuracy: float, usage: Sequence[float], questions: int = 1) -> None:
+        """Take what was measured at this stage: accuracy, and the share of positions that attend per layer.
+
+        `questions` are those of a sequence.
+        """
         rules = self.rules
         if accuracy < rules.floor and any(self.weights):
             self.weights = [weight / 2 for weight in self.weights]
             self.backed_off += 1
         if accuracy < rules.solved:
             return
-        may_spare = rules.order == "spare-first" or self.last_stage
-        if not self.sparing and may_spare:
+        if self.soft and self.stage >= rules.spare_from:
+            self.soft = False
+            return
+        if not self.sparing and self.stage >= rules.spare_from:
             self.sparing = True  # and the first step up is taken at once
-        if self.sparing and not self._spared(usage):
-            step = rules.most / rules.rises
-            self.weights = [
-                weight if self._layer_spared(layer, usage) else min(rules.most, weight + step)
-                for layer, weight in enumerate(self.weights)
-            ]
+        if self.sparing and not self._spared(usage, questions):
+            least = rules.most / 2**rules.rises
+            self.weights = [min(rules.most, max(least, 2 * weight)) for weight in self.weights]
         elif self.last_stage:
             self.done = True
+            self.weights = [weight / 4 for weight in self.weights]  # what is open now need not be fought any longer
         else:
             self.stage += 1
 
-    def _layer_spared(self, layer: int, usage: Sequence[float]) -> bool:
-        """Whether this layer's usage is within the target, of which one layer may take all."""
-        target = self.rules.target
-        return target is not None and usage[layer] <= target * self.layers and sum(usage) <= target * self.layers
-
-    def _spared(self, usage: Sequence[float]) -> bool:
-        if self.rules.target is not None and sum(usage) / self.layers <= self.rules.target:
+    def _spared(self, usage: Sequence[float], questions: int) -> bool:
+        if self.rules.target is not None and sum(usage) * self.length <= self.rules.target * questions:
             return True
         return all(weight >= self.rules.most for weight in self.weights)
 
@@ -135,58 +143,42 @@ class Curriculum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RoutedAttentionConfig:
-    """A training of a recall model; see `training.routed_attention`.
+class CurriculumConfig:
+    """What trainings by the curriculum share.
 
     Raises:
         ValueError: a value is out of range.
     """
 
-    out: str = field(metadata=_help("Folder for the model, its result and a checkpoint."))
-    task: TaskName = field(default="recall", metadata=_help("One pair at a distance, or several pairs and queries."))
-    distance: int = field(default=126, metadata=_help("recall: tokens from key to key; mqar: length of a sequence."))
-    seed: int = field(default=0, metadata=_help("Seed of weights, sequences and the router's sampling."))
-    mode: Mode = field(
-        default="curriculum",
-        metadata=_help("curriculum: penalty once solved; joint: from the start; or one mixing everywhere."),
-    )
-    pairs: int = field(default=8, metadata=_help("mqar: pairs of key and value."))
-    queries: int | None = field(default=None, metadata=_help("mqar: keys asked for; all of them if not given."))
+    name = "routed-attention"  # of the command
+
+    out: str = field(metadata=_help("Folder for what is trained, its result and a checkpoint."))
+    seed: int = field(default=0, metadata=_help("Seed of weights, data and the router's sampling."))
     steps: int = field(default=20_000, metadata=_help("Most steps; training ends before if the curriculum does."))
-    tokens_per_batch: int = field(default=4096, metadata=_help("Tokens of a batch."))
-    learning_rate: float = field(default=1e-3, metadata=_help("Learning rate of AdamW, after the warm-up."))
-    warmup: int = field(default=100, metadata=_help("Steps over which the learning rate rises."))
-    start_length: int = field(default=32, metadata=_help("Length of the first stage; lengths double from there."))
-    order: Order = field(default="spare-first", metadata=_help("Learn to spare before, or after, lengthening."))
-    penalty: float = field(default=0.5, metadata=_help("Highest weight of the penalty on usage."))
-    rises: int = field(default=20, metadata=_help("Evaluations over which the penalty rises to its highest weight."))
+    learning_rate: float = field(default=2e-3, metadata=_help("Learning rate of AdamW, after the warm-up."))
+    warmup: int = field(default=30, metadata=_help("Steps over which the learning rate rises."))
+    explore: float = field(
+        default=0.1, metadata=_help("Weight on the router's squared logits while both mixings are blended.")
+    )
+    penalty: float = field(default=64.0, metadata=_help("Highest weight of the penalty on usage."))
+    rises: int = field(default=10, metadata=_help("Evaluations over which the penalty doubles up to its highest."))
     penalty_on: PenaltyOn = field(
         default="logits", metadata=_help("Punish the router's logits, which never saturates, or its sampled gate.")
     )
     usage_target: float | None = field(
-        default=None, metadata=_help("Raise the penalty only until this share of slots attends; 0.003 is 0.3%.")
+        default=None,
+        metadata=_help("Raise the penalty until this share of slots attends; default: 1.25 times what the task needs."),
     )
     solved: float = field(default=0.99, metadata=_help("Accuracy at which a stage is learnt."))
     floor: float = field(default=0.9, metadata=_help("Accuracy below which the penalty is halved."))
-    settle: int = field(default=5, metadata=_help("Evaluations after the end of the curriculum."))
-    blend: bool = field(
-        default=True, metadata=_help("Compute both mixings everywhere in training, for exact gradients of choices.")
-    )
-    eval_every: int = field(default=100, metadata=_help("Steps between evaluations, at which the curriculum moves."))
+    settle: int = field(default=6, metadata=_help("Evaluations after the end of the curriculum."))
+    eval_every: int = field(default=25, metadata=_help("Steps between evaluations, at which the curriculum moves."))
     eval_rows: int = field(default=256, metadata=_help("Sequences of an evaluation."))
-    test_rows: int = field(default=1000, metadata=_help("Sequences of the test at the end."))
     save_every: int = field(default=500, metadata=_help("Steps between checkpoints."))
-    layers: int = field(default=4, metadata=_help("Layers of the model."))
-    hidden_size: int = field(default=128, metadata=_help("Hidden size of the model."))
-    heads: int = field(default=4, metadata=_help("Heads of attention and convolution."))
-    kernel_size: int = field(default=64, metadata=_help("Taps of the convolution."))
 
     def __post_init__(self) -> None:
-        _choice("task", self.task, TaskName)
-        _choice("mode", self.mode, Mode)
-        _choice("order", self.order, Order)
         _choice("penalty-on", self.penalty_on, PenaltyOn)
-        kept = ("seed", "settle", "warmup")
+        kept = ("seed", "settle", "warmup", "explore")
         for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and one.name not in kept:
@@ -195,33 +187,14 @@ class RoutedAttentionConfig:
             _require(0 <= getattr(self, name) < 2**24, f"{name} must be 0 or more, and below 2^24")
         _require(self.floor <= self.solved <= 1, "floor must be at most solved, and solved at most 1")
         _require(self.usage_target is None or self.usage_target < 1, "usage-target is a share: give one below 1")
-        _require(not Path(self.out).is_file(), f"'{self.out}' is a file: give a folder to write the model to")
-
-    @property
-    def length(self) -> int:
-        """Tokens of the final sequences."""
-        return self.distance + 2 if self.task == "recall" else self.distance
-
-    def rules(self) -> Rules:
-        """The curriculum; joint training and the convolution, which cannot grow, see the final length only."""
-        first = max(self.start_length, 4 * self.pairs if self.task == "mqar" else 3)
-        grows = self.mode in ("curriculum", "attention")
-        return Rules(
-            lengths=tuple(stage_lengths(first, self.length)) if grows else (self.length,),
-            order=self.order,
-            solved=self.solved,
-            floor=self.floor,
-            most=self.penalty,
-            rises=self.rises,
-            target=self.usage_target,
-        )
+        _require(not Path(self.out).is_file(), f"'{self.out}' is a file: give a folder to write to")
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def command(self) -> str:
         """What to type for the same training."""
-        words = ["layerwise train routed-attention"]
+        words = [f"layerwise train {self.name}"]
         for one in fields(self):
             value = getattr(self, one.name)
             flag = one.name.replace("_", "-")
@@ -238,3 +211,126 @@ class RoutedAttentionConfig:
                     f"the training in '{self.out}' began with {name.replace('_', '-')} {saved.get(name)}, not {value}: "
                     "resume it with the same options, or give another folder"
                 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedAttentionConfig(CurriculumConfig):
+    """A training of a recall model; see `training.routed_attention`.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    task: TaskName = field(default="recall", metadata=_help("One pair at a distance, or several pairs and queries."))
+    distance: int = field(default=126, metadata=_help("recall: tokens from key to key; mqar: length of a sequence."))
+    mode: Mode = field(
+        default="curriculum",
+        metadata=_help("curriculum: penalty once solved; joint: from the start; or one mixing everywhere."),
+    )
+    pairs: int = field(default=8, metadata=_help("mqar: pairs of key and value."))
+    queries: int | None = field(default=None, metadata=_help("mqar: keys asked for; each once if not given."))
+    tokens_per_batch: int = field(default=2048, metadata=_help("Tokens of a batch, as far as least-rows allows."))
+    least_rows: int = field(default=8, metadata=_help("Fewest sequences of a batch: each asks a question or a few."))
+    start_length: int = field(
+        default=64, metadata=_help("Length of the first stage, or more if convolutions reach so far; lengths double.")
+    )
+    order: Order = field(default="spare-first", metadata=_help("Learn to spare before, or after, lengthening."))
+    blend: bool = field(
+        default=True, metadata=_help("Compute both mixings everywhere in training, until few positions attend.")
+    )
+    test_rows: int = field(default=1000, metadata=_help("Sequences of the test at the end."))
+    layers: int = field(default=4, metadata=_help("Layers of the model."))
+    hidden_size: int = field(default=64, metadata=_help("Hidden size of the model."))
+    heads: int = field(default=2, metadata=_help("Heads of attention and convolution."))
+    kernel_size: int = field(default=16, metadata=_help("Taps of the convolution."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choice("task", self.task, TaskName)
+        _choice("mode", self.mode, Mode)
+        _choice("order", self.order, Order)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the final sequences."""
+        return self.distance + 2 if self.task == "recall" else self.distance
+
+    def rules(self) -> Rules:
+        """The curriculum; joint training and the convolution, which cannot grow, see the final length only.
+
+        No stage is so short that convolutions alone could solve it: the model would learn to attend nowhere.
+        """
+        reach = self.layers * (self.kernel_size - 1)
+        first = max(self.start_length, reach + 3, 4 * self.pairs if self.task == "mqar" else 3)
+        questions = 1 if self.task == "recall" else self.queries or self.pairs
+        lengths, pairs = stage_lengths(first, self.length), [self.pairs]
+        if self.task == "mqar":  # which of two is a question of the key; which of many is learnt late, if at all
+            pairs = stage_lengths(min(2, self.pairs), self.pairs)
+        few = len(pairs) - 1
+        if self.mode not in ("curriculum", "attention"):
+            lengths, pairs, few = [self.length], [self.pairs], 0
+        lengths, pairs = [lengths[0]] * few + lengths, pairs + [self.pairs] * (len(lengths) - 1)
+        return Rules(
+            lengths=tuple(lengths),
+            pairs=tuple(pairs),
+            spare_from=few if self.order == "spare-first" else len(lengths) - 1,
+            solved=self.solved,
+            floor=self.floor,
+            most=self.penalty,
+            rises=self.rises,
+            target=1.25 if self.usage_target is None else self.usage_target * self.length * self.layers / questions,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoutedTextConfig(CurriculumConfig):
+    """A training of routers and convolutions in a pretrained model; see `training.routed_text`.
+
+    "Accuracy" is here the base's perplexity divided by the model's.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    name = "routed-text"
+
+    model: str | None = field(
+        default=None, metadata=_help("A name from 'layerwise models', a folder, or a Hugging Face id.")
+    )
+    convert: str = field(default="", metadata=_help('Layers to convert, such as "4-29"; default: all.'))
+    taps: int = field(default=16, metadata=_help("Taps of the convolution."))
+    router_width: int = field(default=64, metadata=_help("Inner width of a router."))
+    text_length: int = field(default=256, metadata=_help("Tokens of a text."))
+    rows: int = field(default=4, metadata=_help("Texts of a batch."))
+    precision: Precision = field(default="bfloat16", metadata=_help("Numbers of the base; what is trained is float32."))
+    steps: int = field(default=400, metadata=_help("Most steps; training ends before if the curriculum does."))
+    explore: float = field(default=0.0, metadata=_help("Weight on the router's squared logits before the penalty."))
+    penalty: float = field(default=4.0, metadata=_help("Highest weight of the penalty on usage."))
+    rises: int = field(default=8, metadata=_help("Evaluations over which the penalty doubles up to its highest."))
+    usage_target: float = field(
+        default=0.45, metadata=_help("Raise the penalty until this share of slots of the converted layers attends.")
+    )
+    solved: float = field(
+        default=0.98, metadata=_help("Quality (base's perplexity / perplexity) at which the penalty rises.")
+    )
+    floor: float = field(default=0.96, metadata=_help("Quality below which the penalty is halved."))
+    eval_every: int = field(default=20, metadata=_help("Steps between evaluations, at which the curriculum moves."))
+    eval_rows: int = field(default=24, metadata=_help("Texts of an evaluation."))
+    test_rows: int = field(default=64, metadata=_help("Texts of the test at the end."))
+    save_every: int = field(default=100, metadata=_help("Steps between checkpoints."))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _choice("precision", self.precision, Precision)
+        layers_of(self.convert)
+
+    def rules(self) -> Rules:
+        """One stage, whose unit of usage is a position of a layer."""
+        return Rules(
+            lengths=(self.text_length,),
+            solved=self.solved,
+            floor=self.floor,
+            most=self.penalty,
+            rises=self.rises,
+            target=self.usage_target,
+        )

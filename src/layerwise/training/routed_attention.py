@@ -21,18 +21,19 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.benchmarks.environment import environment
 from layerwise.data.examples import IGNORED
 from layerwise.data.recall import VOCABULARY, RecallTask, Split
-from layerwise.model.recall_model import RecallModel, RecallModelConfig, RoutedOutput
-from layerwise.training.curriculum import Curriculum, RoutedAttentionConfig
+from layerwise.model.recall_model import RecallModel, RecallModelConfig
+from layerwise.training.curriculum import Curriculum, CurriculumConfig, RoutedAttentionConfig
 
 RESULT = "result.json"
-_CHECKPOINT = "checkpoint.pt"
+CHECKPOINT = "checkpoint.pt"
 _EVAL_TOKENS = 2**15  # of one evaluation batch
+_SPARSE, _LONG = 0.02, 256  # usage below which, and tokens from which, gathering is faster than scoring everything
 
 
 def build(config: RoutedAttentionConfig) -> RecallModel:
@@ -46,6 +47,7 @@ def build(config: RoutedAttentionConfig) -> RecallModel:
             num_attention_heads=config.heads,
             kernel_size=config.kernel_size,
             mixing=mixing,
+            tie_word_embeddings=True,
         )
     )
     for layer in model.layers:
@@ -66,20 +68,17 @@ def train(
         ValueError: the folder holds a training already, or none to resume, or one with other options.
         KeyboardInterrupt: after Ctrl-C; resuming goes on from the last checkpoint.
     """
-    run = _Run(config, notify)
-    run.begin(resume)
-    try:
-        while not run.over:
-            run.step()
-    except KeyboardInterrupt:
-        notify(f"stopped at step {run.number}: give the same options and --resume to go on")
-        raise
+    run = RecallRun(config, notify)
+    run.run(resume)
     return run.finish()
 
 
-def penalty(output: RoutedOutput, weights: Tensor, on: str) -> Tensor:
-    """The mean over layers of weight times the layer's mean penalty; `weights` (layers,)."""
-    what = F.softplus(output.route_logits) if on == "logits" else output.gates
+def penalty(logits: Tensor, gates: Tensor, weights: Tensor, on: str) -> Tensor:
+    """The mean over layers of weight times the layer's mean penalty, on `logits` or the sampled `gates`.
+
+    Both are (layers, rows, width), `weights` (layers,).
+    """
+    what = F.softplus(logits) if on == "logits" else gates
     return (weights * what.float().mean((1, 2))).mean()
 
 
@@ -103,36 +102,96 @@ def evaluate(model: RecallModel, task: RecallTask, rows: int, seed: int, split: 
     return {"accuracy": right / asked, "usage": sum(usage) / len(usage), "usage_per_layer": usage}
 
 
-class _Run:
-    """A training under way: what a checkpoint holds, and how a step goes."""
+@torch.no_grad()
+def example(model: RecallModel, task: RecallTask, seed: int) -> dict[str, Any]:
+    """One test sequence: its tokens, the positions that ask, and in each layer those that attend."""
+    batch = task.batch(1, seed, split="test")
+    gates = model.eval()(batch.input_ids.to(model.device)).gates[:, 0].cpu()
+    return {
+        "input_ids": batch.input_ids[0].tolist(),
+        "asked": batch.asked[0].nonzero()[:, 0].tolist(),
+        "attends": [gate.nonzero()[:, 0].tolist() for gate in gates],
+    }
 
-    def __init__(self, config: RoutedAttentionConfig, notify: Callable[[str], None]) -> None:
-        self.config, self.notify = config, notify
+
+class CurriculumRun:
+    """A training under way: how a step goes, what a checkpoint holds. A task says what it learns and measures.
+
+    Args:
+        config: the options that trainings by the curriculum share.
+        trained: the module whose weights are trained and saved.
+        curriculum: begun, not yet told anything.
+        notify: gets lines of progress.
+    """
+
+    title = ""
+
+    def __init__(
+        self, config: CurriculumConfig, trained: nn.Module, curriculum: Curriculum, notify: Callable[[str], None]
+    ) -> None:
+        self.config, self.trained, self.curriculum, self.notify = config, trained, curriculum, notify
         self.out = Path(config.out)
-        self.tasks = {length: self._task(length) for length in config.rules().lengths}  # refused now, not at the end
-        torch.manual_seed(config.seed)
-        self.model = build(config).to("cuda" if torch.cuda.is_available() else "cpu").train()
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate)
-        self.curriculum = Curriculum(config.rules(), config.layers)
-        self.routed = config.mode in ("curriculum", "joint")
-        if config.mode == "joint":
-            self.curriculum.weights = [config.penalty] * config.layers
+        self.optimizer = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate)
         self.number = 0
         self.settled = 0
         self.seconds = 0.0
         self.losses: list[float] = []
         self.history: list[dict[str, Any]] = []
-        self.best: dict[str, Any] | None = None  # step, usage, weights
+        self.best: dict[str, Any] | None = None  # step, rank, weights
 
-    def _task(self, length: int) -> RecallTask:
-        return RecallTask(self.config.task, length, self.config.pairs, self.config.queries)
+    # -- what a task says ------------------------------------------------------------------------------------
+
+    def loss(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of the batch of step `number`: the loss without penalty; router logits and gates (layers, rows, width)."""
+        raise NotImplementedError
+
+    def measure(self) -> dict[str, Any]:
+        """`accuracy` (the curriculum's), `usage`, `usage_per_layer` on validation data, and what else to keep."""
+        raise NotImplementedError
+
+    def enough(self) -> float:
+        """The usage that need not be bettered."""
+        raise NotImplementedError
+
+    @property
+    def questions(self) -> int:
+        """What a sequence asks; the unit of the target of usage."""
+        return 1
+
+    def where(self) -> str:
+        """The stage, for a line of progress."""
+        return f"length {self.curriculum.length}"
+
+    def advance(self, seen: dict[str, Any]) -> None:
+        """Move the curriculum by what was measured."""
+        self.settled += self.curriculum.done
+        if not self.curriculum.done or seen["accuracy"] < self.config.floor:
+            self.curriculum.update(seen["accuracy"], seen["usage_per_layer"], self.questions)
+
+    # -- a step ------------------------------------------------------------------------------------------
 
     @property
     def over(self) -> bool:
         return self.number >= self.config.steps or self.settled > self.config.settle
 
+    def run(self, resume: bool) -> None:
+        """Train to the end.
+
+        Raises:
+            KeyboardInterrupt: after Ctrl-C; resuming goes on from the last checkpoint.
+        """
+        self.begin(resume)
+        try:
+            while not self.over:
+                self.step()
+        except KeyboardInterrupt:
+            self.notify(f"stopped at step {self.number}: give the same options and --resume to go on")
+            raise
+        if self.best is not None:
+            self.trained.load_state_dict(self.best["weights"])
+
     def begin(self, resume: bool) -> None:
-        saved = self.out / _CHECKPOINT
+        saved = self.out / CHECKPOINT
         if not resume:
             if saved.exists():
                 raise ValueError(
@@ -143,118 +202,184 @@ class _Run:
             raise ValueError(f"'{self.out}' holds no checkpoint to resume from: leave --resume out")
         else:
             self._load(saved)
-        weights = sum(p.numel() for p in self.model.parameters())
-        stages = ", ".join(str(length) for length in self.tasks)
-        self.notify(f"{self.config.task}, {self.config.mode}: {weights:,} weights, lengths {stages}")
+        weights = sum(p.numel() for p in self.trained.parameters())
+        self.notify(f"{self.title}: {weights:,} trained weights")
 
     def step(self) -> None:
         """One optimizer step, and what is due after it."""
-        config, began = self.config, perf_counter()
-        task = self.tasks[self.curriculum.length]
-        batch = task.batch(max(1, config.tokens_per_batch // task.length), config.seed, self.number)
+        config, curriculum, began = self.config, self.curriculum, perf_counter()
         rate = config.learning_rate * min(1.0, (self.number + 1) / max(1, config.warmup))
+        if curriculum.done:  # what is kept should be settled: the rate falls over the last evaluations
+            rate *= 1 - self.settled / (config.settle + 1)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        output = self.model(batch.input_ids.to(self.model.device))
-        targets = batch.targets.to(self.model.device).flatten()
-        loss = F.cross_entropy(output.logits.flatten(0, 1), targets, ignore_index=IGNORED)
+        loss, logits, gates = self.loss()
         self.losses.append(loss.item())
-        if self.routed and any(self.curriculum.weights):
-            weights = torch.tensor(self.curriculum.weights, device=loss.device)
-            loss = loss + penalty(output, weights, config.penalty_on)
+        if any(curriculum.weights):
+            loss = loss + penalty(
+                logits, gates, torch.tensor(curriculum.weights, device=loss.device), config.penalty_on
+            )
+        elif curriculum.soft:
+            loss = loss + config.explore * logits.square().mean()
         self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
         self.optimizer.step()
         self.number += 1
         if self.number % config.eval_every == 0 or self.number == config.steps:
-            self._measure()
+            self._measured()
         self.seconds += perf_counter() - began
         if self.number % config.save_every == 0 or self.over:
             self._save()
 
-    def _measure(self) -> None:
+    def _measured(self) -> None:
         config, curriculum = self.config, self.curriculum
-        seen = evaluate(self.model, self.tasks[curriculum.length], config.eval_rows, config.seed, "validation")
+        seen = self.measure()
         entry = {
             "step": self.number,
             "length": curriculum.length,
-            "phase": curriculum.phase if self.routed else config.mode,
+            "phase": curriculum.phase,
             "loss": sum(self.losses) / max(1, len(self.losses)),
             **seen,
-            "penalty": list(curriculum.weights) if self.routed else [0.0] * config.layers,
+            "penalty": list(curriculum.weights),
         }
         self.losses = []
         self.history.append(entry)
-        solved = seen["accuracy"] >= config.solved and curriculum.last_stage
-        if solved and (self.best is None or seen["usage"] < self.best["usage"]):
-            kept = {name: value.clone() for name, value in self.model.state_dict().items()}
-            self.best = {"step": self.number, "usage": seen["usage"], "weights": kept}
+        # Sparse enough, then right, then sparser still.
+        rank = [max(seen["usage"], self.enough()), -seen["accuracy"], seen["usage"]]
+        solved = seen["accuracy"] >= config.solved and curriculum.last_stage and not curriculum.soft
+        if solved and (self.best is None or rank <= self.best["rank"]):
+            kept = {name: value.clone() for name, value in self.trained.state_dict().items()}
+            self.best = {"step": self.number, "rank": rank, "weights": kept}
         self.notify(
-            f"step {self.number}/{config.steps}: length {entry['length']}, {entry['phase']}, loss {entry['loss']:.3f}, "
+            f"step {self.number}/{config.steps}: {self.where()}, {entry['phase']}, loss {entry['loss']:.3f}, "
             f"accuracy {seen['accuracy']:.1%}, usage {seen['usage']:.2%}, "
             f"penalty {max(entry['penalty']):.3f} ({self.seconds / self.number:.2f} s a step)"
         )
-        if config.mode == "curriculum":
-            self.settled += curriculum.done
-            if not curriculum.done or seen["accuracy"] < config.floor:
-                curriculum.update(seen["accuracy"], seen["usage_per_layer"])
-        elif config.mode != "joint" and seen["accuracy"] >= config.solved:  # a baseline only lengthens
-            if curriculum.last_stage:
-                self.settled = config.settle + 1
-            else:
-                curriculum.stage += 1
+        self.advance(seen)
 
-    # -- ends and interruptions --------------------------------------------------------------------------
+    # -- interruptions -----------------------------------------------------------------------------------
 
     def _save(self) -> None:
         state = {
             "config": self.config.to_dict(),
-            "model": self.model.state_dict(),
+            "model": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "curriculum": self.curriculum.state(),
             "random": torch.get_rng_state(),
             "run": {name: getattr(self, name) for name in _STATE},
         }
-        unfinished = self.out / (_CHECKPOINT + ".part")
+        unfinished = self.out / (CHECKPOINT + ".part")
         torch.save(state, unfinished)
-        unfinished.replace(self.out / _CHECKPOINT)  # a checkpoint is whole or not there
+        unfinished.replace(self.out / CHECKPOINT)  # a checkpoint is whole or not there
 
     def _load(self, saved: Path) -> None:
-        state = torch.load(saved, map_location=self.model.device, weights_only=True)
+        device = next(self.trained.parameters()).device
+        state = torch.load(saved, map_location=device, weights_only=True)
         self.config.check_resumable(state["config"])
-        self.model.load_state_dict(state["model"])
+        self.trained.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.curriculum.load(state["curriculum"])
         torch.set_rng_state(state["random"].cpu())
         for name, value in state["run"].items():
             setattr(self, name, value)
 
-    def finish(self) -> dict[str, Any]:
-        config = self.config
-        if self.best is not None:
-            self.model.load_state_dict(self.best["weights"])
-        tested = evaluate(self.model, self._task(config.length), config.test_rows, config.seed, "test")
-        result = {
-            "task": config.task,
-            "distance": config.distance,
-            "seed": config.seed,
-            "mode": config.mode,
-            **tested,
-            "least_usage": self._task(config.length).least_usage(config.layers),
+    def result(self) -> dict[str, Any]:
+        """What every result holds of the training."""
+        return {
             "solved": self.best is not None,
             "steps": self.number,
             "best_step": self.best["step"] if self.best is not None else self.number,
             "seconds": self.seconds,
-            "command": config.command(),
-            "config": config.to_dict(),
+            "command": self.config.command(),
+            "config": self.config.to_dict(),
             "environment": environment(),
             "history": self.history,
         }
+
+
+class RecallRun(CurriculumRun):
+    """A small model learns to recall."""
+
+    def __init__(self, config: RoutedAttentionConfig, notify: Callable[[str], None]) -> None:
+        rules = config.rules()
+        self.tasks = [_task_of(config, *stage) for stage in zip(rules.lengths, rules.pairs, strict=True)]
+        many = config.task == "mqar"
+        stages = [f"{task.length} ({task.pairs} pairs)" if many else str(task.length) for task in self.tasks]
+        self.title = f"{config.task}, {config.mode}, lengths {', '.join(stages)}"
+        torch.manual_seed(config.seed)
+        self.model = build(config).to("cuda" if torch.cuda.is_available() else "cpu").train()
+        curriculum = Curriculum(rules, config.layers, soft=config.mode == "curriculum")
+        if config.mode == "joint":
+            curriculum.weights = [config.penalty] * config.layers
+        super().__init__(config, self.model, curriculum, notify)
+
+    @property
+    def task(self) -> RecallTask:
+        """What is trained on now."""
+        return self.tasks[self.curriculum.stage]
+
+    @property
+    def questions(self) -> int:
+        return self.task.asks
+
+    def where(self) -> str:
+        many = f" with {self.task.pairs} pairs" if self.config.task == "mqar" else ""
+        return f"length {self.task.length}{many}"
+
+    def enough(self) -> float:
+        return (self.curriculum.rules.target or 0.0) * self.tasks[-1].least_usage(self.config.layers)
+
+    def loss(self) -> tuple[Tensor, Tensor, Tensor]:
+        config, task = self.config, self.task
+        rows = max(config.least_rows, config.tokens_per_batch // task.length)
+        batch = task.batch(rows, config.seed, self.number)
+        self._blend(self.curriculum.soft)
+        output = self.model(batch.input_ids.to(self.model.device))
+        targets = batch.targets.to(self.model.device).flatten()
+        loss = F.cross_entropy(output.logits.flatten(0, 1), targets, ignore_index=IGNORED)
+        return loss, output.route_logits, output.gates
+
+    def measure(self) -> dict[str, Any]:
+        config = self.config
+        self._blend(self.curriculum.soft)
+        return evaluate(self.model, self.task, config.eval_rows, config.seed, "validation")
+
+    def _blend(self, soft: bool) -> None:
+        """Blend by probability if `soft`; where few attend in long texts, train on the gathered queries alone."""
+        usage = self.history[-1]["usage"] if self.history else 1.0
+        sparse = not soft and usage < _SPARSE and self.task.length >= _LONG
+        for layer in self.model.layers:
+            layer.mix.soft, layer.mix.blend = soft, self.config.blend and not sparse
+
+    def advance(self, seen: dict[str, Any]) -> None:
+        config, curriculum = self.config, self.curriculum
+        if config.mode == "curriculum":
+            super().advance(seen)
+        elif config.mode != "joint" and seen["accuracy"] >= config.solved:  # a baseline only lengthens
+            if curriculum.last_stage:
+                self.settled = config.settle + 1
+            else:
+                curriculum.stage += 1
+
+    def finish(self) -> dict[str, Any]:
+        """Test the model, save it and its result; returns the latter."""
+        config, final = self.config, self.tasks[-1]
+        self._blend(False)
+        tested = evaluate(self.model, final, config.test_rows, config.seed, "test")
+        told = {name: getattr(config, name) for name in ("task", "distance", "seed", "mode")}
+        result = {**told, **tested, "least_usage": final.least_usage(config.layers), **self.result()}
+        result["example"] = example(self.model, final, config.seed)
         self.model.eval().save_pretrained(self.out)
         (self.out / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         self.notify(f"test: accuracy {result['accuracy']:.1%}, usage {result['usage']:.3%} of position-layer slots")
         return result
+
+
+def _task_of(config: RoutedAttentionConfig, length: int, pairs: int) -> RecallTask:
+    """The final task at its length; what comes before asks as often as there is room for, for a dense signal."""
+    final = (length, pairs) == (config.length, config.pairs)
+    return RecallTask(config.task, length, pairs, config.queries if final else (length - 2 * pairs) // 2)
 
 
 _STATE = ("number", "settled", "seconds", "losses", "history", "best")

@@ -1,0 +1,321 @@
+"""Routed attention in a pretrained model: its own attention where a router asks for it, a short convolution elsewhere.
+
+Of a converted layer everything stays as it was pretrained: projections, rotary positions, cache. What is added is a
+router and, for each head, the weights of a causal convolution over the last few *values*: attention whose scores are
+known before the text is, since distance alone decides. Both use the value and output projections that are there:
+
+    local[t]    = sum_j taps[head, j] value[t - j]        j = 0 .. taps - 1
+    attend[t]   = router([x[t] ; local[t]]) > 0
+    y[t]        = output(attention[t] if attend[t] else local[t])
+
+Keys and values are made and cached for every position, so whoever attends later sees all of them; positions that do not
+attend make no query and no score. All that a router and a convolution need of the past stands in the cache of values,
+so rollback, batches and slots work as for any layer.
+
+The taps begin as the mean of what each head's attention gives to each distance (`measure`): the model is near its own
+output before anything is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layerwise.model.backbone import Backbone
+from layerwise.model.routed_attention import CHUNK, Mixing, Routing, causal_filter, gumbel_sigmoid
+
+FILE = "routed_layers.safetensors"
+_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FITTING = ("LlamaAttention", "Qwen2Attention", "MistralAttention")
+
+
+class RoutedSelfAttention(nn.Module):
+    """Stands in for `attention` (of a Llama, Qwen2 or Mistral layer), which it reads and does not own.
+
+    Attributes:
+        mixing: "routed", or "attention" or "convolution" everywhere.
+        routing: what the router said in the last call; see `Routing`.
+        measuring: add up what attention gives to each distance, for `start`.
+
+    Raises:
+        ValueError: attention of another kind.
+    """
+
+    def __init__(self, attention: nn.Module, taps: int = 16, router_width: int = 64) -> None:
+        super().__init__()
+        kind = type(attention).__name__
+        if kind not in _FITTING or getattr(attention, "sliding_window", None):
+            raise ValueError(f"{kind} cannot be routed: {', '.join(_FITTING)} without a sliding window can")
+        self._attention = (attention,)  # in a tuple: its weights are the base's, neither trained nor saved with these
+        self.head_dim = attention.head_dim
+        self.heads = attention.q_proj.out_features // self.head_dim
+        self.kv_heads = attention.k_proj.out_features // self.head_dim
+        hidden, inner = attention.q_proj.in_features, attention.q_proj.out_features
+        self.taps = nn.Parameter(torch.zeros(self.heads, taps))
+        self.router = nn.Sequential(
+            nn.Linear(hidden + inner, router_width), nn.GELU("tanh"), nn.Linear(router_width, 1)
+        )
+        nn.init.zeros_(self.router[-1].weight)
+        nn.init.constant_(self.router[-1].bias, 1.0)  # three of four attend before training
+        self.mixing: Mixing = "routed"
+        self.routing: Routing | None = None
+        self.measuring: list[Tensor] | None = None
+
+    @property
+    def attention(self) -> nn.Module:
+        return self._attention[0]
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        position_ids: Tensor | None = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        """As the attention it stands for: (rows, width, hidden size) to the same shape.
+
+        `position_ids` (1 or rows, width) are also each column's index among the keys: rows are packed to the left.
+        """
+        assert position_ids is not None, "the runtime tells positions"
+        layer = self.attention
+        keys, values = (_heads(project(hidden_states), self.head_dim) for project in (layer.k_proj, layer.v_proj))
+        keys = _rotated(keys, *position_embeddings)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, layer.layer_idx)
+        seen = _Seen(hidden_states, position_embeddings, position_ids, attention_mask, keys, values)
+        if self.measuring is not None:
+            self.measuring.append(self._given_to_distances(seen))
+        if self.mixing == "attention":
+            return layer.o_proj(self._everywhere(seen)), None
+        mixed = self._local(seen)
+        if self.mixing == "routed":
+            self.routing = routing = self._route(hidden_states, mixed)
+            if torch.is_grad_enabled():
+                gate = routing.gate[..., None]
+                mixed = (1 - gate) * mixed + gate * self._everywhere(seen)
+            else:
+                mixed = self._attend(seen, mixed, routing.gate > 0)
+        return layer.o_proj(mixed), None
+
+    def _route(self, hidden: Tensor, local: Tensor) -> Routing:
+        weight = self.router[0].weight
+        logits = self.router(torch.cat((hidden, local), -1).to(weight.dtype))[..., 0]
+        gate = gumbel_sigmoid(logits, 1.0) if self.training else (logits > 0).to(logits.dtype)
+        return Routing(gate.to(hidden.dtype), logits)
+
+    # -- convolution -----------------------------------------------------------------------------------------
+
+    def _local(self, seen: _Seen) -> Tensor:
+        """Values filtered by each head's taps, (rows, width, heads times head size)."""
+        starts = seen.places[:, 0].tolist()
+        if len(set(starts)) == 1:
+            return self._filtered(seen.values, starts[0], seen.width)
+        rows = (self._filtered(seen.values[row : row + 1], start, seen.width) for row, start in enumerate(starts))
+        return torch.cat(list(rows))
+
+    def _filtered(self, values: Tensor, start: int, width: int) -> Tensor:
+        reach = self.taps.shape[1] - 1
+        window = values[:, :, max(0, start - reach) : start + width]
+        window = F.pad(window, (0, 0, reach + width - window.shape[2], 0))  # nothing stands before the text
+        window = window.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        return causal_filter(window.transpose(1, 2).flatten(2), self.taps)
+
+    def _given_to_distances(self, seen: _Seen) -> Tensor:
+        """Mean attention (heads, taps) that a head gives to the position j before, over positions that have one."""
+        queries = _rotated(_heads(self.attention.q_proj(seen.hidden), self.head_dim), *seen.rotary)
+        keys = seen.keys.repeat_interleave(self.heads // self.kv_heads, dim=1)
+        scores = (queries @ keys.transpose(2, 3)).float() * self.attention.scaling
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        given = scores.masked_fill(ahead, float("-inf")).softmax(-1)
+        means = [given.diagonal(-j, 2, 3).mean((0, 2)) for j in range(self.taps.shape[1])]
+        return torch.stack(means, dim=1)
+
+    # -- attention -------------------------------------------------------------------------------------------
+
+    def _everywhere(self, seen: _Seen) -> Tensor:
+        """Attention of all positions (rows, width, heads times head size)."""
+        queries = _rotated(_heads(self.attention.q_proj(seen.hidden), self.head_dim), *seen.rotary)
+        causal = seen.mask is None and seen.width > 1
+        return self._score(queries, seen.keys, seen.values, seen.mask, causal)
+
+    def _attend(self, seen: _Seen, mixed: Tensor, attends: Tensor) -> Tensor:
+        """`mixed` with the positions that attend (rows, width) replaced by attention; the others cost nothing."""
+        counts = attends.sum(1)
+        most = int(counts.max())
+        if most == 0:
+            return mixed
+        if most == seen.width and bool((counts == most).all()):
+            return self._everywhere(seen)
+        # Each row's routed columns, in order; rows that have fewer are filled up and these dropped again below.
+        columns = attends.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        spread = columns[..., None].expand(-1, -1, mixed.shape[-1])
+        asked = seen.hidden.gather(1, columns[..., None].expand(-1, -1, seen.hidden.shape[-1]))
+        rotary = tuple(_picked(one, columns) for one in seen.rotary)
+        queries = _rotated(_heads(self.attention.q_proj(asked), self.head_dim), *rotary)
+        places = _picked(seen.places, columns)
+        chosen = attends.gather(1, columns)
+        outputs = []
+        for first in range(0, most, CHUNK):
+            part = slice(first, first + CHUNK)
+            end = int(places[:, part].max()) + 1  # nothing later is seen by any of these
+            allowed = self._allowed(seen, columns[:, part], places[:, part], end)
+            outputs.append(
+                self._score(queries[:, :, part], seen.keys[:, :, :end], seen.values[:, :, :end], allowed, False)
+            )
+        attended = torch.where(chosen[..., None], torch.cat(outputs, dim=1), mixed.gather(1, spread))
+        return mixed.scatter(1, spread, attended)
+
+    def _allowed(self, seen: _Seen, columns: Tensor, places: Tensor, end: int) -> Tensor | None:
+        """The mask (rows, 1, queries, end) of the queries in `columns`, which stand at `places`."""
+        if seen.mask is not None:
+            rows = torch.arange(len(columns), device=columns.device)[:, None]
+            return seen.mask.expand(len(columns), -1, -1, -1)[rows, 0, columns, :end][:, None]
+        if places.numel() == 1:
+            return None
+        return (torch.arange(end, device=places.device) <= places[..., None])[:, None]
+
+    def _score(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
+        mixed = F.scaled_dot_product_attention(
+            queries,
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=causal,
+            scale=self.attention.scaling,
+            enable_gqa=self.heads != self.kv_heads,
+        )
+        return mixed.transpose(1, 2).flatten(2)
+
+
+class _Seen:
+    """What one call was given: hidden states, rotary embedding, places, mask, and all keys and values."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        places: Tensor,
+        mask: Tensor | None,
+        keys: Tensor,
+        values: Tensor,
+    ) -> None:
+        self.hidden, self.rotary, self.places, self.mask = hidden, rotary, places, mask
+        self.keys, self.values, self.width = keys, values, hidden.shape[1]
+
+
+def _heads(states: Tensor, size: int) -> Tensor:
+    """(rows, width, heads times size) to (rows, heads, width, size)."""
+    return states.unflatten(-1, (-1, size)).transpose(1, 2)
+
+
+def _rotated(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary positions in the rotate-half form; `cosine` and `sine` (1 or rows, width, head size)."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
+
+
+def _picked(values: Tensor, columns: Tensor) -> Tensor:
+    """`values` (1 or rows, width, ...) at `columns` (rows, count)."""
+    rows = torch.arange(len(columns), device=columns.device)[:, None]
+    return values.expand(len(columns), *values.shape[1:])[rows, columns]
+
+
+# -- all converted layers ----------------------------------------------------------------------------------------------
+
+
+class RoutedLayers(nn.Module):
+    """The converted layers of `backbone`; `attach` makes the backbone use them. See the module's text.
+
+    Raises:
+        ValueError: there is no such layer, or its attention is of a kind that does not fit.
+    """
+
+    def __init__(self, backbone: Backbone, layers: Iterable[int], taps: int = 16, router_width: int = 64) -> None:
+        super().__init__()
+        self.numbers = tuple(sorted(set(layers)))
+        if not self.numbers or not 0 <= self.numbers[0] <= self.numbers[-1] < backbone.depth:
+            raise ValueError(f"layers to convert must be among 0-{backbone.depth - 1}: name one at least")
+        self.sizes = {"taps": taps, "router_width": router_width}
+        self.layers = nn.ModuleDict(
+            {str(n): RoutedSelfAttention(backbone.layers[n].self_attn, taps, router_width) for n in self.numbers}
+        ).to(backbone.device)
+
+    def __iter__(self) -> Iterator[RoutedSelfAttention]:
+        return iter(self.layers.values())
+
+    def attach(self, backbone: Backbone) -> None:
+        """Run these instead of the backbone's own attention."""
+        backbone.attention = {number: self.layers[str(number)] for number in self.numbers}
+
+    @contextmanager
+    def mixing(self, mixing: Mixing) -> Iterator[None]:
+        """ "attention" is the pretrained model."""
+        before = [layer.mixing for layer in self]
+        for layer in self:
+            layer.mixing = mixing
+        try:
+            yield
+        finally:
+            for layer, kind in zip(self, before, strict=True):
+                layer.mixing = kind
+
+    def routing(self) -> Routing:
+        """What the routers said in the last pass: gates and logits (layers, rows, width)."""
+        said = [layer.routing for layer in self]
+        assert all(one is not None for one in said), "no pass was routed yet"
+        return Routing(torch.stack([one.gate for one in said]), torch.stack([one.logits for one in said]))
+
+    @contextmanager
+    def measure(self) -> Iterator[None]:
+        """Set the taps to what attention gives to each distance in the passes made inside; rows without padding."""
+        for layer in self:
+            layer.measuring = []
+        try:
+            with self.mixing("attention"):
+                yield
+            with torch.no_grad():
+                for layer in self:
+                    layer.taps.copy_(torch.stack(layer.measuring).mean(0))
+        finally:
+            for layer in self:
+                layer.measuring = None
+
+    # -- saving ------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> None:
+        """Write taps and routers; the rest is the base's."""
+        from safetensors.torch import save_file
+
+        about = {"layers": " ".join(map(str, self.numbers)), **{name: str(size) for name, size in self.sizes.items()}}
+        tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+        save_file(tensors, str(Path(folder) / FILE), metadata={"format": "pt", **about})
+
+    @classmethod
+    def load(cls, folder: str | Path, backbone: Backbone) -> RoutedLayers:
+        """Read what `save` wrote, for the same base.
+
+        Raises:
+            ValueError: the file is missing, damaged or made for a model of another shape.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder) / FILE
+        try:
+            with safe_open(str(path), "pt") as file:
+                about = file.metadata()
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            numbers = [int(number) for number in about["layers"].split()]
+            made = cls(backbone, numbers, int(about["taps"]), int(about["router_width"]))
+            made.load_state_dict(tensors)
+        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the routed layers '{path}' cannot be loaded: {reason}") from error
+        return made.eval().requires_grad_(False)

@@ -1,0 +1,170 @@
+"""Routed attention in a pretrained model: its own output where all attend, laws of cache and batch, real skipping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_causal_lm import one_line
+from test_routed_attention import CLOSE, Counter
+from torch import Tensor
+
+from layerwise import attach, from_pretrained
+from layerwise.model.causal_lm import LayerwiseForCausalLM
+from layerwise.training.curriculum import RoutedTextConfig
+from layerwise.training.routed_text import TextRun, convert, cut
+
+KINDS = ["llama", "qwen2", "mistral"]
+
+
+def routed(kind: str = "llama", layers: tuple[int, ...] = (0, 2, 5)) -> LayerwiseForCausalLM:
+    """A tiny model whose routers and taps are random: about half of the positions attend."""
+    model = attach(tiny.model(kind))
+    torch.manual_seed(1)
+    for layer in convert(model, layers, taps=5, router_width=8):
+        with torch.no_grad():
+            layer.taps += 0.3 * torch.randn_like(layer.taps)
+            layer.router[-1].weight += torch.randn_like(layer.router[-1].weight)
+            layer.router[-1].bias.zero_()
+    return model.eval()
+
+
+def ids(rows: int, width: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, tiny.VOCABULARY, (rows, width), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_attention_everywhere_is_the_pretrained_model(kind: str) -> None:
+    model, tokens = routed(kind), ids(2, 30)
+    with torch.no_grad():
+        expected = tiny.model(kind)(tokens).logits
+        assert not torch.allclose(model(tokens).logits, expected, **CLOSE)
+        with model.routed_layers.mixing("attention"):
+            torch.testing.assert_close(model(tokens).logits, expected, **CLOSE)
+        torch.testing.assert_close(model.base(tokens).logits, expected, **CLOSE)  # left as it was
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_routed_pass_equals_the_blend(kind: str) -> None:
+    """With gradients both are computed everywhere and blended by the same hard gates."""
+    model, tokens = routed(kind), ids(3, 40)
+    mask = torch.arange(40)[None] < torch.tensor([[40], [23], [7]])
+    blended = model(tokens, attention_mask=mask.long()).logits
+    usage = model.routed_layers.routing().gate.mean()
+    assert 0.1 < usage < 0.9
+    with torch.no_grad():
+        gathered = model(tokens, attention_mask=mask.long()).logits
+    torch.testing.assert_close(gathered[mask], blended[mask], **CLOSE)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_cached_equals_uncached_in_a_batch_of_different_lengths(kind: str) -> None:
+    model, lengths = routed(kind), (20, 9)
+    rows = [ids(1, length + 8, seed) for seed, length in enumerate(lengths)]
+    prompt, mask = torch.zeros(2, 20, dtype=torch.long), torch.zeros(2, 20, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        prompt[row, :length], mask[row, :length] = rows[row][0, :length], 1
+    with torch.no_grad():
+        output = model(prompt, attention_mask=mask, use_cache=True)
+        cache, found = output.past_key_values, [[], []]
+        for at, width in ((0, 1), (1, 1), (2, 3), (5, 3)):
+            new = torch.cat([rows[row][:, length + at : length + at + width] for row, length in enumerate(lengths)])
+            logits = model(new, past_key_values=cache).logits
+            for row in range(2):
+                found[row].append(logits[row])
+        for row, length in enumerate(lengths):
+            torch.testing.assert_close(torch.cat(found[row]), model(rows[row]).logits[0, length:], **CLOSE)
+
+
+def test_causality() -> None:
+    model, tokens = routed(), ids(1, 30)
+    changed = tokens.clone()
+    changed[0, 16:] = ids(1, 14, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(model(changed).logits[:, :16], model(tokens).logits[:, :16], **CLOSE)
+
+
+def test_positions_that_do_not_attend_make_no_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = routed(layers=tuple(range(tiny.LAYERS))), ids(1, 40)
+    count = Counter(monkeypatch)
+    with torch.no_grad():
+        model(tokens)
+    assert count.queries == int(model.routed_layers.routing().gate.sum()) < 40 * tiny.LAYERS
+
+
+def test_the_taps_begin_as_mean_attention() -> None:
+    """Where each head attends by distance alone, the convolution is attention: here, all weights equal."""
+    model = attach(tiny.model("llama"))
+    for layer in model.runtime.backbone.layers:
+        layer.self_attn.q_proj.weight.data.zero_()
+    layers = convert(model, (1,), taps=3, router_width=4)
+    with torch.no_grad(), layers.measure():
+        model(ids(2, 3))
+    expected = torch.tensor([(1 + 1 / 2 + 1 / 3) / 3, (1 / 2 + 1 / 3) / 2, 1 / 3])
+    for head in next(iter(layers)).taps.detach():
+        torch.testing.assert_close(head, expected)
+
+
+def test_generate_save_and_load(tmp_path: Path) -> None:
+    tiny.model("llama").save_pretrained(tmp_path / "base")
+    model = from_pretrained(tmp_path / "base", engine="eager")
+    prompt, options = ids(2, 12), {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    plain = model.generate(prompt, **options)
+    torch.manual_seed(2)
+    for layer in convert(model, (1, 4), 4, 8):
+        torch.nn.init.normal_(layer.taps)
+        torch.nn.init.normal_(layer.router[-1].weight)
+    model.eval()
+    expected = model.generate(prompt, **options)
+    assert not torch.equal(expected, plain)
+    torch.testing.assert_close(model.generate(prompt, use_cache=False, **options), expected)
+    assert torch.equal(model.generate(prompt, draft="exit:3", **options), expected)
+    model.save_pretrained(tmp_path / "adapter")
+    again = from_pretrained(tmp_path / "adapter", engine="eager")
+    assert again.routed_layers.numbers == (1, 4)
+    assert torch.equal(again.generate(prompt, **options), expected)
+
+
+def test_mistakes_are_one_line(tmp_path: Path) -> None:
+    one_line(lambda: convert(attach(tiny.model("gemma3")), (), 4, 8), "Gemma3Attention", "LlamaAttention")
+    one_line(lambda: convert(attach(tiny.model("llama")), (7,), 4, 8), "0-5")
+    one_line(lambda: cut([[1, 2, 3]], 4), "text-length")
+    one_line(lambda: RoutedTextConfig(out=str(tmp_path), taps=0), "taps")
+
+
+# -- training ----------------------------------------------------------------------------------------------------
+
+
+def run(out: Path, **changes: Any) -> TextRun:
+    given = {"steps": 6, "eval_every": 2, "save_every": 2, "eval_rows": 4, "test_rows": 4, "taps": 4, "text_length": 16}
+    given |= {"router_width": 8, "rows": 2, "convert": "1-4", "solved": 0.01, "floor": 0.01, "learning_rate": 0.05}
+    config = RoutedTextConfig(out=str(out), **{**given, **changes})
+    texts = {split: ids(8, 16, seed) for seed, split in enumerate(("train", "validation", "test"))}
+    return TextRun(config, attach(tiny.model("llama")), texts, lambda line: None)
+
+
+def test_the_penalty_lowers_usage_and_touches_the_base_nowhere(tmp_path: Path) -> None:
+    training = run(tmp_path, steps=40, usage_target=0.2)
+    before = {name: value.clone() for name, value in training.model.base.state_dict().items()}
+    training.run(resume=False)
+    result = training.finish()
+    first = training.history[0]["usage"]
+    assert result["usage"] < 0.6 * first and result["perplexity"] > 1
+    assert result["base_perplexity"] != result["convolution_perplexity"]
+    assert all(torch.equal(before[name], value) for name, value in training.model.base.state_dict().items())
+
+
+def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
+    whole = run(tmp_path / "whole")
+    whole.run(resume=False)
+    broken = run(tmp_path / "broken")
+    broken.begin(resume=False)
+    for _ in range(2):
+        broken.step()
+    broken = run(tmp_path / "broken")
+    broken.run(resume=True)
+    ours, theirs = broken.routed.state_dict(), whole.routed.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

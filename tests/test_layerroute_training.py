@@ -152,6 +152,16 @@ def test_only_layers_that_cost_least_may_be_skipped() -> None:
     assert made.bias[first].item() == pytest.approx(0.5) and made.bias[second].item() == pytest.approx(1.0)
 
 
+def test_held_gates_get_no_gradient_and_cost_nothing() -> None:
+    made = module(objective="quality", hold=0.5, penalty=0.3)
+    made.steps = 10
+    held, free = made(IDS, LABELS, MASK, step=4), made(IDS, LABELS, MASK, step=5)
+    assert "weight" not in gradients(made, held["loss"]) and "weight" in gradients(made, free["loss"])
+    torch.testing.assert_close(held["loss"], held["routed_loss"][0], **CLOSE)
+    torch.testing.assert_close(held["routed_loss"], free["routed_loss"], **CLOSE)
+    assert made.rows_seen == 4  # the dual variable does not move while gates are held
+
+
 def test_the_tolerance_falls() -> None:
     made = module(objective="quality", tolerance=0.02, tolerance_start=0.32)
     made.steps = 30

@@ -197,6 +197,10 @@ class LayerRouteRecipe:
     start_closed: str | None = field(
         default=None, metadata=_help("Layers whose gates begin closed; paper: the middle third, else none.")
     )
+    hold: float = field(
+        default=0.0,
+        metadata=_help("Share of the steps, at first, in which gates stay as they begin; LoRA learns alone."),
+    )
     start_bias: float = field(default=1.0, metadata=_help("Bias of gates that begin open; closed ones have its minus."))
     reads: Reads | None = field(
         default=None, metadata=_help("What a router sees: mean, or last token, of the prompt; paper: mean, else last.")
@@ -222,6 +226,7 @@ class LayerRouteRecipe:
         rate = self.router_learning_rate
         _require(rate is None or rate > 0, f"router-learning-rate must be above 0, not {rate}")
         _require(0 <= self.lora_dropout < 1, f"lora-dropout must be at least 0 and below 1, not {self.lora_dropout}")
+        _require(0 <= self.hold < 1, f"hold must be at least 0 and below 1, not {self.hold}")
         _require(self.rank >= 1, f"rank must be 1 or more, not {self.rank}")
         layers_of(self.keep)
         layers_of(self.start_closed or "")

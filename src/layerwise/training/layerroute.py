@@ -50,7 +50,7 @@ STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor
 DIRECTIONS = 8  # that a router which reads the last token sees
 PROMPTS = 64  # they are found with so many
 MEASURED = 8  # of these, without each layer in turn
-EASING = 2 / 3  # of the steps, over which the tolerance falls
+EASING = 2 / 3  # of the steps that are not held, over which the tolerance falls
 
 __all__ = ["LayerRoute", "LayerRouteConfig", "LayerRouteRecipe", "LayerRouteTrainer", "train"]
 
@@ -192,14 +192,17 @@ class LayerRoute(nn.Module):
             run = torch.tensor([float(len(plan)) for plan in plans], device=hidden.device)
             losses, positions = self.row_losses(deep, packed, counts)
             return self._report(losses.sum(), losses, positions, run, real)
-        engine = _Mixed(runtime.backbone, Gates(self.model.policy, lengths))
+        held = step < self.recipe.hold * self.steps
+        engine = _Mixed(runtime.backbone, Gates(self.model.policy, lengths), held)
         frame = Frame(runtime.backbone, counts, width, hidden.device, hidden.dtype)
         deep = Runtime(runtime.backbone, engine).run(hidden, schedule(tuple(everything)), frame)
         losses, positions = self.row_losses(deep, packed, counts)
         soft, hard = torch.stack(engine.soft, 1).mean(1), torch.stack(engine.hard, 1).mean(1)
         of_real = real / real.sum().clamp(min=1)
         extra: dict[str, Tensor] = {}
-        if self.recipe.objective == "paper":
+        if held:
+            penalty = soft.new_zeros(())
+        elif self.recipe.objective == "paper":
             penalty = (soft * of_real).sum()
         elif self.recipe.objective == "budget":
             penalty = (hard * of_real).sum()
@@ -253,7 +256,11 @@ class LayerRoute(nn.Module):
         """Set the tolerance of this step: it falls geometrically, so that the LoRA may learn to do with less first."""
         end, start = self.recipe.tolerance, self.recipe.tolerance_start
         if start is not None:
-            left = max(0.0, 1 - step / (EASING * self.steps))
+            begin, until = (
+                self.recipe.hold * self.steps,
+                (self.recipe.hold + EASING * (1 - self.recipe.hold)) * self.steps,
+            )
+            left = min(1.0, max(0.0, (until - step) / (until - begin)))
             self.tolerance = end * (start / end) ** left
 
     @torch.no_grad()
@@ -278,15 +285,17 @@ class LayerRoute(nn.Module):
 class _Mixed(EagerEngine):
     """Runs every layer, and mixes what it gives by straight-through gates; keeps both kinds, (rows,) a layer."""
 
-    def __init__(self, backbone: Backbone, gates: Gates) -> None:
+    def __init__(self, backbone: Backbone, gates: Gates, held: bool) -> None:
         super().__init__(backbone)
         self.gates = gates
+        self.held = held  # whether gates get no gradient
         self.soft: list[Tensor] = []
         self.hard: list[Tensor] = []
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         soft, run = self.gates.decide(step.visit.layer, hidden)
-        hard = run.float() + (soft - soft.detach())  # in this order the value is exactly 0 or 1
+        # In this order the value is exactly 0 or 1.
+        hard = run.float() if self.held else run.float() + (soft - soft.detach())
         self.soft.append(soft)
         self.hard.append(hard)
         return hidden + hard[:, None, None].to(hidden.dtype) * (super().visit(step, hidden, frame) - hidden)

@@ -162,14 +162,19 @@ def test_held_gates_get_no_gradient_and_cost_nothing() -> None:
     assert made.rows_seen == 4  # the dual variable does not move while gates are held
 
 
-def test_the_tolerance_falls() -> None:
-    made = module(objective="quality", tolerance=0.02, tolerance_start=0.32)
-    made.steps = 30
-    found = []
-    for step in (0, 10, 20, 29):
-        made(IDS, LABELS, MASK, step=step)
-        found.append(made.tolerance)
-    assert found == pytest.approx([0.32, 0.08, 0.02, 0.02])
+def test_what_is_bearable_follows_the_mean_gap_down_to_the_tolerance() -> None:
+    made = module(objective="quality", tolerance=0.02, penalty=0.3)
+    gap = made(IDS, LABELS, MASK)["quality_gap"][0].item() / 4
+    penalties = []
+    for mean in (0.0, 10.0):  # all that was lost so far: nothing, much
+        made.gap = mean
+        found = made(IDS, LABELS, MASK)
+        penalties.append((found["loss"] - found["routed_loss"][0]).item())
+    assert penalties[0] < penalties[1]  # against a tolerance of 0.02 these gates should open, against 8 they may close
+    made.gap = 0.0
+    made.adapt(0.5)
+    made.adapt(1.0)
+    assert made.gap == pytest.approx(0.5 + 0.2 * 0.5) and abs(gap) > 0.02
 
 
 def test_evaluation_skips_and_gives_the_loss_of_training() -> None:

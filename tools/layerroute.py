@@ -36,7 +36,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "quality": {
         "penalty": 0.3,
         "tolerance": 0.02,
-        "tolerance_start": 0.3,
         "router_learning_rate": 2e-2,
         "start_bias": 0.5,
         "candidates": 12,

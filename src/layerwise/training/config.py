@@ -184,9 +184,6 @@ class LayerRouteRecipe:
     tolerance: float = field(
         default=0.02, metadata=_help("Quality: nats a token that an input may lose against full depth.")
     )
-    tolerance_start: float | None = field(
-        default=None, metadata=_help("Quality: tolerance to begin with; it falls over the first two thirds.")
-    )
     dual_rate: float = field(
         default=0.05, metadata=_help("Budget, quality: how fast the price follows its constraint.")
     )
@@ -217,7 +214,7 @@ class LayerRouteRecipe:
         if self.reads is not None:
             _choice("reads", self.reads, Reads)
         _require(0 < self.target <= 1, f"target must be above 0 and at most 1, not {self.target}")
-        for name in ("tolerance", "tolerance_start", "start_bias"):
+        for name in ("tolerance", "start_bias"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
         for name in ("penalty", "dual_rate", "weight_decay", "candidates"):

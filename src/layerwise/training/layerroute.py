@@ -14,8 +14,10 @@ What keeps gates from all staying open is the objective, beside the cross entrop
     paper     CE + penalty * mean soft. As published: the same price for every input, on a number that is not what runs.
     budget    CE + price * mean g. A dual variable moves the price until the mean of g is the target.
     quality   CE + price * mean(worth * g). An input's worth falls from 1 to -1 with its gap, the cross entropy that it
-              loses against full depth: 0 at the tolerance, below which it is pushed to skip, above which to run. The
-              price rises while the mean gap is below the tolerance and falls while it is above.
+              loses against full depth: 0 at what is bearable, below which it is pushed to skip, above which to run.
+              Bearable is 4/5 of the mean gap of the last steps, down to the tolerance: so inputs are first told apart
+              and then, as the LoRA learns to do with less, all brought to the tolerance. The price rises while the
+              mean gap is bearable and falls while it is not.
     none      CE, the same LoRA without routing: what the others are to be compared with.
 
 Means of gates are over rows and all layers. No objective knows of what kind an input is.
@@ -50,7 +52,8 @@ STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor
 DIRECTIONS = 8  # that a router which reads the last token sees
 PROMPTS = 64  # they are found with so many
 MEASURED = 8  # of these, without each layer in turn
-EASING = 2 / 3  # of the steps that are not held, over which the tolerance falls
+SHRINK = 0.8  # of the mean gap is borne while that is above the tolerance
+RECENT = 0.2  # weight of a step in the mean gap
 
 __all__ = ["LayerRoute", "LayerRouteConfig", "LayerRouteRecipe", "LayerRouteTrainer", "train"]
 
@@ -75,7 +78,7 @@ class LayerRoute(nn.Module):
         self.model = model
         self.recipe = recipe
         self.steps = steps
-        self.tolerance = recipe.tolerance if recipe.tolerance_start is None else recipe.tolerance_start
+        self.gap = 0.0  # of the last steps, on average; objective quality
         self.price = 0.0 if recipe.objective == "budget" else recipe.penalty
         # Numbers and not buffers: data parallel wrappers would overwrite them with those of the first process.
         self.seen, self.rows_seen = 0.0, 0.0  # what the dual variable is moved by, summed since it was
@@ -209,9 +212,10 @@ class LayerRoute(nn.Module):
             self._note(hard.detach(), real)
         else:
             # After the routed pass: autocast keeps the copies of weights it made, and these would have no gradient.
-            self._ease(step)
             gap = (losses.detach() - self._full_depth(hidden, packed, counts)) / positions.clamp(min=1)
-            worth = (1 - gap / self.tolerance).clamp(-1, 1)
+            # A tolerance that no input can meet yet would open every gate of every input.
+            bearable = max(self.recipe.tolerance, SHRINK * self.gap)
+            worth = (1 - gap / bearable).clamp(-1, 1)
             penalty = (worth * hard * of_real).sum()
             self._note(gap, real)
             extra["quality_gap"] = torch.stack([(gap * real).sum(), real.sum()])
@@ -242,26 +246,17 @@ class LayerRoute(nn.Module):
         """One step of the dual variable, after an optimizer step in which its constraint stood at `mean` (over rows).
 
         budget: `mean` is the share of layers run; the price rises while it is above the target, falls while below.
-        quality: `mean` is the gap; the price is multiplied, within a factor 100 of the penalty it began with.
+        quality: `mean` is the gap; the price is multiplied, within a factor 100 of the penalty it began with, and the
+        mean gap follows.
         """
         recipe = self.recipe
         if recipe.objective == "budget":
             self.price += recipe.dual_rate * (mean - recipe.target)
         elif recipe.objective == "quality":
-            by = max(-1.0, min(1.0, 1 - mean / self.tolerance))
+            by = max(-1.0, min(1.0, 1 - mean / max(recipe.tolerance, SHRINK * self.gap)))
             price = self.price * (1 + recipe.dual_rate * by)
+            self.gap = mean if self.gap == 0 else self.gap + RECENT * (mean - self.gap)
             self.price = max(recipe.penalty / 100, min(recipe.penalty * 100, price))
-
-    def _ease(self, step: int) -> None:
-        """Set the tolerance of this step: it falls geometrically, so that the LoRA may learn to do with less first."""
-        end, start = self.recipe.tolerance, self.recipe.tolerance_start
-        if start is not None:
-            begin, until = (
-                self.recipe.hold * self.steps,
-                (self.recipe.hold + EASING * (1 - self.recipe.hold)) * self.steps,
-            )
-            left = min(1.0, max(0.0, (until - step) / (until - begin)))
-            self.tolerance = end * (start / end) ** left
 
     @torch.no_grad()
     def _full_depth(self, hidden: Tensor, labels: Tensor, counts: Sequence[int]) -> Tensor:
@@ -324,14 +319,15 @@ class LayerRouteTrainer(RecipeTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            state = json.dumps({"price": self.model.price}) + "\n"
+            state = json.dumps({"price": self.model.price, "gap": self.model.gap}) + "\n"
             (Path(output_dir or self.args.output_dir) / STATE).write_text(state, encoding="utf-8")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         module, folder = self.model, Path(resume_from_checkpoint)
         try:
-            module.price = float(json.loads((folder / STATE).read_text(encoding="utf-8"))["price"])
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            module.price, module.gap = float(state["price"]), float(state["gap"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"'{folder}' is no checkpoint of this training: it has no readable {STATE}") from error
         if module.weight is not None:

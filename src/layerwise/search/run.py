@@ -64,7 +64,7 @@ def search(
     if known.get("calibration") == calibration:
         options = replace(options, prior=known["options"]["prior"])
     elif calibration and not known:
-        options = replace(options, prior=_prior(model, tokenizer, asked, options, calibration, notify))
+        options = replace(options, prior=training_prior(model, tokenizer, asked, options, calibration, notify))
     about = {
         "model": Path(name).name if name and Path(name).is_dir() else name,
         "fingerprint": fingerprint(base),
@@ -86,13 +86,13 @@ def search(
     return [records[question.id] for question in asked]
 
 
-def _prior(
+def training_prior(
     model: LayerwiseForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[Question],
     options: SearchOptions,
     calibration: int,
-    notify: Callable[[str], None],
+    notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """The prior from training questions of the tasks asked about; of their ends, for a search begins at the front."""
     tasks = [task for task in dict.fromkeys(question.task for question in asked) if task in IN_DOMAIN]

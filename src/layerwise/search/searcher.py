@@ -73,9 +73,7 @@ class Searcher:
 
     def __call__(self, question: Question) -> Record:
         """The record of `question`; depends on nothing but the model, the options and the question."""
-        options, depth = self.options, self.model.depth
-        book = Book(depth, self.evaluator(question).margins, options.simulations, options.price)
-        self._search(book, random.Random(f"{options.seed} {question.id}"))
+        options, book = self.options, self.search(question)
         worth = dict(zip(book.margins, book.values(list(book.margins)), strict=True))
         right = [plan for plan in sorted(worth, key=worth.__getitem__, reverse=True) if book.margins[plan] > 0]
         again = [plan for plan in right if plan != book.full][: options.retest]
@@ -102,15 +100,20 @@ class Searcher:
     def evaluator(self, question: Question, prompt: str | None = None) -> PathEvaluator:
         return PathEvaluator(self.model, self.tokenizer, question, prompt)
 
-    def _search(self, book: Book, chance: random.Random) -> None:
+    def search(self, question: Question, algorithm: str | None = None) -> Book:
+        """Every plan that a search (by the options' algorithm, or another) evaluates for `question`."""
         options = self.options
+        book = Book(self.model.depth, self.evaluator(question).margins, options.simulations, options.price)
+        chance = random.Random(f"{options.seed} {question.id}")
         shared = {"batch": options.batch, "prior": options.weight}
-        if options.algorithm == Algorithm.mcts:
+        algorithm = algorithm or options.algorithm
+        if algorithm == Algorithm.mcts:
             mcts(book, chance, width=options.width, exploration=options.exploration, **shared)
-        elif options.algorithm == Algorithm.greedy:
+        elif algorithm == Algorithm.greedy:
             greedy_search(book, chance, **shared)
         else:
             random_search(book, chance, **shared)
+        return book
 
     def _robust(self, question: Question, plans: Sequence[Plan]) -> set[Plan]:
         """Those of `plans` that win by the wanted margin on every variant of the prompt."""

@@ -327,3 +327,7 @@ def test_mistakes_are_one_line(given: Path, tmp_path: Path) -> None:
     lines = (given / "labels.jsonl").read_text().splitlines()
     empty.write_text("\n".join(lines[:2]) + "\n")
     one_line(lambda: drllm.train(config(given, tmp_path / "out", labels=str(empty))), "search more questions")
+    empty.write_text("\n".join([json.dumps({"about": {"fingerprint": "1", "model": "other"}}), *lines[1:]]) + "\n")
+    one_line(lambda: drllm.train(config(given, tmp_path / "out", labels=str(empty))), "other weights (other)")
+    empty.write_text("nonsense\n")
+    one_line(lambda: drllm.train(config(given, tmp_path / "out", labels=str(empty))), "no file of labels")

@@ -90,12 +90,12 @@ def train(config: DrLLMConfig, notify: Callable[[str], None] = lambda line: None
     """Train routers and save them as an adapter; `from_pretrained(adapter=...)` loads the folder it returns.
 
     Raises:
-        ValueError: the file holds no labels, names layers that the model lacks, or has too few paths to learn from.
+        ValueError: the file holds no labels, is of another model, or has too few paths to learn from.
     """
     from layerwise.sources import load_base, load_tokenizer
 
-    labels = read_labels(config.labels)[1]
     model = attach(load_base(config.model, config.precision).eval())
+    labels = labels_for(model, config.labels)
     material = gather(config, labels, model, load_tokenizer(config.model), notify)
     policy, record = (per_layer if config.form == "per-layer" else menu)(config, labels, material)
     model.policy = policy.rounded()
@@ -105,6 +105,16 @@ def train(config: DrLLMConfig, notify: Callable[[str], None] = lambda line: None
     written = {"config": config.to_dict() | names, **record}
     (Path(config.out) / RECORD).write_text(json.dumps(written, indent=2) + "\n", encoding="utf-8")
     return Path(config.out)
+
+
+def labels_for(model: LayerwiseForCausalLM, path: str | Path) -> list[Record]:
+    """The labels in a file; ValueError if they were searched with other weights than the model's."""
+    about, labels = read_labels(path)
+    if about.get("fingerprint", model.attached_to) != model.attached_to:
+        raise ValueError(
+            f"'{path}' was searched with other weights ({about.get('model')}): give that model, or search anew"
+        )
+    return labels
 
 
 def gather(

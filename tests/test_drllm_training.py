@@ -298,12 +298,12 @@ def test_candidates_begin_with_the_first_layer_and_half_are_short(given: Path) -
         drllm.candidate_plans([label | {"paths": []} for label in labels], FULL, RouterRecipe())
 
 
-def test_the_static_plan_is_the_best_that_is_short_enough(given: Path) -> None:
+def test_static_plans_are_better_than_all_shorter_ones(given: Path) -> None:
     labels = drllm.read_labels(given / "labels.jsonl")[1]
     paths = [{"plan": "0-3", "right": False}, {"plan": "0-4", "right": True}]
     made = [label | {"base": {"right": number % 2 == 0}, "paths": paths} for number, label in enumerate(labels)]
     found = drllm.static_plans(made, LAYERS)
-    assert (found["4"], found["5"], found["6"]) == ("0-3", "0-4", "0-4") and "3" not in found
+    assert found == {"4": "0-3", "5": "0-4"}  # the full plan is no better than the second
 
 
 @pytest.mark.parametrize("form", ["per-layer", "menu"])

@@ -171,9 +171,12 @@ class _Controls:
         chance = random.Random(self.seed)
         made = {"random": [random_plan(plan, layers, chance) for plan in routed]}
         made["shuffled"] = chance.sample(routed, len(routed))
-        depth = str(ceil(sum(plan.depth for plan in routed) / len(routed)))
-        if depth in self.record.get("static", {}):
-            made["static"] = [Plan.parse(self.record["static"][depth], layers)] * len(routed)
+        budget = ceil(sum(plan.depth for plan in routed) / len(routed))
+        fitting = {
+            float(depth): plan for depth, plan in self.record.get("static", {}).items() if float(depth) <= budget
+        }
+        if fitting:
+            made["static"] = [Plan.parse(fitting[max(fitting)], layers)] * len(routed)
         return made
 
 

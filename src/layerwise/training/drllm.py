@@ -239,9 +239,10 @@ def candidate_plans(labels: Sequence[Record], full: Plan, config: RouterRecipe) 
 
 
 def _only(label: Record, full: Plan, most: float, but: Sequence[Plan]) -> Record:
-    """The label with those of its paths that may come into the menu: at most so many layers, and not in `but`."""
+    """The label with those paths that may come into the menu: of at most so many layers, not `full`, not in `but`."""
     plans = [(Plan.parse(one["plan"], len(full)), one) for one in label["paths"]]
-    kept = [one for plan, one in plans if plan.depth <= most and plan.common_prefix(full) and plan not in but]
+    fits = [plan.depth <= most and plan.common_prefix(full) > 0 and plan not in (full, *but) for plan, _ in plans]
+    kept = [one for (_, one), fit in zip(plans, fits, strict=True) if fit]
     return label | {"paths": kept, "base": label["base"] | {"robust": False}}
 
 
@@ -326,7 +327,7 @@ def _counted(paths: Sequence[tuple[int, ...] | None]) -> Counter[str]:
 
 
 def static_plans(labels: Sequence[Record], layers: int) -> dict[str, str]:
-    """The best single plan of at most so many layers, by that number: what any router has to beat.
+    """The best single plans, by their layers, each better than all shorter ones: what any router has to beat.
 
     Best is the mean gain over the full plan on the questions that tried it, diluted by DOUBT questions without gain.
     """
@@ -337,8 +338,8 @@ def static_plans(labels: Sequence[Record], layers: int) -> dict[str, str]:
     gain = {Plan.parse(text, layers): sum(those) / (len(those) + DOUBT) for text, those in gains.items()}
     gain[Plan.full(layers)] = 0.0
     found: dict[str, str] = {}
-    for depth in range(1, 2 * layers + 1):
-        fitting = [plan for plan in gain if plan.depth <= depth]
-        if fitting:
-            found[str(depth)] = str(max(fitting, key=lambda plan: (gain[plan], -plan.depth)))
+    best = float("-inf")
+    for plan in sorted(gain, key=lambda plan: (plan.depth, -gain[plan])):
+        if gain[plan] > best:
+            found[f"{plan.depth:g}"], best = str(plan), gain[plan]
     return found

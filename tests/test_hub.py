@@ -236,7 +236,7 @@ def test_a_damaged_layerwise_json_is_refused(adapter: Path, tmp_path: Path, text
 @pytest.mark.parametrize(
     ("policy", "mention"),
     [
-        ({"kind": "router", "weights": "x"}, "unknown policy 'router'"),
+        ({"kind": "oracle", "weights": "x"}, "unknown policy 'oracle'"),
         ({}, "unknown policy"),
         ({"kind": "fixed", "plan": "0-6"}, "layer 6"),
         ({"kind": "fixed", "plan": "all"}, "all"),

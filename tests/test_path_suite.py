@@ -150,7 +150,7 @@ def adapter(request: pytest.FixtureRequest, base: Path, tmp_path: Path) -> Path:
     model = from_pretrained(base, engine="eager")
     model.policy = {"per-layer": per_layer, "menu": menu}[request.param]()
     save_adapter(model, tmp_path / "adapter")
-    static = {str(depth): "0-3 5" for depth in range(5, 13)}
+    static = {"3": "0-2", "5": "0-3 5", "12": "0-5"}
     held_out = {"macro_f1": 0.4, "macro_f1_always_execute": 0.3}
     (tmp_path / "adapter" / "training.json").write_text(json.dumps({"static": static, "held_out": held_out}))
     return tmp_path / "adapter"

@@ -157,9 +157,10 @@ def test_layers_run_as_often_as_decided(form: str) -> None:
 @both_forms
 def test_without_confidence_everything_runs_once(form: str) -> None:
     unsure = FORMS[form](size=0.0)
-    if form == "per-layer":
-        unsure.routers.outer_bias.zero_()
+    unsure.routers.outer_bias[:] = torch.tensor([0.0, 0.0, 0.2, 0.0][: unsure.routers.classes])
     model = attach(tiny.model("llama"))
+    model.policy = unsure
+    assert decided(model, IDS, attention_mask=MASK) == [MENU[2] if form == "menu" else plan_of([REPEAT] * LAYERS)] * 4
     model.policy = replace(unsure, threshold=0.5)
     assert decided(model, IDS, attention_mask=MASK) == [FULL] * 4
     model.policy = FORMS[form](size=100.0, threshold=0.5)

@@ -40,8 +40,8 @@ from layerwise.paths import cache_dir
 from layerwise.plan import Plan
 from layerwise.policies import RoutingPolicy
 from layerwise.policies.router import EXECUTE, MenuPolicy, plan_of
-from layerwise.search.labels import Record, read_labels, summary
-from layerwise.training.drllm import classes_or_counts, path_to_imitate
+from layerwise.search.labels import Record, summary
+from layerwise.training.drllm import classes_or_counts, labels_for, path_to_imitate
 from layerwise.training.features import decided_plans
 from layerwise.training.routers import macro_f1
 from layerwise.training.trainer import RECORD
@@ -110,11 +110,11 @@ def path_suite(
         `layers_saved`, `time_realised`, `controls`, `oracle`, `macro_f1`, `routes`; command, commit, environment.
 
     Raises:
-        ValueError: the model has no routing policy, or there is no such file of labels.
+        ValueError: the model has no routing policy, or there is no such file of labels, or it is of another model.
     """
     if not isinstance(model.policy, RoutingPolicy):
         raise ValueError(f"'{adapter}' decides nothing at the prompt: give an adapter of 'layerwise train drllm'")
-    searched = None if labels is None else read_labels(labels)[1]
+    searched = None if labels is None else labels_for(model, labels)
     record = _record(adapter)
     model.eval()
     folder = cache_dir("evaluation") if folder is None else folder
@@ -171,9 +171,12 @@ class _Controls:
         chance = random.Random(self.seed)
         made = {"random": [random_plan(plan, layers, chance) for plan in routed]}
         made["shuffled"] = chance.sample(routed, len(routed))
-        depth = str(ceil(sum(plan.depth for plan in routed) / len(routed)))
-        if depth in self.record.get("static", {}):
-            made["static"] = [Plan.parse(self.record["static"][depth], layers)] * len(routed)
+        budget = ceil(sum(plan.depth for plan in routed) / len(routed))
+        fitting = {
+            float(depth): plan for depth, plan in self.record.get("static", {}).items() if float(depth) <= budget
+        }
+        if fitting:
+            made["static"] = [Plan.parse(fitting[max(fitting)], layers)] * len(routed)
         return made
 
 

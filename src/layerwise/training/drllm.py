@@ -90,12 +90,12 @@ def train(config: DrLLMConfig, notify: Callable[[str], None] = lambda line: None
     """Train routers and save them as an adapter; `from_pretrained(adapter=...)` loads the folder it returns.
 
     Raises:
-        ValueError: the labels are none, belong to another model, or hold too few paths to learn from.
+        ValueError: the file holds no labels, is of another model, or has too few paths to learn from.
     """
     from layerwise.sources import load_base, load_tokenizer
 
-    labels = read_labels(config.labels)[1]
     model = attach(load_base(config.model, config.precision).eval())
+    labels = labels_for(model, config.labels)
     material = gather(config, labels, model, load_tokenizer(config.model), notify)
     policy, record = (per_layer if config.form == "per-layer" else menu)(config, labels, material)
     model.policy = policy.rounded()
@@ -107,6 +107,16 @@ def train(config: DrLLMConfig, notify: Callable[[str], None] = lambda line: None
     return Path(config.out)
 
 
+def labels_for(model: LayerwiseForCausalLM, path: str | Path) -> list[Record]:
+    """The labels in a file; ValueError if they were searched with other weights than the model's."""
+    about, labels = read_labels(path)
+    if about.get("fingerprint", model.attached_to) != model.attached_to:
+        raise ValueError(
+            f"'{path}' was searched with other weights ({about.get('model')}): give that model, or search anew"
+        )
+    return labels
+
+
 def gather(
     config: DrLLMConfig,
     labels: Sequence[Record],
@@ -116,7 +126,7 @@ def gather(
 ) -> Material:
     """Questions, prompts as tokens, paths to imitate, and who is held out."""
     questions = [question_of(label) for label in labels]
-    held_out = torch.tensor([split_of(one.prompt, config.held_out, 0.0) == "validation" for one in questions])
+    held_out = torch.tensor([is_held_out(one, config.held_out) for one in questions])
     paths = [path_to_imitate(label, model.depth) for label in labels]
     for name, those in (("held-out", held_out), ("training", ~held_out)):
         known = sum(paths[at] is not None for at in those.nonzero().squeeze(1).tolist())
@@ -130,6 +140,12 @@ def gather(
 def question_of(label: Record) -> Question:
     """The question that a label is of."""
     return Question(*(label[name] for name in ("task", "id", "prompt", "answer")), tuple(label["choices"]))
+
+
+def is_held_out(question: Question, share: float) -> bool:
+    """Whether the question trains nothing; by its text, so that it stays so when labels are added."""
+    # With a word before it: built-in questions come in the order of their own hashes, and the first ones are searched.
+    return split_of(f"held out {question.prompt}", validation=share, test=0.0) == "validation"
 
 
 def path_to_imitate(label: Record, layers: int) -> tuple[int, ...] | None:
@@ -223,9 +239,10 @@ def candidate_plans(labels: Sequence[Record], full: Plan, config: RouterRecipe) 
 
 
 def _only(label: Record, full: Plan, most: float, but: Sequence[Plan]) -> Record:
-    """The label with those of its paths that may come into the menu: at most so many layers, and not in `but`."""
+    """The label with those paths that may come into the menu: of at most so many layers, not `full`, not in `but`."""
     plans = [(Plan.parse(one["plan"], len(full)), one) for one in label["paths"]]
-    kept = [one for plan, one in plans if plan.depth <= most and plan.common_prefix(full) and plan not in but]
+    fits = [plan.depth <= most and plan.common_prefix(full) > 0 and plan not in (full, *but) for plan, _ in plans]
+    kept = [one for (_, one), fit in zip(plans, fits, strict=True) if fit]
     return label | {"paths": kept, "base": label["base"] | {"robust": False}}
 
 
@@ -310,7 +327,7 @@ def _counted(paths: Sequence[tuple[int, ...] | None]) -> Counter[str]:
 
 
 def static_plans(labels: Sequence[Record], layers: int) -> dict[str, str]:
-    """The best single plan of at most so many layers, by that number: what any router has to beat.
+    """The best single plans, by their layers, each better than all shorter ones: what any router has to beat.
 
     Best is the mean gain over the full plan on the questions that tried it, diluted by DOUBT questions without gain.
     """
@@ -321,8 +338,8 @@ def static_plans(labels: Sequence[Record], layers: int) -> dict[str, str]:
     gain = {Plan.parse(text, layers): sum(those) / (len(those) + DOUBT) for text, those in gains.items()}
     gain[Plan.full(layers)] = 0.0
     found: dict[str, str] = {}
-    for depth in range(1, 2 * layers + 1):
-        fitting = [plan for plan in gain if plan.depth <= depth]
-        if fitting:
-            found[str(depth)] = str(max(fitting, key=lambda plan: (gain[plan], -plan.depth)))
+    best = float("-inf")
+    for plan in sorted(gain, key=lambda plan: (plan.depth, -gain[plan])):
+        if gain[plan] > best:
+            found[f"{plan.depth:g}"], best = str(plan), gain[plan]
     return found

@@ -74,7 +74,7 @@ def test_least_usage() -> None:
 def test_mistakes_are_one_line(tmp_path: Path) -> None:
     one_line(lambda: RecallTask("recall", 2), "distance")
     one_line(lambda: RecallTask("mqar", 20, pairs=8), "fit")
-    one_line(lambda: RecallTask("mqar", 200, pairs=8, queries=0), "queries")
+    one_line(lambda: RecallTask("mqar", 200, pairs=8, queries=9), "queries")
     one_line(lambda: config(tmp_path, mode="both"), "both", "joint")
     one_line(lambda: config(tmp_path, steps=0), "steps")
     one_line(lambda: config(tmp_path, floor=0.995), "floor")
@@ -128,7 +128,7 @@ def test_a_usage_target_ends_the_rise() -> None:
 
 
 def test_gates_are_soft_until_the_task_is_learnt() -> None:
-    state = Curriculum(Rules((32, 32, 64), pairs=(2, 4, 4), spare_from=1), 1, soft=True)
+    state = Curriculum(Rules((32, 32, 64), answered=1, spare_from=1), 1, soft=True)
     phases = []
     for _ in range(3):
         phases.append((state.stage, state.phase))
@@ -136,14 +136,15 @@ def test_gates_are_soft_until_the_task_is_learnt() -> None:
     assert phases == [(0, "blend"), (1, "blend"), (1, "learn")] and state.phase == "spare"
 
 
-def test_keys_may_be_asked_for_again() -> None:
-    task = RecallTask("mqar", 40, pairs=3, queries=7)
+def test_keys_may_be_asked_for_again_if_they_are_answered() -> None:
+    task = RecallTask("mqar", 40, pairs=3, queries=7, answered=True)
     batch = task.batch(20, 0)
     assert (batch.asked.sum(1) == 7).all()
     for ids, targets in zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
         answers = {ids[2 * number]: ids[2 * number + 1] for number in range(3)}
         asked = [(ids[at], target) for at, target in enumerate(targets) if target != IGNORED]
         assert all(answers[key] == value for key, value in asked) and len(set(asked)) == 3
+        assert all(ids[at + 1] == target for at, target in enumerate(targets) if target != IGNORED)
 
 
 def test_stages_of_the_tasks(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_stages_of_the_tasks(tmp_path: Path) -> None:
     recall = config(tmp_path, distance=62, **sizes).rules()
     assert recall.lengths == (16, 32, 64) and recall.spare_from == 0 and recall.target == 1.25
     mqar = config(tmp_path, task="mqar", distance=64, pairs=4, **sizes).rules()
-    assert mqar.lengths == (16, 16, 32, 64) and mqar.pairs == (2, 4, 4, 4) and mqar.spare_from == 1
+    assert mqar.lengths == (16, 16, 32, 64) and mqar.answered == mqar.spare_from == 1
     assert config(tmp_path, distance=62, order="lengthen-first", **sizes).rules().spare_from == 2
     assert config(tmp_path, distance=62, mode="joint", **sizes).rules().lengths == (64,)
     # Convolutions of 40 taps in two layers reach 78 back: no stage is shorter.

@@ -4,9 +4,10 @@ A router that is punished for attention before attention is of any use never fin
 task is learnt first, without penalty (phase "learn"); when it is solved, the penalty rises in small steps (phase
 "spare"), and only while accuracy holds (M. Bee, Zenodo 10.5281/zenodo.18518956). What differs from the publication:
 
-- *Stages.* A long distance is not learnt from nothing: of several pairs there are two at first, and their number
-  doubles; then lengths double from a short one. By default a model is taught to spare at the shortest length and
-  lengthened afterwards, since a sparse solution hardly depends on the length.
+- *Stages.* A long distance is not learnt from nothing: lengths double from a short one. Of several pairs, each is asked
+  for again and again at first, and the answer follows: to look for the same key is then what pays most. By default a
+  model is taught to spare at the shortest length and lengthened afterwards, since a sparse solution hardly depends on
+  the length.
 - *One weight per layer.* A mean over layers lets one stay fully on ("the 25% floor" is one layer of four). Weights
   double until no more slots attend than the task needs: while the price of a slot is small beside a right answer, two
   layers share the work for good.
@@ -50,7 +51,7 @@ class Rules:
 
     Args:
         lengths: of the stages.
-        pairs: of the stages' sequences, if the task has several.
+        answered: so many of the first stages have the answer after each question, and ask more than once.
         spare_from: the first stage at which attention is pressed for.
         solved: accuracy at which a stage counts as learnt, and that is held while the penalty rises.
         floor: accuracy below which the penalty is halved.
@@ -61,7 +62,7 @@ class Rules:
     """
 
     lengths: tuple[int, ...]
-    pairs: tuple[int, ...] = ()
+    answered: int = 0
     spare_from: int = 0
     solved: float = 0.99
     floor: float = 0.9
@@ -263,17 +264,14 @@ class RoutedAttentionConfig(CurriculumConfig):
         reach = self.layers * (self.kernel_size - 1)
         first = max(self.start_length, reach + 3, 4 * self.pairs if self.task == "mqar" else 3)
         questions = 1 if self.task == "recall" else self.queries or self.pairs
-        lengths, pairs = stage_lengths(first, self.length), [self.pairs]
-        if self.task == "mqar":  # which of two is a question of the key; which of many is learnt late, if at all
-            pairs = stage_lengths(min(2, self.pairs), self.pairs)
-        few = len(pairs) - 1
-        if self.mode not in ("curriculum", "attention"):
-            lengths, pairs, few = [self.length], [self.pairs], 0
-        lengths, pairs = [lengths[0]] * few + lengths, pairs + [self.pairs] * (len(lengths) - 1)
+        grows = self.mode in ("curriculum", "attention")
+        lengths = stage_lengths(first, self.length) if grows else [self.length]
+        answered = int(grows and self.task == "mqar")
+        lengths = [lengths[0]] * answered + lengths
         return Rules(
             lengths=tuple(lengths),
-            pairs=tuple(pairs),
-            spare_from=few if self.order == "spare-first" else len(lengths) - 1,
+            answered=answered,
+            spare_from=answered if self.order == "spare-first" else len(lengths) - 1,
             solved=self.solved,
             floor=self.floor,
             most=self.penalty,

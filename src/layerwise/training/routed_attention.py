@@ -303,10 +303,8 @@ class RecallRun(CurriculumRun):
 
     def __init__(self, config: RoutedAttentionConfig, notify: Callable[[str], None]) -> None:
         rules = config.rules()
-        self.tasks = [_task_of(config, *stage) for stage in zip(rules.lengths, rules.pairs, strict=True)]
-        many = config.task == "mqar"
-        stages = [f"{task.length} ({task.pairs} pairs)" if many else str(task.length) for task in self.tasks]
-        self.title = f"{config.task}, {config.mode}, lengths {', '.join(stages)}"
+        self.tasks = [_task_of(config, length, stage < rules.answered) for stage, length in enumerate(rules.lengths)]
+        self.title = f"{config.task}, {config.mode}, lengths {', '.join(str(task.length) for task in self.tasks)}"
         torch.manual_seed(config.seed)
         self.model = build(config).to("cuda" if torch.cuda.is_available() else "cpu").train()
         curriculum = Curriculum(rules, config.layers, soft=config.mode == "curriculum")
@@ -324,8 +322,7 @@ class RecallRun(CurriculumRun):
         return self.task.asks
 
     def where(self) -> str:
-        many = f" with {self.task.pairs} pairs" if self.config.task == "mqar" else ""
-        return f"length {self.task.length}{many}"
+        return f"length {self.task.length}{' with answers' if self.task.answered else ''}"
 
     def enough(self) -> float:
         return (self.curriculum.rules.target or 0.0) * self.tasks[-1].least_usage(self.config.layers)
@@ -376,10 +373,10 @@ class RecallRun(CurriculumRun):
         return result
 
 
-def _task_of(config: RoutedAttentionConfig, length: int, pairs: int) -> RecallTask:
-    """The final task at its length; what comes before asks as often as there is room for, for a dense signal."""
-    final = (length, pairs) == (config.length, config.pairs)
-    return RecallTask(config.task, length, pairs, config.queries if final else (length - 2 * pairs) // 2)
+def _task_of(config: RoutedAttentionConfig, length: int, answered: bool) -> RecallTask:
+    """The task of a stage; with answers it asks for about as many as there is room for."""
+    queries = (length - 2 * config.pairs) // 3 if answered else config.queries
+    return RecallTask(config.task, length, config.pairs, queries, answered)
 
 
 _STATE = ("number", "settled", "seconds", "losses", "history", "best")

@@ -15,15 +15,20 @@ import json
 import math
 import random
 from collections.abc import Callable
+from functools import partial
+from statistics import median
+from time import perf_counter
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from layerwise.benchmarks.timing import rounds
 from layerwise.data import text
 from layerwise.hub import save_adapter
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
+from layerwise.model.routed_attention import Mixing
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.sources import load_base, load_tokenizer
 from layerwise.training.config import layers_of
@@ -39,7 +44,8 @@ def train(
     """Run a training; writes an adapter and `result.json` to `config.out` and returns what is in the latter.
 
     The result holds, on held-out text: `perplexity`, `base_perplexity` and their ratio `accuracy`; `usage` over the
-    converted layers and `usage_per_layer`; `convolution_perplexity`, of attention nowhere; steps, history and so on.
+    converted layers and `usage_per_layer`; `convolution_perplexity`, of attention nowhere; `generate`, its times;
+    steps, history and so on.
 
     Raises:
         ValueError: the folder holds a training already, or none to resume, or one with other options; no such model.
@@ -148,6 +154,22 @@ class TextRun(CurriculumRun):
         self.routed.train(was)
         return total / len(texts)
 
+    def _generate_times(self, prompt: Tensor, new_tokens: int = 32, count: int = 3) -> dict[str, float]:
+        """Median seconds of `generate` with attention where it is routed and with it everywhere, by these modules."""
+        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+
+        def timed(mixing: Mixing) -> float:
+            began = perf_counter()
+            with self.routed.mixing(mixing):
+                self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+            return perf_counter() - began
+
+        seconds: dict[str, list[float]] = {"routed": [], "attention": []}
+        for _, mixing, taken in rounds({mixing: partial(timed, mixing) for mixing in seconds}, count):
+            seconds[mixing].append(taken)
+        medians = {f"{mixing}_seconds": median(taken) for mixing, taken in seconds.items()}
+        return {"prompt_tokens": prompt.shape[1], "new_tokens": new_tokens, **medians}
+
     def finish(self) -> dict[str, Any]:
         """Test on held-out articles, save the adapter and its result; returns the latter."""
         config, texts = self.config, self.texts["test"][: self.config.test_rows]
@@ -158,8 +180,8 @@ class TextRun(CurriculumRun):
         tested = self._quality(texts, losses["attention"])
         told = {"task": "text", "seed": config.seed, "layers": list(self.routed.numbers)}
         tested["convolution_perplexity"] = math.exp(losses["convolution"])
-        result = {**told, **tested, **self.result()}
         self.routed.eval()
+        result = {**told, **tested, "generate": self._generate_times(texts[:1]), **self.result()}
         save_adapter(self.model, self.out)
         (self.out / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         self.notify(

@@ -47,11 +47,7 @@ def decode(
         options.note("measuring memory, each library in a process of its own")
         result["memory"] = bench_memory(model, engine.value)
     _print_decode(result)
-    if out is not None:
-        out.write_text(json_text.dumps(result, indent=2) + "\n", encoding="utf-8")
-        print(f"wrote {out}")
-    if json:
-        options.print_json(result)
+    _finish(result, out, json)
 
 
 @app.command("speculative")

@@ -78,11 +78,13 @@ def test_visits_are_conserved_and_values_add_up(batch: int) -> None:
 
 
 def test_it_branches_at_every_node_before_it_goes_below() -> None:
-    tree = mcts(book(150), random.Random(0), width=4, batch=1, exploration=0.5)
+    tree = mcts(book(150), random.Random(0), width=2.0, batch=1)
     inner = [node for node in tree.root if node.children]
-    assert sum(len(node.children) > 1 for node in inner) > 20
-    # A node with children below its children has nothing left to try itself.
-    assert all(not node.untried for node in inner if any(child.children for child in node.children))
+    assert sum(len(node.children) > 1 for node in inner) > 15
+    for node in inner:
+        if any(child.children for child in node.children):
+            assert len(node.children) >= 5  # where 2 sqrt(V) stops growing faster than V
+        assert len(node.children) <= 2 * node.visits**0.5 + 1
     assert max(sum(1 for _ in node.lineage()) for node in tree.root) >= 4
 
 
@@ -98,8 +100,8 @@ def test_the_bound_is_ucb_with_the_parents_visits() -> None:
     root.children.append(Node(Plan.of([1, 2]), 0.4, root, untried=[Edit(Kind.SKIP, 1)], visits=3))
     root.children[1].total = 1.2
     assert bound(root.children[0], 8, 0.3) == pytest.approx(0.5 + 0.3 * (2.0794415 / 4) ** 0.5)
-    assert select(root, 0.0) is root.children[0]
-    assert select(root, 2.0) is root.children[1]
+    assert select(root, 1.0, 0.0) is root.children[0]
+    assert select(root, 1.0, 2.0) is root.children[1]
 
 
 def test_a_small_space_is_searched_to_its_end() -> None:
@@ -176,6 +178,6 @@ def test_a_book_evaluates_a_plan_once_and_new_ones_together() -> None:
 def test_the_prior_prefers_edits_that_help() -> None:
     found = measured_prior(LAYERS, [near_planted] * 2, 2, price=0.0)
     assert len(found) == len(edits(Plan.full(LAYERS), LAYERS)) and max(found.values()) == 1.0
-    helping = min(found[name] for name in ("skip 3-4", "skip 8", "repeat 6"))
-    assert helping > max(found[name] for name in ("skip 0", "repeat 3", "skip 10-11", "skip 6"))
-    assert uniform(Edit(Kind.SKIP, 0)) == 1.0 and Tree(3, 0.0, random.Random(0), 2).root.untried
+    helping = max(found[name] for name in ("skip 3-4", "skip 8", "repeat 6"))
+    assert helping == 1.0 > max(found[name] for name in ("skip 0", "repeat 3", "skip 10-11", "skip 6"))
+    assert uniform(Edit(Kind.SKIP, 0)) == 1.0 and Tree(3, 0.0, random.Random(0)).root.untried

@@ -59,8 +59,9 @@ class LabelFile:
         text = self.path.read_bytes()
         whole = text.rfind(b"\n") + 1
         about, records = _parsed(text[:whole].decode("utf-8"), self.path)
-        for name in sorted({*about, *self.about}):
-            theirs, ours = about.get(name), self.about.get(name)
+        before, now = _flat(about), _flat(self.about)
+        for name in sorted({*before, *now}):
+            theirs, ours = before.get(name), now.get(name)
             if theirs != ours:
                 raise ValueError(
                     f"'{self.path}' was made with {name} {_short(theirs)}, not {_short(ours)}: "
@@ -70,6 +71,12 @@ class LabelFile:
             with self.path.open("r+b") as file:
                 file.truncate(whole)
         self.done = {record["id"] for record in records}
+
+
+def _flat(about: dict[str, Any]) -> dict[str, Any]:
+    """`options` among the rest, each by its own name."""
+    options = about.get("options", {})
+    return {**about, "options": None, **{f"options.{name}": value for name, value in options.items()}}
 
 
 def _short(value: Any) -> str:

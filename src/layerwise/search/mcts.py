@@ -1,6 +1,6 @@
 """Monte Carlo tree search over plans.
 
-    select    from the root, while a node has nothing left to try: the child with the highest upper confidence bound
+    select    from the root, while a node is as wide as it may be: the child with the highest upper confidence bound
     expand    try the node's next edits: a few children at once, evaluated as one batch
     back up   add their values to every node above
 
@@ -8,9 +8,9 @@ The bound is UCB1 (Auer et al., 2002): Q/v + c sqrt(ln V / v), with V the *paren
 the value (see `objective`), where Dr.LLM subtracts it from the bound. There are no roll-outs: every plan in the tree is
 complete, and is evaluated itself.
 
-A node is expanded fully before the search descends below it. (Dr.LLM's released code descends as soon as a node has one
-child, which makes the tree a chain and the search a random walk.) Siblings are expanded a batch at a time, which
-changes nothing while a node would have been selected again anyway.
+A node is expanded as far as its visits allow (see `tree`) before the search descends below it. (Dr.LLM's released code
+descends as soon as a node has one child, which makes the tree a chain and the search a random walk.) Siblings are
+expanded a batch at a time, which seldom changes anything: the node would have been selected again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def mcts(
     book: Book,
     chance: random.Random,
     *,
-    width: int = 4,
+    width: float = 2.0,
     batch: int = 4,
     exploration: float = 0.05,
     prior: Prior = uniform,
@@ -34,22 +34,22 @@ def mcts(
     """Evaluate plans until the book's budget is used up, or nothing is left to try.
 
     Args:
-        width: edits that a node tries; `batch` of them at once.
+        width: a node with V visits has up to `width` sqrt(V) children, `batch` of which are tried at once.
         exploration: c of the bound; values lie within an interval of length 1.
     """
     (first,) = book.values([book.full])
-    tree = Tree(book.layers, first, chance, width, prior)
+    tree = Tree(book.layers, first, chance, prior)
     while book.left and not tree.root.exhausted:
-        node = select(tree.root, exploration)
+        node = select(tree.root, width, exploration)
         plans = tree.next_plans(node, min(batch, book.left))
         tree.expand(node, plans, book.values(plans))
     return tree
 
 
-def select(root: Node, exploration: float) -> Node:
-    """The node to expand next: the first on the way down that has something left to try."""
+def select(root: Node, width: float, exploration: float) -> Node:
+    """The node to expand next: the first on the way down that is to be widened."""
     node = root
-    while not node.untried:
+    while not node.widens(width):
         open_children = [child for child in node.children if not child.exhausted]
         node = max(open_children, key=lambda child: bound(child, node.visits, exploration))
     return node

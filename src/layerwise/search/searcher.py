@@ -40,7 +40,7 @@ class SearchOptions:
     algorithm: Algorithm = Algorithm.mcts
     simulations: int = 48  # plans evaluated for each question, besides the full one
     price: float = 0.5  # of running all layers, where a right answer is worth 1
-    width: int = 4  # edits that a node of the tree tries
+    width: float = 2.0  # a node of the tree with V visits has up to width * sqrt(V) children
     batch: int = 4  # plans evaluated together
     exploration: float = 0.05  # of the bound; small, for a few dozen simulations leave no time to doubt
     retest: int = 8  # right paths that are tested again on the variants of the prompt
@@ -51,9 +51,11 @@ class SearchOptions:
     def __post_init__(self) -> None:
         if self.algorithm not in list(Algorithm):
             raise ValueError(f"there is no algorithm '{self.algorithm}': choose {', '.join(Algorithm)}")
-        for name in ("simulations", "width", "batch"):
+        for name in ("simulations", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if not self.width >= 1:
+            raise ValueError(f"width must be at least 1, not {self.width}")
         for name in ("price", "exploration", "retest", "margin"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name} must not be negative, but is {getattr(self, name)}")

@@ -5,8 +5,10 @@ undoes another and none does nothing, so the length of a path tells how far a pl
 several paths lead to the same plan. A plan has one node only, under the parent that tried it first; other parents
 pass it over (a transposition).
 
-There are some 90 edits of a 30-layer model and often no more simulations than that, so a node does not try them all:
-it draws `width` of them, without replacement, each with the weight that `prior` gives it.
+There are some 90 edits of a 30-layer model and often no more simulations than that, so a node does not try them all
+before the search goes on. Its edits stand in an order drawn once, each with the weight that `prior` gives it, and a
+node with V visits has up to `width` sqrt(V) children (progressive widening: Coulom, 2007; Chaslot et al., 2008). So
+what looked best is looked at more widely, and no plan is out of reach.
 """
 
 from __future__ import annotations
@@ -100,6 +102,11 @@ class Node:
     def __post_init__(self) -> None:
         self.total = self.value
 
+    def widens(self, width: float) -> bool:
+        """Whether an edit is to be tried here before the search goes below."""
+        room = len(self.children) < width * math.sqrt(self.visits)
+        return bool(self.untried) and (room or all(child.exhausted for child in self.children))
+
     @property
     def mean(self) -> float:
         return self.total / self.visits
@@ -121,8 +128,8 @@ class Node:
 class Tree:
     """Grows by `expand`, one or a few children of a node at a time; the full plan is its root."""
 
-    def __init__(self, layers: int, value: float, chance: random.Random, width: int, prior: Prior = uniform) -> None:
-        self.layers, self.width, self.prior, self.chance = layers, width, prior, chance
+    def __init__(self, layers: int, value: float, chance: random.Random, prior: Prior = uniform) -> None:
+        self.layers, self.prior, self.chance = layers, prior, chance
         self.plans: set[Plan] = set()
         self.root = self._node(Plan.full(layers), value, None)
 
@@ -155,5 +162,5 @@ class Tree:
 
     def _node(self, plan: Plan, value: float, parent: Node | None) -> Node:
         self.plans.add(plan)
-        drawn = draw(edits(plan, self.layers), self.prior, self.chance)[: self.width]
+        drawn = draw(edits(plan, self.layers), self.prior, self.chance)
         return Node(plan, value, parent, drawn[::-1])

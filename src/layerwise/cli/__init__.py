@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from layerwise.cli import bench, data, demo, eval, generate, models, train
+from layerwise.cli import bench, data, demo, eval, generate, models, search, train
 
 app = typer.Typer(
     name="layerwise",
@@ -21,6 +21,7 @@ app.command("generate")(generate.run)
 app.command("models")(models.run)
 app.command("data")(data.data)
 app.command("eval")(eval.run)
+app.command("search")(search.run)
 app.add_typer(train.app, name="train")
 app.add_typer(bench.app, name="bench")
 

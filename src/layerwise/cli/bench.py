@@ -101,6 +101,53 @@ def speculative(
         options.print_json(results[0] if len(results) == 1 else {"tasks": results})
 
 
+@app.command("search")
+def search(
+    model: options.Model = None,
+    tasks: Annotated[str, typer.Option(help="Tasks, separated by commas; default: all in domain.")] = "all",
+    questions: Annotated[int, typer.Option(help="Questions of each task that are timed.")] = 1,
+    simulations: Annotated[int, typer.Option(help="Plans evaluated for each question.")] = 48,
+    compare: Annotated[int, typer.Option(help="Questions of each task to compare the algorithms on.")] = 0,
+    dtype: options.Dtype = options.DtypeChoice.bfloat16,
+    seed: Annotated[int, typer.Option(help="Decides what the search draws.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Searching for paths, against evaluating each path alone; and the tree against random and greedy search."""
+    from layerwise.data.short_answers import IN_DOMAIN
+
+    names = list(IN_DOMAIN) if tasks == "all" else [name.strip() for name in tasks.split(",")]
+    unknown = [name for name in names if name not in IN_DOMAIN]
+    if unknown:
+        raise ValueError(f"no task '{unknown[0]}': choose all, {', '.join(IN_DOMAIN)}")
+    if questions < 1 or simulations < 1 or compare < 0:
+        raise ValueError("questions and simulations must be at least 1, compare at least 0")
+    if out is not None and not out.absolute().parent.is_dir():
+        raise ValueError(f"cannot write '{out}': the folder '{out.parent}' does not exist")
+    options.quiet()
+    from layerwise.benchmarks.search import bench_search
+    from layerwise.sources import model_path
+
+    model_path(model, options.note)
+    result = bench_search(
+        model, names, questions, simulations, compared=compare, dtype=dtype.value, seed=seed, notify=options.note
+    )
+    print(
+        f"{result['speedup']:.1f}x: {result['paths_per_second']:.1f} paths/s, "
+        f"{result['plain_paths_per_second']:.1f} one at a time; margins differ by at most "
+        f"{result['same_scores']:.1g} nats in float32"
+    )
+    for name, row in result.get("algorithms", {}).items():
+        print(
+            f"{name}: {row['oracle']:.1%} answered by some path, {row['layers']:.1f} layers, value {row['value']:.3f}"
+        )
+    if out is not None:
+        out.write_text(json_text.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(f"wrote {out}")
+    if json:
+        options.print_json(result)
+
+
 def _keep(out: Path, result: dict[str, Any]) -> None:
     """Put a task's result into the file, in place of an earlier one of the same weights and task."""
     try:

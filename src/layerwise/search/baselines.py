@@ -12,7 +12,7 @@ MOST_EDITS = 6
 ATTEMPTS = 100  # random plans in a row that are all known already: the space is used up
 
 
-def random_search(book: Book, chance: random.Random, *, batch: int = 6, prior: Prior = uniform) -> None:
+def random_search(book: Book, chance: random.Random, *, batch: int = 4, prior: Prior = uniform) -> None:
     """Plans of one to MOST_EDITS random edits, each number as likely as another."""
     failed = 0
     while book.left and failed < ATTEMPTS:
@@ -30,7 +30,7 @@ def random_search(book: Book, chance: random.Random, *, batch: int = 6, prior: P
 
 
 def greedy_search(
-    book: Book, chance: random.Random, *, width: int = 12, batch: int = 6, prior: Prior = uniform
+    book: Book, chance: random.Random, *, width: int = 12, batch: int = 4, prior: Prior = uniform
 ) -> None:
     """Hill climbing: go to the best of `width` neighbours if it is better, else try further neighbours.
 

@@ -26,9 +26,9 @@ def mcts(
     book: Book,
     chance: random.Random,
     *,
-    width: int = 12,
-    batch: int = 6,
-    exploration: float = 0.3,
+    width: int = 4,
+    batch: int = 4,
+    exploration: float = 0.05,
     prior: Prior = uniform,
 ) -> Tree:
     """Evaluate plans until the book's budget is used up, or nothing is left to try.

@@ -40,9 +40,9 @@ class SearchOptions:
     algorithm: Algorithm = Algorithm.mcts
     simulations: int = 48  # plans evaluated for each question, besides the full one
     price: float = 0.5  # of running all layers, where a right answer is worth 1
-    width: int = 12  # edits that a node of the tree tries
-    batch: int = 6  # plans evaluated together
-    exploration: float = 0.3
+    width: int = 4  # edits that a node of the tree tries
+    batch: int = 4  # plans evaluated together
+    exploration: float = 0.05  # of the bound; small, for a few dozen simulations leave no time to doubt
     retest: int = 8  # right paths that are tested again on the variants of the prompt
     margin: float = 0.0  # nats by which a robust path must win everywhere
     seed: int = 0
@@ -73,10 +73,7 @@ class Searcher:
 
     def __call__(self, question: Question) -> Record:
         """The record of `question`; depends on nothing but the model, the options and the question."""
-        options, depth = self.options, self.model.depth
-        evaluator = PathEvaluator(self.model, self.tokenizer, question)
-        book = Book(depth, evaluator.margins, options.simulations, options.price)
-        self._search(book, random.Random(f"{options.seed} {question.id}"))
+        options, book = self.options, self.search(question)
         worth = dict(zip(book.margins, book.values(list(book.margins)), strict=True))
         right = [plan for plan in sorted(worth, key=worth.__getitem__, reverse=True) if book.margins[plan] > 0]
         again = [plan for plan in right if plan != book.full][: options.retest]
@@ -100,22 +97,30 @@ class Searcher:
             "algorithm": str(options.algorithm),
         }
 
-    def _search(self, book: Book, chance: random.Random) -> None:
+    def evaluator(self, question: Question, prompt: str | None = None) -> PathEvaluator:
+        return PathEvaluator(self.model, self.tokenizer, question, prompt)
+
+    def search(self, question: Question, algorithm: str | None = None) -> Book:
+        """Every plan that a search (by the options' algorithm, or another) evaluates for `question`."""
         options = self.options
+        book = Book(self.model.depth, self.evaluator(question).margins, options.simulations, options.price)
+        chance = random.Random(f"{options.seed} {question.id}")
         shared = {"batch": options.batch, "prior": options.weight}
-        if options.algorithm == Algorithm.mcts:
+        algorithm = algorithm or options.algorithm
+        if algorithm == Algorithm.mcts:
             mcts(book, chance, width=options.width, exploration=options.exploration, **shared)
-        elif options.algorithm == Algorithm.greedy:
-            greedy_search(book, chance, width=options.width, **shared)
+        elif algorithm == Algorithm.greedy:
+            greedy_search(book, chance, **shared)
         else:
             random_search(book, chance, **shared)
+        return book
 
     def _robust(self, question: Question, plans: Sequence[Plan]) -> set[Plan]:
         """Those of `plans` that win by the wanted margin on every variant of the prompt."""
         left = list(plans)
         for prompt in question.variants:
             if left:
-                found = PathEvaluator(self.model, self.tokenizer, question, prompt).margins(left)
+                found = self.evaluator(question, prompt).margins(left)
                 left = [plan for plan, one in zip(left, found, strict=True) if one > self.options.margin]
         return set(left)
 

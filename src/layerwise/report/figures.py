@@ -139,8 +139,8 @@ def path_figure(result: Mapping[str, Any], path: str | Path) -> None:
     if oracle:
         right.axhline(oracle["accuracy"], color=SOFT, lw=1, linestyle=":", label="menu's oracle")
     _decorate(right, "Accuracy, mean over tasks", counted=False)
-    right.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    right.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    right.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
+    right.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.3g}%")
     right.set_xlabel("layers run")
     right.legend(frameon=False, labelcolor=INK, fontsize=9)
     _save(figure, path, "Paths through the layers, chosen by the prompt")

@@ -96,6 +96,7 @@ class RoutedAttention(nn.Module):
         blend: compute both paths everywhere while training, for an exact straight-through gradient. Without it the
             routed path is used, and only positions that attend teach the router.
         tau: temperature of the Gumbel softmax in training.
+        noise: scale of its noise; 0 decides in training as in inference, with the same straight-through gradient.
         soft: mix by the probability of attending, in training and inference: the first phase of a curriculum.
 
     Raises:
@@ -134,7 +135,8 @@ class RoutedAttention(nn.Module):
         self.router = Router(hidden_size, router_width or hidden_size, initial_usage=initial_usage)
         self.mixing: Mixing = "routed"
         self.kernel: Kernel = "auto"
-        self.chunk, self.blend, self.tau, self.soft = CHUNK, True, 1.0, False
+        self.chunk, self.blend, self.soft = CHUNK, True, False
+        self.tau = self.noise = 1.0
         self._kept_weights: tuple[Any, Tensor] | None = None
         self.start_taps()
 
@@ -189,7 +191,7 @@ class RoutedAttention(nn.Module):
             elif self.soft:
                 chosen = torch.sigmoid(logits)
             elif self.training:
-                chosen = gumbel_sigmoid(logits, self.tau)
+                chosen = gumbel_sigmoid(logits, self.tau, self.noise)
             else:
                 chosen = (logits > 0).to(hidden.dtype)
         return Routing(chosen if mask is None else chosen * mask, logits)
@@ -355,14 +357,14 @@ class RoutedAttention(nn.Module):
         return causal_filter(values, self.conv_taps.softmax(-1))
 
 
-def gumbel_sigmoid(logits: Tensor, tau: float) -> Tensor:
+def gumbel_sigmoid(logits: Tensor, tau: float = 1.0, noise: float = 1.0) -> Tensor:
     """1 with the probability sigmoid(logit), else 0; the gradient is that of the relaxed sample at temperature `tau`.
 
     The hard Gumbel softmax (arXiv 1611.01144) of two logits, of which only the difference matters: two Gumbel
-    variables differ by a logistic one.
+    variables differ by a logistic one, here scaled by `noise`. Without noise the logit's sign decides.
     """
     uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-    soft = torch.sigmoid((logits + torch.logit(uniform)) / tau)
+    soft = torch.sigmoid((logits + noise * torch.logit(uniform)) / tau)
     return (soft > 0.5).to(soft.dtype) - soft.detach() + soft
 
 

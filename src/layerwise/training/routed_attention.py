@@ -158,6 +158,14 @@ class CurriculumRun:
         """What a sequence asks; the unit of the target of usage."""
         return 1
 
+    @property
+    def noise(self) -> float:
+        """Of the sampled gates in this step: none in every second one while attention is pressed for.
+
+        Sampling alone lets several layers attend now and then, of which one is there as a rule, and none by argmax.
+        """
+        return float(not self.curriculum.sparing or self.number % 2 == 0)
+
     def where(self) -> str:
         """The stage, for a line of progress."""
         return f"length {self.curriculum.length}"
@@ -332,6 +340,8 @@ class RecallRun(CurriculumRun):
         rows = max(config.least_rows, config.tokens_per_batch // task.length)
         batch = task.batch(rows, config.seed, self.number)
         self._blend(self.curriculum.soft)
+        for layer in self.model.layers:
+            layer.mix.noise = self.noise
         output = self.model(batch.input_ids.to(self.model.device))
         targets = batch.targets.to(self.model.device).flatten()
         loss = F.cross_entropy(output.logits.flatten(0, 1), targets, ignore_index=IGNORED)

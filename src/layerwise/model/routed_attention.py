@@ -59,9 +59,8 @@ class Router(nn.Module):
         self.start()
 
     def start(self) -> None:
-        """Every position attends with the probability `initial_usage`, whatever it holds."""
+        """Set the bias to `initial_usage`."""
         with torch.no_grad():
-            self.out.weight.zero_()
             self.out.bias.fill_(math.log(self.initial_usage / (1 - self.initial_usage)))
 
     def forward(self, hidden: Tensor, mask: Tensor | None, average: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -96,7 +95,6 @@ class RoutedAttention(nn.Module):
         blend: compute both paths everywhere while training, for an exact straight-through gradient. Without it the
             routed path is used, and only positions that attend teach the router.
         tau: temperature of the Gumbel softmax in training.
-        noise: scale of its noise; 0 decides in training as in inference, with the same straight-through gradient.
         soft: mix by the probability of attending, in training and inference: the first phase of a curriculum.
 
     Raises:
@@ -135,17 +133,15 @@ class RoutedAttention(nn.Module):
         self.router = Router(hidden_size, router_width or hidden_size, initial_usage=initial_usage)
         self.mixing: Mixing = "routed"
         self.kernel: Kernel = "auto"
-        self.chunk, self.blend, self.soft = CHUNK, True, False
-        self.tau = self.noise = 1.0
+        self.chunk, self.blend, self.tau, self.soft = CHUNK, True, 1.0, False
         self._kept_weights: tuple[Any, Tensor] | None = None
         self.start_taps()
 
     def start_taps(self) -> None:
-        """Heads of short and of long memory: the first looks at the token before, as recall needs it (a value must
-        know its key), the others' weights fall by e over up to `kernel_size` / 2 taps around it."""
-        reach = torch.logspace(-1, 1, self.heads, base=max(4.0, self.kernel_size / 2))
+        """Heads of short and of long memory: weights that fall by e over 1 to `kernel_size` / 2 taps."""
+        reach = torch.logspace(0, 1, self.heads, base=max(2.0, self.kernel_size / 2))
         with torch.no_grad():
-            self.conv_taps.copy_(-(torch.arange(self.kernel_size) - 1).abs() / reach[:, None])
+            self.conv_taps.copy_(-torch.arange(self.kernel_size) / reach[:, None])
 
     def forward(
         self,
@@ -191,7 +187,7 @@ class RoutedAttention(nn.Module):
             elif self.soft:
                 chosen = torch.sigmoid(logits)
             elif self.training:
-                chosen = gumbel_sigmoid(logits, self.tau, self.noise)
+                chosen = gumbel_sigmoid(logits, self.tau)
             else:
                 chosen = (logits > 0).to(hidden.dtype)
         return Routing(chosen if mask is None else chosen * mask, logits)
@@ -357,14 +353,14 @@ class RoutedAttention(nn.Module):
         return causal_filter(values, self.conv_taps.softmax(-1))
 
 
-def gumbel_sigmoid(logits: Tensor, tau: float = 1.0, noise: float = 1.0) -> Tensor:
+def gumbel_sigmoid(logits: Tensor, tau: float = 1.0) -> Tensor:
     """1 with the probability sigmoid(logit), else 0; the gradient is that of the relaxed sample at temperature `tau`.
 
     The hard Gumbel softmax (arXiv 1611.01144) of two logits, of which only the difference matters: two Gumbel
-    variables differ by a logistic one, here scaled by `noise`. Without noise the logit's sign decides.
+    variables differ by a logistic one.
     """
     uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-    soft = torch.sigmoid((logits + noise * torch.logit(uniform)) / tau)
+    soft = torch.sigmoid((logits + torch.logit(uniform)) / tau)
     return (soft > 0.5).to(soft.dtype) - soft.detach() + soft
 
 

@@ -40,7 +40,6 @@ class RoutedSelfAttention(nn.Module):
 
     Attributes:
         mixing: "routed", or "attention" or "convolution" everywhere.
-        noise: as in `RoutedAttention`.
         routing: what the router said in the last call; see `Routing`.
         measuring: add up what attention gives to each distance, for `start`.
 
@@ -66,7 +65,6 @@ class RoutedSelfAttention(nn.Module):
         nn.init.zeros_(self.router[-1].weight)
         nn.init.constant_(self.router[-1].bias, 1.0)  # three of four attend before training
         self.mixing: Mixing = "routed"
-        self.noise = 1.0
         self.routing: Routing | None = None
         self.measuring: list[Tensor] | None = None
 
@@ -111,7 +109,7 @@ class RoutedSelfAttention(nn.Module):
     def _route(self, hidden: Tensor, local: Tensor) -> Routing:
         weight = self.router[0].weight
         logits = self.router(torch.cat((hidden, local), -1).to(weight.dtype))[..., 0]
-        gate = gumbel_sigmoid(logits, noise=self.noise) if self.training else (logits > 0).to(logits.dtype)
+        gate = gumbel_sigmoid(logits) if self.training else (logits > 0).to(logits.dtype)
         return Routing(gate.to(hidden.dtype), logits)
 
     # -- convolution -----------------------------------------------------------------------------------------

@@ -47,7 +47,6 @@ def build(config: RoutedAttentionConfig) -> RecallModel:
             num_attention_heads=config.heads,
             kernel_size=config.kernel_size,
             mixing=mixing,
-            tie_word_embeddings=True,
         )
     )
     for layer in model.layers:
@@ -157,14 +156,6 @@ class CurriculumRun:
     def questions(self) -> int:
         """What a sequence asks; the unit of the target of usage."""
         return 1
-
-    @property
-    def noise(self) -> float:
-        """Of the sampled gates in this step: none in every second one while attention is pressed for.
-
-        Sampling alone lets several layers attend now and then, of which one is there as a rule, and none by argmax.
-        """
-        return float(not self.curriculum.sparing or self.number % 2 == 0)
 
     def where(self) -> str:
         """The stage, for a line of progress."""
@@ -315,7 +306,7 @@ class RecallRun(CurriculumRun):
         self.title = f"{config.task}, {config.mode}, lengths {', '.join(str(task.length) for task in self.tasks)}"
         torch.manual_seed(config.seed)
         self.model = build(config).to("cuda" if torch.cuda.is_available() else "cpu").train()
-        curriculum = Curriculum(rules, config.layers, soft=config.mode == "curriculum")
+        curriculum = Curriculum(rules, config.layers, soft=config.mode == "curriculum" and rules.answered > 0)
         if config.mode == "joint":
             curriculum.weights = [config.penalty] * config.layers
         super().__init__(config, self.model, curriculum, notify)
@@ -340,8 +331,6 @@ class RecallRun(CurriculumRun):
         rows = max(config.least_rows, config.tokens_per_batch // task.length)
         batch = task.batch(rows, config.seed, self.number)
         self._blend(self.curriculum.soft)
-        for layer in self.model.layers:
-            layer.mix.noise = self.noise
         output = self.model(batch.input_ids.to(self.model.device))
         targets = batch.targets.to(self.model.device).flatten()
         loss = F.cross_entropy(output.logits.flatten(0, 1), targets, ignore_index=IGNORED)

@@ -119,8 +119,6 @@ class TextRun(CurriculumRun):
             range(len(self.texts["train"])), min(self.config.rows, len(self.texts["train"]))
         )
         ids = self.texts["train"][rows]
-        for layer in self.routed:
-            layer.noise = self.noise
         with torch.no_grad(), self.routed.mixing("attention"):
             wanted = self.model(ids).logits.float().log_softmax(-1)
         found = self.model(ids).logits.float().log_softmax(-1)

@@ -235,4 +235,4 @@ def test_a_weight_presses_its_own_layer(tmp_path: Path) -> None:
     output = model(ids)
     penalty(output.route_logits, output.gates, torch.tensor([0.0, 1.0]), "logits").backward()
     first, second = (layer.mix.router.out.bias.grad.abs().sum() for layer in model.layers)
-    assert first < 0.01 * second  # what reaches the first comes through what the second one reads
+    assert first < 0.05 * second  # what reaches the first comes through what the second one reads

@@ -27,6 +27,7 @@ def routed(kind: str = "llama", layers: tuple[int, ...] = (0, 2, 5)) -> Layerwis
     for layer in convert(model, layers, taps=5, router_width=8):
         with torch.no_grad():
             layer.taps += 0.3 * torch.randn_like(layer.taps)
+            layer.sink += 0.3 * torch.randn_like(layer.sink)
             layer.router[-1].weight += torch.randn_like(layer.router[-1].weight)
             layer.router[-1].bias.zero_()
     return model.eval()
@@ -100,12 +101,13 @@ def test_the_taps_begin_as_mean_attention() -> None:
     model = attach(tiny.model("llama"))
     for layer in model.runtime.backbone.layers:
         layer.self_attn.q_proj.weight.data.zero_()
-    layers = convert(model, (1,), taps=3, router_width=4)
+    layers = convert(model, (1,), taps=2, router_width=4)
     with torch.no_grad(), layers.measure():
         model(ids(2, 3))
-    expected = torch.tensor([(1 + 1 / 2 + 1 / 3) / 3, (1 / 2 + 1 / 3) / 2, 1 / 3])
-    for head in next(iter(layers)).taps.detach():
-        torch.testing.assert_close(head, expected)
+    converted = next(iter(layers))
+    for taps, sink in zip(converted.taps.detach(), converted.sink.detach(), strict=True):
+        torch.testing.assert_close(taps, torch.tensor([(1 + 1 / 2 + 1 / 3) / 3, (1 / 2 + 1 / 3) / 2]))
+        torch.testing.assert_close(sink, torch.tensor(1 / 3))
 
 
 def test_generate_save_and_load(tmp_path: Path) -> None:

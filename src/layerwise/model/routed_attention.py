@@ -59,9 +59,8 @@ class Router(nn.Module):
         self.start()
 
     def start(self) -> None:
-        """Every position attends with the probability `initial_usage`, whatever it holds."""
+        """Set the bias to `initial_usage`."""
         with torch.no_grad():
-            self.out.weight.zero_()
             self.out.bias.fill_(math.log(self.initial_usage / (1 - self.initial_usage)))
 
     def forward(self, hidden: Tensor, mask: Tensor | None, average: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -139,11 +138,10 @@ class RoutedAttention(nn.Module):
         self.start_taps()
 
     def start_taps(self) -> None:
-        """Heads of short and of long memory: the first looks at the token before, as recall needs it (a value must
-        know its key), the others' weights fall by e over up to `kernel_size` / 2 taps around it."""
-        reach = torch.logspace(-1, 1, self.heads, base=max(4.0, self.kernel_size / 2))
+        """Heads of short and of long memory: weights that fall by e over 1 to `kernel_size` / 2 taps."""
+        reach = torch.logspace(0, 1, self.heads, base=max(2.0, self.kernel_size / 2))
         with torch.no_grad():
-            self.conv_taps.copy_(-(torch.arange(self.kernel_size) - 1).abs() / reach[:, None])
+            self.conv_taps.copy_(-torch.arange(self.kernel_size) / reach[:, None])
 
     def forward(
         self,
@@ -355,7 +353,7 @@ class RoutedAttention(nn.Module):
         return causal_filter(values, self.conv_taps.softmax(-1))
 
 
-def gumbel_sigmoid(logits: Tensor, tau: float) -> Tensor:
+def gumbel_sigmoid(logits: Tensor, tau: float = 1.0) -> Tensor:
     """1 with the probability sigmoid(logit), else 0; the gradient is that of the relaxed sample at temperature `tau`.
 
     The hard Gumbel softmax (arXiv 1611.01144) of two logits, of which only the difference matters: two Gumbel

@@ -4,7 +4,7 @@ Of a converted layer everything stays as it was pretrained: projections, rotary 
 router and, for each head, the weights of a causal convolution over the last few *values*: attention whose scores are
 known before the text is, since distance alone decides. Both use the value and output projections that are there:
 
-    local[t]    = sum_j taps[head, j] value[t - j]        j = 0 .. taps - 1
+    local[t]    = sum_j taps[head, j] value[t - j] + sink[head] value[0]        j = 0 .. taps - 1
     attend[t]   = router([x[t] ; local[t]]) > 0
     y[t]        = output(attention[t] if attend[t] else local[t])
 
@@ -12,8 +12,8 @@ Keys and values are made and cached for every position, so whoever attends later
 attend make no query and no score. All that a router and a convolution need of the past stands in the cache of values,
 so rollback, batches and slots work as for any layer.
 
-The taps begin as the mean of what each head's attention gives to each distance (`measure`): the model is near its own
-output before anything is trained.
+The sink is there because heads that find nothing look at the first token (arXiv 2309.17453). Taps and sink begin as the
+mean of what each head's attention gives to each distance and to the first token (`measure`).
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class RoutedSelfAttention(nn.Module):
         self.kv_heads = attention.k_proj.out_features // self.head_dim
         hidden, inner = attention.q_proj.in_features, attention.q_proj.out_features
         self.taps = nn.Parameter(torch.zeros(self.heads, taps))
+        self.sink = nn.Parameter(torch.zeros(self.heads))
         self.router = nn.Sequential(
             nn.Linear(hidden + inner, router_width), nn.GELU("tanh"), nn.Linear(router_width, 1)
         )
@@ -108,7 +109,7 @@ class RoutedSelfAttention(nn.Module):
     def _route(self, hidden: Tensor, local: Tensor) -> Routing:
         weight = self.router[0].weight
         logits = self.router(torch.cat((hidden, local), -1).to(weight.dtype))[..., 0]
-        gate = gumbel_sigmoid(logits, 1.0) if self.training else (logits > 0).to(logits.dtype)
+        gate = gumbel_sigmoid(logits) if self.training else (logits > 0).to(logits.dtype)
         return Routing(gate.to(hidden.dtype), logits)
 
     # -- convolution -----------------------------------------------------------------------------------------
@@ -125,17 +126,22 @@ class RoutedSelfAttention(nn.Module):
         reach = self.taps.shape[1] - 1
         window = values[:, :, max(0, start - reach) : start + width]
         window = F.pad(window, (0, 0, reach + width - window.shape[2], 0))  # nothing stands before the text
-        window = window.repeat_interleave(self.heads // self.kv_heads, dim=1)
-        return causal_filter(window.transpose(1, 2).flatten(2), self.taps)
+        groups = self.heads // self.kv_heads
+        window = window.repeat_interleave(groups, dim=1)
+        first = values[:, :, :1].repeat_interleave(groups, dim=1) * self.sink.to(values.dtype)[:, None, None]
+        return causal_filter(window.transpose(1, 2).flatten(2), self.taps) + first.transpose(1, 2).flatten(2)
 
     def _given_to_distances(self, seen: _Seen) -> Tensor:
-        """Mean attention (heads, taps) that a head gives to the position j before, over positions that have one."""
+        """Mean attention (heads, taps + 1) that a head gives to the position j before, over positions that have one;
+        last, what it gives to the first of all, over positions whose taps do not reach it."""
         queries = _rotated(_heads(self.attention.q_proj(seen.hidden), self.head_dim), *seen.rotary)
         keys = seen.keys.repeat_interleave(self.heads // self.kv_heads, dim=1)
         scores = (queries @ keys.transpose(2, 3)).float() * self.attention.scaling
         ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         given = scores.masked_fill(ahead, float("-inf")).softmax(-1)
-        means = [given.diagonal(-j, 2, 3).mean((0, 2)) for j in range(self.taps.shape[1])]
+        taps = self.taps.shape[1]
+        means = [given.diagonal(-j, 2, 3).mean((0, 2)) for j in range(taps)]
+        means.append(given[:, :, taps:, 0].mean((0, 2)))
         return torch.stack(means, dim=1)
 
     # -- attention -------------------------------------------------------------------------------------------
@@ -275,7 +281,7 @@ class RoutedLayers(nn.Module):
 
     @contextmanager
     def measure(self) -> Iterator[None]:
-        """Set the taps to what attention gives to each distance in the passes made inside; rows without padding."""
+        """Set taps and sink to what attention gives in the passes made inside; rows longer than the taps, unpadded."""
         for layer in self:
             layer.measuring = []
         try:
@@ -283,7 +289,9 @@ class RoutedLayers(nn.Module):
                 yield
             with torch.no_grad():
                 for layer in self:
-                    layer.taps.copy_(torch.stack(layer.measuring).mean(0))
+                    means = torch.stack(layer.measuring).mean(0)
+                    layer.taps.copy_(means[:, :-1])
+                    layer.sink.copy_(means[:, -1])
         finally:
             for layer in self:
                 layer.measuring = None

@@ -12,8 +12,8 @@ task is learnt first, without penalty (phase "learn"); when it is solved, the pe
   double until no more slots attend than the task needs: while the price of a slot is small beside a right answer, two
   layers share the work for good.
 - *Both at first.* Sampled gates hide half of what a position could see, and a router that is sure early closes a path
-  before it is of use. So a model first learns with both mixings blended and the router held unsure (phase "blend"),
-  then with sampled gates (phase "learn").
+  before it is of use. So several pairs are first learnt with both mixings blended and the router held unsure (phase
+  "blend"), then with sampled gates (phase "learn").
 - *A floor that acts.* Below `floor` the weights are halved, instead of ending the training.
 
 The state is a handful of numbers, told the measured accuracy and usage, and knows nothing of models. The options of a

@@ -47,7 +47,6 @@ def build(config: RoutedAttentionConfig) -> RecallModel:
             num_attention_heads=config.heads,
             kernel_size=config.kernel_size,
             mixing=mixing,
-            tie_word_embeddings=True,
         )
     )
     for layer in model.layers:
@@ -307,7 +306,7 @@ class RecallRun(CurriculumRun):
         self.title = f"{config.task}, {config.mode}, lengths {', '.join(str(task.length) for task in self.tasks)}"
         torch.manual_seed(config.seed)
         self.model = build(config).to("cuda" if torch.cuda.is_available() else "cpu").train()
-        curriculum = Curriculum(rules, config.layers, soft=config.mode == "curriculum")
+        curriculum = Curriculum(rules, config.layers, soft=config.mode == "curriculum" and rules.answered > 0)
         if config.mode == "joint":
             curriculum.weights = [config.penalty] * config.layers
         super().__init__(config, self.model, curriculum, notify)

@@ -129,10 +129,11 @@ class GatedPolicy:
 
     def rounded(self) -> GatedPolicy:
         """The same gates in bfloat16, without gradient: what an adapter ships."""
-        made = {name: one.detach().to(torch.bfloat16) for name, one in self._tensors().items()}
+        made = {name: one.detach().to(torch.bfloat16) for name, one in self.tensors().items()}
         return replace(self, **made)
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
+        """All that is learnt, by name."""
         named = {name: getattr(self, name) for name in ("weight", "bias", "center", "basis")}
         return {name: one for name, one in named.items() if one is not None}
 
@@ -141,7 +142,7 @@ class GatedPolicy:
 
     def save(self, folder: str | Path) -> None:
         """Write the routers, in the numbers they are in."""
-        write_tensors(folder, self._tensors())
+        write_tensors(folder, self.tensors())
 
     @classmethod
     def load(cls, saved: dict[str, Any], layers: int, folder: str | Path) -> GatedPolicy:

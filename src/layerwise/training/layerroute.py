@@ -29,6 +29,7 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ from layerwise.training.trainer import RecipeTrainer, read_examples, run_trainin
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
 DIRECTIONS = 8  # that a router which reads the last token sees
 PROMPTS = 64  # they are found with so many
-MEASURED = 8  # of these, without each layer in turn
+MEASURED = 8  # examples that are answered without each layer in turn
 SHRINK = 0.8  # of the mean gap is borne while that is above the tolerance
 RECENT = 0.2  # weight of a step in the mean gap
 
@@ -91,60 +92,75 @@ class LayerRoute(nn.Module):
                 closed = tuple(range(layers // 3, 2 * layers // 3)) if recipe.objective == "paper" else ()
             bias = [-recipe.start_bias if layer in closed else recipe.start_bias for layer in range(layers)]
             device = model.runtime.backbone.device
-            self.weight = nn.Parameter(torch.zeros(layers, hidden, device=device))
             self.bias = nn.Parameter(torch.tensor(bias, device=device))
             keep = layers_of(recipe.keep, layers)
             reads = recipe.reads or ("mean" if recipe.objective == "paper" else "last")
-            model.policy = GatedPolicy(self.weight, self.bias, keep, reads)
+            directions = hidden if reads == "mean" else DIRECTIONS
+            self.weight = nn.Parameter(torch.zeros(layers, directions, device=device))
+            # Until a basis is chosen a router sees nothing, and its bias decides.
+            basis = None if reads == "mean" else torch.zeros(layers, directions, hidden, device=device)
+            center = None if reads == "mean" else torch.zeros(layers, hidden, device=device)
+            model.policy = GatedPolicy(self.weight, self.bias, keep, reads, center, basis)
 
     @torch.no_grad()
-    def prepare(self, examples: Sequence[Tokens]) -> None:
-        """Learn from these examples, before training, what routers see and which layers may be skipped at all.
+    def choose_basis(self, examples: Sequence[Tokens]) -> None:
+        """Let each router see only the DIRECTIONS in which the prompts of these examples differ most at its layer.
 
-        Each router sees only the DIRECTIONS in which the prompts differ most at its layer: the first principal
-        components of what it reads, at full depth, each divided by its standard deviation. A router of 576 weights
-        would learn the rows of a batch by heart, and a step along what all prompts share would open or close its gate
-        for every input at once; what tells kinds of inputs apart is in the first few components.
+        They are the first principal components of what it reads, each divided by its standard deviation. A router of
+        576 weights would learn the rows of a batch by heart, and a step along what all prompts share would open or
+        close its gate for every input at once; what tells kinds of inputs apart is in the first few components.
 
-        The `candidates` of the recipe are the layers without which the answers' cross entropy rises least; the others
-        are kept. The gradient of a gate does not tell: layers that write the huge state of the first token have small
-        ones, and nothing works without them. Gates start the closer to closing the cheaper their layer, so that they
-        close one after another.
+        Prompts take the path that gates now take, with the LoRA as it now is: at the end of the held steps, for both
+        move the states by many of the deviations measured before.
         """
-        policy, depth = self.model.policy, self.model.depth
-        runtime, everything = Runtime(self.model.runtime.backbone), Plan.full(depth)
-        seen: list[list[Tensor]] = [[] for _ in range(depth)]
-        rise = torch.zeros(depth)
-        for number, one in enumerate(examples):
-            ids = torch.tensor([one.input_ids], device=self.model.device)
-            labels, counts = torch.tensor([one.labels], device=self.model.device), [len(one.input_ids)]
-            hidden, entering = self.model.embed(ids), []
-            for layer in range(depth):
-                seen[layer].append(summary(hidden, [one.prompt_length], policy.reads)[0])
-                entering.append(hidden)
-                hidden = runtime.forward(hidden, [everything[layer : layer + 1]])
-            if number < MEASURED and self.recipe.candidates:
-                whole = self.row_losses(hidden, labels, counts)[0]
-                for layer, state in enumerate(entering):
-                    without = everything[layer + 1 :] if layer < depth - 1 else None
-                    deep = state if without is None else runtime.forward(state, [without])
-                    rise[layer] += (
-                        (self.row_losses(deep, labels, counts)[0] - whole) / labels.ne(IGNORED).sum()
-                    ).item()
-        self._see(torch.stack([torch.stack(states) for states in seen]))
-        if self.recipe.candidates:
-            self._may_skip(rise.argsort()[: self.recipe.candidates].tolist())
-
-    def _see(self, found: Tensor) -> None:
-        """Give the routers a basis; `found` is (layers, prompts, hidden size)."""
-        layers, prompts, _ = found.shape
+        runtime, everything = Runtime(self.model.runtime.backbone), Plan.full(self.model.depth)
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        seen: list[list[Tensor]] = []
+        for one in examples:
+            ids = torch.tensor([one.input_ids[: one.prompt_length]], device=self.model.device)
+            hidden, gates = self.model.embed(ids), Gates(self.model.policy, [one.prompt_length])
+            states = []
+            for layer in range(self.model.depth):
+                states.append(summary(hidden, [one.prompt_length], self.model.policy.reads)[0])
+                if gates.decide(layer, hidden)[1].item():
+                    hidden = runtime.forward(hidden, [everything[layer : layer + 1]])
+            seen.append(torch.stack(states))
+        for module, training in modes:
+            module.training = training
+        found = torch.stack(seen, 1)  # (layers, prompts, hidden size)
         center = found.mean(1)
         _, sizes, components = torch.linalg.svd(found - center[:, None], full_matrices=False)
-        kept = min(DIRECTIONS, prompts - 1)
-        deviations = sizes[:, :kept, None].clamp(min=1e-6) / prompts**0.5
-        self.weight = nn.Parameter(torch.zeros(layers, kept, device=found.device))
-        basis = components[:, :kept] / deviations
-        self.model.policy = replace(self.model.policy, weight=self.weight, center=center, basis=basis)
+        kept = min(DIRECTIONS, len(examples) - 1)
+        deviations = sizes[:, :kept, None].clamp(min=1e-6) / len(examples) ** 0.5
+        policy = self.model.policy
+        policy.center.copy_(center)
+        policy.basis.zero_()[:, :kept] = components[:, :kept] / deviations
+
+    @torch.no_grad()
+    def choose_candidates(self, examples: Sequence[Tokens]) -> None:
+        """Keep all layers but the recipe's `candidates`, those without which these answers lose least.
+
+        The gradient of a gate does not tell: layers that write the huge state of the first token have small ones, and
+        nothing works without them. Gates start the closer to closing the cheaper their layer, so that they close one
+        after another.
+        """
+        depth, everything = self.model.depth, Plan.full(self.model.depth)
+        runtime = Runtime(self.model.runtime.backbone)
+        rise = torch.zeros(depth)
+        for one in examples:
+            labels, counts = torch.tensor([one.labels], device=self.model.device), [len(one.input_ids)]
+            hidden = self.model.embed(torch.tensor([one.input_ids], device=self.model.device))
+            entering = []
+            for layer in range(depth):
+                entering.append(hidden)
+                hidden = runtime.forward(hidden, [everything[layer : layer + 1]])
+            whole = self.row_losses(hidden, labels, counts)[0]
+            for layer, state in enumerate(entering):
+                last = layer == depth - 1
+                deep = state if last else runtime.forward(state, [everything[layer + 1 :]])
+                rise[layer] += ((self.row_losses(deep, labels, counts)[0] - whole) / labels.ne(IGNORED).sum()).item()
+        self._may_skip(rise.argsort()[: self.recipe.candidates].tolist())
 
     def _may_skip(self, candidates: Sequence[int]) -> None:
         """Keep all layers but these, cheapest first; their gates start open, the cheapest next to closing."""
@@ -333,15 +349,23 @@ class LayerRouteTrainer(RecipeTrainer):
         if module.weight is not None:
             saved = GatedPolicy.load(module.model.policy.to_dict(), module.model.depth, folder)
             with torch.no_grad():
-                module.weight.copy_(saved.weight)
-                module.bias.copy_(saved.bias)
+                for name, tensor in module.model.policy.tensors().items():
+                    tensor.copy_(getattr(saved, name))
 
 
 class _Dual(TrainerCallback):
-    """Moves the price after every optimizer step, by what all processes saw."""
+    """Chooses what routers see when they begin to learn; moves the price by what all processes saw in a step."""
 
     def __init__(self, trainer: LayerRouteTrainer) -> None:
         self.trainer = trainer
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        module = self.trainer.model
+        free = state.global_step == ceil(module.recipe.hold * module.steps)
+        if free and isinstance(module.model.policy, GatedPolicy) and module.model.policy.reads == "last":
+            # The same examples in all processes.
+            examples = self.trainer.train_dataset.examples
+            module.choose_basis(random.Random(args.seed).sample(examples, min(PROMPTS, len(examples))))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         module = self.trainer.model
@@ -360,11 +384,9 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
 
     def make(steps: int) -> LayerRoute:
         module = LayerRoute(_load(config), config, steps)
-        policy = module.model.policy
-        if isinstance(policy, GatedPolicy) and policy.reads == "last":
+        if config.candidates:
             examples, _ = read_examples(config, lambda line: None)
-            chosen = random.Random(config.seed).sample(examples, min(PROMPTS, len(examples)))
-            module.prepare(chosen)
+            module.choose_candidates(random.Random(config.seed).sample(examples, min(MEASURED, len(examples))))
         return module
 
     return run_training(config, make, LayerRouteTrainer, notify, resume, finish=_round)

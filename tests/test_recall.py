@@ -105,8 +105,9 @@ def test_the_penalty_waits_until_the_task_is_solved_and_doubles_while_it_is() ->
         state.update(1.0, [0, 0, 0])
     assert state.weights == [0.5] * 3 and state.length == 32
     state.update(1.0, [0, 0, 0])
-    assert state.length == 64 and not state.done
-    state.update(1.0, [0, 0, 0])
+    assert state.length == 64 and not state.done and state.weights == [0.125] * 3  # eased, then doubled again
+    for _ in range(3):
+        state.update(1.0, [0, 0, 0])
     assert state.done
 
 

@@ -119,11 +119,10 @@ class Curriculum:
         if self.sparing and not self._spared(usage, questions):
             least = rules.most / 2**rules.rises
             self.weights = [min(rules.most, max(least, 2 * weight)) for weight in self.weights]
-        elif self.last_stage:
-            self.done = True
-            self.weights = [weight / 4 for weight in self.weights]  # what is open now need not be fought any longer
         else:
-            self.stage += 1
+            self.weights = [weight / 4 for weight in self.weights]  # what is open now need not be fought any longer
+            self.done = self.last_stage
+            self.stage += not self.done
 
     def _spared(self, usage: Sequence[float], questions: int) -> bool:
         if self.rules.target is not None and sum(usage) * self.length <= self.rules.target * questions:

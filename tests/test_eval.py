@@ -23,7 +23,7 @@ from layerwise.data import Example, Tokens
 from layerwise.evaluation import quality
 from layerwise.evaluation.exits import exit_quality
 from layerwise.evaluation.quality import Question
-from layerwise.report.figures import acceptance_figure, exit_figure
+from layerwise.report.exit_figures import acceptance_figure, exit_figure
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:

@@ -24,7 +24,7 @@ from layerwise.evaluation.verdicts import written
 from layerwise.hub import save_adapter
 from layerwise.model import causal_lm
 from layerwise.policies.router import MenuPolicy, classes_of
-from layerwise.report.figures import path_figure
+from layerwise.report.route_figures import path_figure
 from layerwise.search.evaluator import PathEvaluator
 
 INSIDE, OUTSIDE = ("names", "sums"), ("others",)

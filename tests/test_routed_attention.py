@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerwise.benchmarks.routed_attention import bench_routed_attention, forward_cost, spread
+from layerwise.model.filters import causal_filter, moving_average
 from layerwise.model.recall_model import RecallModel, RecallModelConfig
-from layerwise.model.routed_attention import RoutedAttention, causal_filter, moving_average
+from layerwise.model.routed_attention import RoutedAttention
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from layerwise.cli.bench import app as bench
 from layerwise.cli.train import app as train_app
-from layerwise.report.figures import recall_figure, routed_speed_figure, routing_figure
+from layerwise.report.attention_figures import recall_figure, routed_speed_figure, routing_figure
 from layerwise.training.curriculum import RoutedAttentionConfig
 from layerwise.training.routed_attention import train
 

@@ -19,7 +19,7 @@ from layerwise.cost import decode_cost
 from layerwise.data import Example, bfcl, load, routing, split_of, tokenize
 from layerwise.evaluation import routing as suite
 from layerwise.evaluation.routed_answers import Asked, called, result, right
-from layerwise.report.figures import layer_use_figure
+from layerwise.report.route_figures import layer_use_figure
 
 
 def asked(count: int) -> list[Asked]:

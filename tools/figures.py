@@ -7,14 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from layerwise.report.figures import (
-    acceptance_figure,
-    exit_figure,
-    path_figure,
-    recall_figure,
-    routed_speed_figure,
-    routing_figure,
-)
+from layerwise.report.attention_figures import recall_figure, routed_speed_figure, routing_figure
+from layerwise.report.exit_figures import acceptance_figure, exit_figure
+from layerwise.report.route_figures import layer_use_figure, path_figure
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -27,6 +22,11 @@ def exits(result: dict[str, Any], path: Path) -> None:
 def ablation(result: dict[str, Any], path: Path) -> None:
     """`{"variants": {label: {"acceptance": {exit: share}, ...}}}`."""
     acceptance_figure({label: one["acceptance"] for label, one in result["variants"].items()}, path)
+
+
+def heat(result: dict[str, Any], path: Path) -> None:
+    """`{"runs": [...]}` of tools/layerroute.py; the first that weighs quality."""
+    layer_use_figure(next(run for run in result["runs"] if run["objective"] == "quality"), path)
 
 
 def recall(result: dict[str, Any], path: Path) -> None:
@@ -49,6 +49,7 @@ def routed_speed(result: dict[str, Any], path: Path) -> None:
 FIGURES: dict[str, tuple[str, Callable[[dict[str, Any], Path], None]]] = {
     "exits.png": ("layerskip_quality.json", exits),
     "ablation.png": ("layerskip_ablation.json", ablation),
+    "layer_use.png": ("layerroute.json", heat),
     "paths.png": ("drllm.json", path_figure),
     "recall.png": ("routed_attention.json", recall),
     "routing.png": ("routed_attention.json", routing),

@@ -108,14 +108,14 @@ def run(
         out.write_text(json_text.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {out}")
     if figure is not None:
-        from layerwise.report import figures
+        from layerwise.report import exit_figures, route_figures
 
         if suite is Suite.paths:
-            figures.path_figure(result, figure)
+            route_figures.path_figure(result, figure)
         elif suite is Suite.routing:
-            figures.layer_use_figure(result, figure)
+            route_figures.layer_use_figure(result, figure)
         else:
-            figures.exit_figure({result["adapter"] or result["model"]: result}, figure)
+            exit_figures.exit_figure({result["adapter"] or result["model"]: result}, figure)
         print(f"wrote {figure}")
     if json:
         options.print_json(result)

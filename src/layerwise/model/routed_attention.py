@@ -24,6 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from layerwise.model.filters import causal_filter, moving_average
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
 Mixing = Literal["routed", "attention", "convolution"]
 Kernel = Literal["auto", "dense", "gathered", "chunked"]
 CHUNK, _LEAST_CHUNK = 256, 16  # most and fewest routed queries scored at once: their keys end at the last of them
-_BLOCK = 64  # positions of one block of a causal filter
 
 
 @dataclass(frozen=True)
@@ -365,60 +366,6 @@ def gumbel_sigmoid(logits: Tensor, tau: float = 1.0) -> Tensor:
 
 
 # -- filters over time ---------------------------------------------------------------------------------------------
-
-
-def causal_filter(values: Tensor, taps: Tensor) -> Tensor:
-    """y[t] = sum_j taps[head, j] values[t - j], each head's channels by its own taps.
-
-    Args:
-        values: (rows, taps - 1 + width, channels), the first taps - 1 are the past.
-        taps: (heads, taps), the newest first.
-
-    Returns:
-        (rows, width, channels). Long texts go in blocks, as products with a banded matrix.
-    """
-    heads, count = taps.shape
-    rows, total, channels = values.shape
-    width = total - count + 1
-    taps = taps.to(values.dtype)
-    if width < _BLOCK // 4:
-        windows = values.unfold(1, count, 1).unflatten(2, (heads, -1))  # rows, width, heads, channels, taps
-        return (windows * taps.flip(-1)[:, None]).sum(-1).flatten(2)
-    blocks = -(-width // _BLOCK)
-    values = F.pad(values, (0, 0, 0, blocks * _BLOCK - width))
-    span = _BLOCK + count - 1
-    windows = values.unfold(1, span, _BLOCK).unflatten(2, (heads, -1))  # rows, blocks, heads, channels, span
-    windows = windows.permute(2, 4, 0, 1, 3).reshape(heads, span, -1)
-    # Row i of the band holds the taps, oldest first, from column i on.
-    band = F.pad(taps.flip(-1)[:, None].expand(-1, _BLOCK, -1), (0, _BLOCK)).flatten(1)
-    band = band[:, : _BLOCK * span].view(heads, _BLOCK, span)
-    mixed = torch.bmm(band, windows).view(heads, _BLOCK, rows, blocks, channels // heads)
-    return mixed.permute(2, 3, 1, 0, 4).reshape(rows, blocks * _BLOCK, channels)[:, :width]
-
-
-def moving_average(values: Tensor, decay: float, before: Tensor | None = None) -> Tensor:
-    """m[t] = decay m[t - 1] + (1 - decay) values[t] for values (rows, width, channels); `before` is m[-1], or zero."""
-    rows, width, channels = values.shape
-    if width == 1:
-        return (1 - decay) * values if before is None else torch.lerp(before[:, None], values, 1 - decay)
-    size = min(width, _BLOCK)
-    blocks = -(-width // size)
-    steps = torch.arange(size, device=values.device)
-    inside = _powers(decay, steps[:, None] - steps).to(values.dtype) * (1 - decay)
-    local = torch.matmul(inside, F.pad(values, (0, 0, 0, blocks * size - width)).unflatten(1, (blocks, size)))
-    # What a block hands on to the next ones fades by decay^size each.
-    order = torch.arange(blocks, device=values.device)
-    ahead = _powers(decay**size, order[:, None] - order - 1).to(values.dtype)
-    carry = torch.matmul(ahead, local[:, :, -1])
-    if before is not None:
-        carry = carry + (decay**size) ** order.to(values.dtype)[:, None] * before[:, None]
-    fade = decay ** (steps + 1).to(values.dtype)
-    return (local + fade[:, None] * carry[:, :, None]).view(rows, blocks * size, channels)[:, :width]
-
-
-def _powers(base: float, exponents: Tensor) -> Tensor:
-    """base^exponent, and 0 where the exponent is negative."""
-    return torch.where(exponents >= 0, base ** exponents.clamp(min=0).float(), 0.0)
 
 
 def rotate(states: Tensor, places: Tensor, theta: float) -> Tensor:

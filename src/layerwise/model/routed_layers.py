@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.model.backbone import Backbone
-from layerwise.model.routed_attention import CHUNK, Mixing, Routing, causal_filter, gumbel_sigmoid
+from layerwise.model.filters import causal_filter
+from layerwise.model.routed_attention import CHUNK, Mixing, Routing, gumbel_sigmoid
 
 FILE = "routed_layers.safetensors"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")

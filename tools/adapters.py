@@ -1,7 +1,8 @@
-"""Make the adapters in adapters/ again: python tools/adapters.py layerskip-frozen|drllm [--work FOLDER].
+"""Make the adapters in adapters/ again: python tools/adapters.py layerskip-frozen|layerroute|drllm [--work FOLDER].
 
-The first is a run of up to an hour on two cores, the second of as long as its search takes (`layerwise search` tells);
-stopped with Ctrl-C they go on where they were when started again. The data are the built-in ones, training splits only.
+layerskip-frozen takes up to an hour on two cores, layerroute a quarter of one on one core, drllm as long as its search
+(`layerwise search` tells); stopped with Ctrl-C they go on where they were when started again. The data are the built-in
+ones, training splits only.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+
+from layerroute_runs import trained
 
 from layerwise.data import Example, load, prompt_ids, read_jsonl, write_jsonl
 from layerwise.sources import load_tokenizer
@@ -76,6 +79,13 @@ def untouched(work: Path) -> Path:
     return frozen.train(config, note, _begun(out))
 
 
+def gated(work: Path) -> Path:
+    """Gates by the objective quality: the run of results/layerroute.json with seed 0."""
+    data = work / "routing.jsonl"
+    write_jsonl(data, load("routing", "train"))
+    return trained("quality", 0, work, data)
+
+
 def routed(work: Path) -> Path:
     """Routers that pick from a menu, taught by a search of the training questions."""
     labels = work / "drllm-labels.jsonl"
@@ -99,7 +109,7 @@ def keep(made: Path, name: str, files: Iterable[str]) -> None:
 
 FILES = ("layerwise.json", "adapter_config.json", "adapter_model.safetensors", "training.json")
 FILES += ("exit_head.safetensors", "routers.safetensors")
-MAKERS = {"layerskip-frozen": untouched, "drllm": routed}
+MAKERS = {"layerskip-frozen": untouched, "layerroute": gated, "drllm": routed}
 
 
 def main() -> int:

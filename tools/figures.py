@@ -25,7 +25,7 @@ def ablation(result: dict[str, Any], path: Path) -> None:
 
 
 def heat(result: dict[str, Any], path: Path) -> None:
-    """`{"runs": [...]}` of tools/layerroute.py; the first that weighs quality."""
+    """`{"runs": [...]}` of tools/layerroute_runs.py; the first that weighs quality."""
     layer_use_figure(next(run for run in result["runs"] if run["objective"] == "quality"), path)
 
 

@@ -73,7 +73,89 @@ def speculative_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-TABLES = {"decode": decode_table, "speculative": speculative_table}
+def layerroute_table(result: dict[str, Any]) -> str:
+    """One row a run of tools/layerroute_runs.py."""
+    lines = [
+        "| objective, seed | tool calls save | planning saves | differential | exp(CE) tools, vs same LoRA | planning |"
+        " static skip costs | random | shuffled |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in sorted(result["runs"], key=lambda run: (run["objective"] != "quality", run["objective"], run["seed"])):
+        controls = (
+            f"{one['ce_above_routed']:+.3f} ({one['interval'][0]:+.3f} to {one['interval'][1]:+.3f})"
+            for one in run["controls"].values()
+        )
+        tools, planning = (run["kinds"][kind]["ppl"]["routed"] for kind in ("tools", "planning"))
+        lines.append(
+            f"| {run['objective']}, {run['seed']} | **{run['tool_skip']:.1f}%** | {run['planning_skip']:.1f}% "
+            f"| {run['differential']:.1f} | {tools:.2f}, x{run['tool_ppl_ratio']:.2f} "
+            f"| {planning:.2f}, x{run['planning_ppl_ratio']:.2f} | {' | '.join(controls)} |"
+        )
+    one = result["runs"][0]
+    where, kinds = one["environment"], one["kinds"]
+    lines += [
+        "",
+        "Shares are of all decode FLOPs, LM head and attention counted; controls skip as many layers, their cost is in "
+        f"nats a token above the routes', with 95% intervals. {kinds['tools']['n']} and {kinds['planning']['n']} "
+        f"held-out prompts; torch {where['torch']}, commit {where['commit']}. Again: `python tools/layerroute_runs.py`.",
+    ]
+    return "\n".join(lines)
+
+
+def drllm_table(result: dict[str, Any]) -> str:
+    """The table of `layerwise eval --suite paths`."""
+    lines = ["| task | n | all layers | routed | 95% interval of the gain |", "|---|---|---|---|---|"]
+    for group in ("in_domain", "out_of_domain"):
+        for task, one in result[group].items():
+            low, high = one["interval"]
+            lines.append(
+                f"| {task}{' (never trained on)' if group == 'out_of_domain' else ''} | {one['n']} | {one['base']:.1%} "
+                f"| {one['routed']:.1%} | {100 * low:+.1f} to {100 * high:+.1f} |"
+            )
+    controls = ", ".join(
+        f"{name.replace('_', ' ')} {one['accuracy']:.1%} ({one['layers_saved']:.1%} saved)"
+        for name, one in result["controls"].items()
+    )
+    realised = "not measured" if result["time_realised"] is None else f"{result['time_realised']:.0%} of it as time"
+    where = result["environment"]
+    lines += [
+        "",
+        f"In domain {result['accuracy_gain']:+.2f} points on average, out of domain "
+        f"{result['out_of_domain_gain']:+.2f}; "
+        f"{result['layers_saved']:.1%} of layer executions per token saved, {realised}. "
+        f"Controls, in domain: {controls}. Commit {where['commit']}. Again: `{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
+def routed_attention_table(result: dict[str, Any]) -> str:
+    """One row a run of tools/routed_attention_runs.py."""
+    lines = [
+        "| task, distance | taught by | seed | accuracy | positions that attend | steps |",
+        "|---|---|---|---|---|---|",
+    ]
+    for run in sorted(
+        result["runs"], key=lambda run: (run["task"] != "recall", run["distance"], run["mode"], run["seed"])
+    ):
+        lines.append(
+            f"| {run['task']} {run['distance']} | {run['mode']} | {run['seed']} | {run['accuracy']:.1%} "
+            f"| {run['usage']:.3%} | {run['steps']:,} |"
+        )
+    lines += [
+        "",
+        "Accuracy on held-out pairs of key and value; one position of one layer is what recall needs. Again: `python "
+        "tools/routed_attention_runs.py`.",
+    ]
+    return "\n".join(lines)
+
+
+TABLES = {
+    "decode": decode_table,
+    "speculative": speculative_table,
+    "layerroute": layerroute_table,
+    "drllm": drllm_table,
+    "routed_attention": routed_attention_table,
+}
 
 
 def _between(table: str, marks: re.Match[str]) -> str:
@@ -83,7 +165,10 @@ def _between(table: str, marks: re.Match[str]) -> str:
 def filled(text: str) -> str:
     """`text` with every marked table made anew."""
     for name, make in TABLES.items():
-        result = json.loads((ROOT / "results" / f"{name}.json").read_text(encoding="utf-8"))
+        file = ROOT / "results" / f"{name}.json"
+        if f"<!-- table: {name} -->" not in text:
+            continue
+        result = json.loads(file.read_text(encoding="utf-8"))
         marked = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
         text = marked.sub(partial(_between, make(result)), text)
     return text

@@ -13,6 +13,12 @@ Function: get_weather(city, unit)
 Example question: How warm is it in Oslo, in fahrenheit?
 Example answer: {"name": "get_weather", "arguments": {"city": "Oslo", "unit": "fahrenheit"}}"""
 HEAD = "layerskip-frozen"  # the adapter that drafts for the untouched model
+ROUTES = "layerroute"  # the adapter that decides layers by the prompt
+FUNCTION = (
+    '{"name":"get_weather","description":"The current temperature in a city.","parameters":{"type":"object",'
+    '"properties":{"city":{"type":"string","description":"The city."},"unit":{"type":"string","description":'
+    '"celsius or fahrenheit."}},"required":["city","unit"]}}'
+)
 PROMPTS = (
     ("tool call", TOOL_SYSTEM, "How warm is it in Lisbon, in celsius?"),
     ("plan", None, "Write a short plan, in three steps, for learning to bake bread."),
@@ -107,5 +113,39 @@ def run(
         'Next: layerwise generate "Why is the sky blue?" --plan "0-3 5-24 26-29" --html answer.html',
         soft_wrap=True,
     )
+    if model is None and plan is None and bundled_adapter(ROUTES):
+        rows += _routed(console, engine, dtype, max_new_tokens)
     if json:
         options.print_json({"answers": rows, "engine": loaded.runtime.engine.name, "dtype": dtype.value})
+
+
+def _routed(
+    console: Any, engine: options.EngineChoice, dtype: options.DtypeChoice, max_new_tokens: int
+) -> list[dict[str, Any]]:
+    """The same model with routers: a tool call and a worked problem, each by the layers its prompt was given."""
+    from layerwise.data.bfcl import SYSTEM
+    from layerwise.decoding.text import answer
+    from layerwise.paths import bundled_adapter
+
+    console.print(f"\nWith the routers of adapters/{ROUTES}, which read the prompt and decide:\n")
+    loaded, tokenizer = options.load(None, str(bundled_adapter(ROUTES)), None, engine, dtype)
+    prompts = (
+        ("tool call, routed", SYSTEM + FUNCTION, PROMPTS[0][2]),
+        ("problem, routed", None, "Tom has 3 boxes of 12 pencils and gives 10 pencils away. How many are left?"),
+    )
+    rows = []
+    for kind, system, prompt in prompts:
+        console.rule(kind, align="left")
+        console.print(f"[bold]{prompt}[/bold]\n")
+        result = answer(
+            loaded,
+            tokenizer,
+            prompt,
+            system,
+            max_new_tokens,
+            on_text=lambda piece: print(piece, end="", flush=True),
+        )
+        print()
+        console.print(f"\n[dim]{result.layers_per_token:.0f} of {loaded.depth} layers: {result.plans[-1]}[/dim]")
+        rows.append({"prompt": kind, **result.to_dict(), "plan": str(result.plans[-1])})
+    return rows

@@ -1,4 +1,4 @@
-"""Make results/layerroute.json again: python tools/layerroute.py [--work FOLDER] [--seeds 0,1] [--objectives paper].
+"""Make results/layerroute.json again: python tools/layerroute_runs.py [--work FOLDER] [--seeds 0,1] [--objectives paper].
 
 Trains an adapter for each objective and seed on the mix `routing` (up to 40 minutes each on two cores), then judges it
 by `layerwise eval --suite tools-vs-planning`, the LoRA of its seed trained without routing as the reference. What is
@@ -69,7 +69,7 @@ def judged(objective: str, seed: int, work: Path, data: Path, samples: int) -> d
     if not kept.is_file():
         adapter = trained(objective, seed, work, data)
         reference = trained("none", seed, work, data)
-        command = f"python tools/layerroute.py --objectives {objective}"
+        command = f"python tools/layerroute_runs.py --objectives {objective}"
         found = routing_suite(adapter, None, reference, samples, command=command, notify=options.note)
         written = json.dumps(found, indent=2) + "\n"
         kept.with_suffix(".tmp").write_text(written, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Make results/layerroute.json again: python tools/layerroute_runs.py [--work FOLDER] [--seeds 0,1] [--objectives paper].
+"""Make results/layerroute.json again: python tools/layerroute_runs.py [--work FOLDER] [--seeds 0,1] [--objectives ...].
 
 Trains an adapter for each objective and seed on the mix `routing` (up to 40 minutes each on two cores), then judges it
 by `layerwise eval --suite tools-vs-planning`, the LoRA of its seed trained without routing as the reference. What is

@@ -97,7 +97,7 @@ def layerroute_table(result: dict[str, Any]) -> str:
         "",
         "Shares are of all decode FLOPs, LM head and attention counted; controls skip as many layers, their cost is in "
         f"nats a token above the routes', with 95% intervals. {kinds['tools']['n']} and {kinds['planning']['n']} "
-        f"held-out prompts; torch {where['torch']}, commit {where['commit']}. Again: `python tools/layerroute_runs.py`.",
+        f"held-out prompts; commit {where['commit']}. Again: `python tools/layerroute_runs.py`.",
     ]
     return "\n".join(lines)
 

@@ -70,6 +70,8 @@ def test_tokens_that_choices_share_stand_once_and_last_ones_not_at_all() -> None
     assert packed.ids == (5, 6, 7, 4) and packed.positions == (0, 1, 2, 3) and packed.parents == (-1, 0, 1, 2)
     assert packed.targets == (7, 8, 9, 7, 4, 3)
     assert packed.predictors == (1, 2, 1, 1, 2, 3) and packed.scored == (0, 0, 1, 2, 2, 2)
+    # The same token after another one is another column.
+    assert PackedChoices.of([[5, 6, 8, 1], [5, 7, 8, 1]], prompt_tokens=1).parents == (-1, 0, 1, 0, 3)
     # A choice that melts into the prompt's last token keeps a token of its own.
     assert PackedChoices.of([[5, 6], [5, 7, 8]], prompt_tokens=2).targets == (6, 7, 8)
 

@@ -121,7 +121,7 @@ def test_other_options_or_another_model_are_refused_by_name(folder: Path, tmp_pa
 
 
 def test_a_continued_file_keeps_its_prior(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "questions", lambda task, split: [question(number) for number in range(20, 24)])
+    monkeypatch.setattr(run, "questions", lambda task, split: QUESTIONS[1:])
     first = search(folder, tmp_path / "l.jsonl", QUESTIONS[:2], calibration=2)
     weights = read_labels(tmp_path / "l.jsonl")[0]["options"]["prior"]
     assert len(weights) == 6 + 5 + 6 and max(weights.values()) == 1.0
@@ -208,28 +208,15 @@ def test_a_menu_covers_greedily() -> None:
 
 @pytest.fixture
 def word_task(monkeypatch: pytest.MonkeyPatch) -> None:
-    split = {name: [question(at + 10 * at_split) for at in range(4)] for at_split, name in enumerate(("train", "test"))}
-    monkeypatch.setattr(run, "questions", lambda task, name: split[name])
+    """Questions of random words in the place of every task's."""
+    monkeypatch.setattr(run, "questions", lambda task, split: QUESTIONS[:4])
 
 
 def test_the_command_writes_labels_and_says_what_they_hold(folder: Path, tmp_path: Path, word_task: None) -> None:
     out = tmp_path / "labels.jsonl"
-    words = [
-        "search",
-        "--model",
-        str(folder),
-        "--tasks",
-        "lcm",
-        "--limit",
-        "2",
-        "--simulations",
-        "6",
-        "--out",
-        str(out),
-    ]
-    done = CliRunner().invoke(
-        app, [*words, "--calibration", "1", "--dtype", "float32", "--json"], catch_exceptions=False
-    )
+    words = ["--model", str(folder), "--out", str(out), "--tasks", "lcm", "--limit", "2", "--dtype", "float32"]
+    words = ["search", *words, "--simulations", "6", "--calibration", "1", "--json"]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout.strip().splitlines()[-1])
     about, records = read_labels(out)

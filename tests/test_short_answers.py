@@ -24,9 +24,9 @@ def test_splits_are_disjoint_by_text_whatever_the_order_of_numbers(task: str) ->
 @pytest.mark.parametrize("task", NUMBERS)
 def test_examples_come_from_training_and_never_say_the_answer(task: str) -> None:
     texts = [line for one in questions(task, "train") for line in one.prompt.splitlines()[-1:]]
-    for one in questions(task, "test")[:40]:
+    for one in questions(task, "test")[:40] + questions(task, "train"):
         *examples, asked = one.prompt.splitlines()
-        assert len(examples) == TASKS[task].shots and asked not in texts
+        assert len(examples) == TASKS[task].shots
         for example in examples:
             assert any(example.startswith(text) for text in texts)
             assert sorted(example.removesuffix(example.split()[-1]).split()) != sorted(asked.split())

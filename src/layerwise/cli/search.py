@@ -19,7 +19,7 @@ def run(
     algorithm: Annotated[str, typer.Option(help="mcts, random or greedy; each evaluates as many plans.")] = "mcts",
     simulations: Annotated[int, typer.Option(help="Plans evaluated for each question, besides the full one.")] = 48,
     price: Annotated[float, typer.Option(help="Of running all layers, where a right answer is worth 1.")] = 0.5,
-    width: Annotated[float, typer.Option(help="A node with V visits has up to width sqrt(V) children.")] = 2.0,
+    width: Annotated[float, typer.Option(help="A node with V visits has up to width sqrt(V) children.")] = 1.5,
     exploration: Annotated[float, typer.Option(help="c of the tree's upper confidence bound.")] = 0.05,
     retest: Annotated[int, typer.Option(help="Right paths tested again, on the variants of the prompt.")] = 8,
     margin: Annotated[float, typer.Option(help="Nats by which a robust path must win everywhere.")] = 0.0,

@@ -26,7 +26,7 @@ def mcts(
     book: Book,
     chance: random.Random,
     *,
-    width: float = 2.0,
+    width: float = 1.5,
     batch: int = 4,
     exploration: float = 0.05,
     prior: Prior = uniform,

@@ -110,10 +110,12 @@ def _keep(searcher: Work, workers: int) -> Work:
 def _load(name: str | None, dtype: str, options: SearchOptions, workers: int) -> Work:
     """A searcher of a worker's own, with its share of the machine's threads."""
     import torch
+    from transformers.utils import logging
 
     from layerwise.model.causal_lm import attach
     from layerwise.sources import load_base, load_tokenizer
 
+    logging.disable_progress_bar()  # workers share the terminal with the search's own bar
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     return Searcher(attach(load_base(name, dtype)), load_tokenizer(name), options)
 

@@ -8,6 +8,7 @@ ones, training splits only.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import shutil
 import subprocess
@@ -104,7 +105,22 @@ def keep(made: Path, name: str, files: Iterable[str]) -> None:
     for file in files:
         if (made / file).is_file():
             shutil.copy2(made / file, target / file)
+    base = json.loads((target / "layerwise.json").read_text(encoding="utf-8"))["base_model"]
+    _without_folders(target / "training.json", "config", {"data": None, "out": None, "labels": None})
+    _without_folders(target / "adapter_config.json", None, {"base_model_name_or_path": base})
     note(f"wrote {target}")
+
+
+def _without_folders(file: Path, part: str | None, names: dict[str, str | None]) -> None:
+    """Replace paths of this machine: by the value given, or by their last part."""
+    if not file.is_file():
+        return
+    whole = json.loads(file.read_text(encoding="utf-8"))
+    values = whole if part is None else whole[part]
+    for name, value in names.items():
+        if values.get(name):
+            values[name] = value or Path(values[name]).name
+    file.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
 
 
 FILES = ("layerwise.json", "adapter_config.json", "adapter_model.safetensors", "training.json")

@@ -44,13 +44,13 @@ def _list(json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from layerwise.data import SPLITS, TASKS, load
+    from layerwise.data import MIXES, SPLITS, TASKS, load
 
     table = Table(box=None, header_style="bold")
     for title in ("task", *SPLITS):
         table.add_column(title, justify="left" if title == "task" else "right")
     counts: dict[str, dict[str, int] | None] = {}
-    for task in TASKS:
+    for task in (*TASKS, *MIXES):
         try:
             counts[task] = {split: len(load(task, split)) for split in SPLITS}
         except ValueError as error:

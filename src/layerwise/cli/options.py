@@ -33,7 +33,7 @@ DraftText = Annotated[
     str | None,
     typer.Option(
         "--draft",
-        help='Who drafts for the plan to verify: auto, off, ngram, head, "exit:8", "exit:8,6" or "plan:0-5 20-29".',
+        help='Who drafts for the plan: auto, off, ngram, head, policy, "exit:8", "exit:8,6" or "plan:0-5 20-29".',
     ),
 ]
 Engine = Annotated[EngineChoice, typer.Option(help="How layers are run; auto is compiled where there is a compiler.")]

@@ -14,10 +14,11 @@ from layerwise.data.examples import (
     tokenize,
     write_jsonl,
 )
-from layerwise.data.tasks import TASKS, TEXTS, load, text
+from layerwise.data.tasks import MIXES, TASKS, TEXTS, load, text
 
 __all__ = [
     "IGNORED",
+    "MIXES",
     "SPLITS",
     "TASKS",
     "TEXTS",

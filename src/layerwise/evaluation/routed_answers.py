@@ -105,6 +105,7 @@ def answer_quality(
         "tools": ([one for one in asked if one.side == "tools"][:count], 160),
         "planning": ([one for one in asked if one.example.kind.startswith("gsm8k")][: max(1, count // 3)], 200),
     }
+    chosen = {name: those for name, those in chosen.items() if those[0]}
     found: dict[str, Any] = {name: {} for name in chosen}
     contenders: list[tuple[str, str | Path, list[str] | None]] = [
         ("routed", adapter, None),
@@ -132,7 +133,8 @@ def timed(
     steps: dict[str, float] = {"routed": 0.0, "full": 0.0}
     reads: dict[str, float] = {"routed": 0.0, "same plan": 0.0, "full": 0.0}
     flops = {"routed": 0, "full": 0}
-    for one in [one for one in asked if one.side == "tools"][:prompts]:
+    chosen = [one for one in asked if one.side == "tools"][:prompts]
+    for one in chosen:
         ids = torch.tensor([one.tokens.input_ids[: one.tokens.prompt_length]])
 
         def run(plan: Plan | None, ids: torch.Tensor = ids) -> tuple[float, float, Plan]:
@@ -141,6 +143,7 @@ def timed(
                 ids,
                 max_new_tokens=new_tokens,
                 do_sample=False,
+                eos_token_id=-1,  # what is timed is a step, however early the answer ends
                 streamer=watch,
                 trace=trace,
                 plans=None if plan is None else [plan],
@@ -161,12 +164,12 @@ def timed(
     skipped = 1 - flops["routed"] / flops["full"]
     saved = 1 - steps["routed"] / steps["full"]
     return {
-        "prompts": prompts,
+        "prompts": len(chosen),
         "flop_skip": 100 * skipped,
         "time_saved": 100 * saved,
         "realised": saved / skipped if skipped else None,
-        "step_ms": {name: 1000 * value / prompts for name, value in steps.items()},
-        "prefill_ms": {name: 1000 * value / prompts for name, value in reads.items()},
+        "step_ms": {name: 1000 * value / len(chosen) for name, value in steps.items()},
+        "prefill_ms": {name: 1000 * value / len(chosen) for name, value in reads.items()},
         "router_overhead": (reads["routed"] - reads["same plan"]) / (new_tokens * steps["routed"]),
         "dtype": "bfloat16",
         "engine": loaded.runtime.engine.name,

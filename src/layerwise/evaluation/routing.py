@@ -34,8 +34,10 @@ from layerwise.data.routing import side
 from layerwise.evaluation.routed_answers import Asked, answer_quality, timed
 from layerwise.hub import from_pretrained
 from layerwise.plan import Plan
+from layerwise.policies.gates import GatedPolicy
 from layerwise.sources import load_tokenizer
 from layerwise.training.exit_loss import labelled
+from layerwise.training.trainer import RECORD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -134,7 +136,8 @@ def controls(
 ) -> dict[str, dict[str, Any]]:
     """Each control's exp(CE) over tool calls and planning, and how much more nats a token it costs than the routes."""
     chosen = [at for at, one in enumerate(asked) if one.side in ("tools", "planning")]
-    keep = getattr(model.policy, "keep", ())
+    assert isinstance(model.policy, GatedPolicy)
+    keep = model.policy.keep
     those = [plans[at] for at in chosen]
     found = {}
     for name, other in control_plans(those, model.depth, keep, seed).items():
@@ -176,13 +179,13 @@ def routing_suite(
         command: only noted in the result.
 
     Raises:
-        ValueError: the adapter does not route.
+        ValueError: the adapter has no gates.
     """
     began = time.perf_counter()
     tokenizer = load_tokenizer(model)
     routed = from_pretrained(model, adapter=adapter, dtype="bfloat16", engine="eager").eval()
-    if not hasattr(routed.policy, "route"):
-        raise ValueError(f"the adapter '{adapter}' does not route: train one with 'layerwise train layerroute'")
+    if not isinstance(routed.policy, GatedPolicy):
+        raise ValueError(f"the adapter '{adapter}' has no gates: train one with 'layerwise train layerroute'")
     pad = tokenizer.pad_token_id or 0
     asked = held_out(tokenizer, samples, most_tokens, seed)
     losses, plans = answer_losses(routed, asked, pad)
@@ -224,7 +227,7 @@ def routing_suite(
 def _trained_as(adapter: str | Path) -> dict[str, Any]:
     """Objective and seed, as the training noted them."""
     try:
-        config = json.loads((Path(adapter) / "training.json").read_text(encoding="utf-8"))["config"]
+        config = json.loads((Path(adapter) / RECORD).read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError):
         return {"objective": None, "seed": None}
     return {"objective": config.get("objective"), "seed": config.get("seed")}

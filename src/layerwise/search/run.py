@@ -98,9 +98,10 @@ def training_prior(
     tasks = [task for task in dict.fromkeys(question.task for question in asked) if task in IN_DOMAIN]
     if not tasks:
         return {}
-    pool = [those[-1 - at] for at in range(calibration) for those in (questions(task, "train") for task in tasks)]
-    measures = (Searcher(model, tokenizer, options).evaluator(question).margins for question in pool[:calibration])
-    return measured_prior(model.depth, measures, calibration, options.price, notify=notify)
+    sources = [questions(task, "train") for task in tasks]
+    ends = [those[-1 - at] for at in range(calibration) for those in sources if at < len(those)][:calibration]
+    measures = (Searcher(model, tokenizer, options).evaluator(question).margins for question in ends)
+    return measured_prior(model.depth, measures, len(ends), options.price, notify=notify)
 
 
 def _keep(searcher: Work, workers: int) -> Work:

@@ -225,6 +225,10 @@ class LayerRouteRecipe:
         _require(0 <= self.lora_dropout < 1, f"lora-dropout must be at least 0 and below 1, not {self.lora_dropout}")
         _require(0 <= self.hold < 1, f"hold must be at least 0 and below 1, not {self.hold}")
         _require(self.rank >= 1, f"rank must be 1 or more, not {self.rank}")
+        _require(
+            not self.candidates or (self.objective != "none" and self.start_closed is None),
+            "candidates choose the layers whose gates may close: leave out start-closed, and objective none",
+        )
         layers_of(self.keep)
         layers_of(self.start_closed or "")
 

@@ -22,6 +22,7 @@ training are here too, so that the command line can show them without importing 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -157,9 +158,6 @@ class CurriculumConfig:
     steps: int = field(default=20_000, metadata=_help("Most steps; training ends before if the curriculum does."))
     learning_rate: float = field(default=2e-3, metadata=_help("Learning rate of AdamW, after the warm-up."))
     warmup: int = field(default=30, metadata=_help("Steps over which the learning rate rises."))
-    explore: float = field(
-        default=0.1, metadata=_help("Weight on the router's squared logits while both mixings are blended.")
-    )
     penalty: float = field(default=64.0, metadata=_help("Highest weight of the penalty on usage."))
     rises: int = field(default=10, metadata=_help("Evaluations over which the penalty doubles up to its highest."))
     penalty_on: PenaltyOn = field(
@@ -178,7 +176,7 @@ class CurriculumConfig:
 
     def __post_init__(self) -> None:
         _choice("penalty-on", self.penalty_on, PenaltyOn)
-        kept = ("seed", "settle", "warmup", "explore")
+        kept = ("seed", "settle", "warmup")
         for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and one.name not in kept:
@@ -194,14 +192,15 @@ class CurriculumConfig:
 
     def command(self) -> str:
         """What to type for the same training."""
-        words = [f"layerwise train {self.name}"]
+        words = ["layerwise", "train", self.name]
         for one in fields(self):
             value = getattr(self, one.name)
             flag = one.name.replace("_", "-")
             if value == one.default and one.name not in ("task", "distance", "seed", "mode"):
                 continue
-            words.append(f"--{flag if value else 'no-' + flag}" if isinstance(value, bool) else f"--{flag} {value}")
-        return " ".join(words)
+            given = [f"--{flag if value else 'no-' + flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
+            words += given
+        return shlex.join(words)
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
         """Refuse to resume a training whose `to_dict` was `saved`, unless it would go on as it began."""
@@ -221,6 +220,10 @@ class RoutedAttentionConfig(CurriculumConfig):
         ValueError: a value is out of range.
     """
 
+    explore: float = field(
+        default=0.1,
+        metadata=_help("Several pairs: weight on the router's squared logits while mixings are blended."),
+    )
     task: TaskName = field(default="recall", metadata=_help("One pair at a distance, or several pairs and queries."))
     distance: int = field(default=126, metadata=_help("recall: tokens from key to key; mqar: length of a sequence."))
     mode: Mode = field(
@@ -301,7 +304,6 @@ class RoutedTextConfig(CurriculumConfig):
     rows: int = field(default=4, metadata=_help("Texts of a batch."))
     precision: Precision = field(default="bfloat16", metadata=_help("Numbers of the base; what is trained is float32."))
     steps: int = field(default=400, metadata=_help("Most steps; training ends before if the curriculum does."))
-    explore: float = field(default=0.0, metadata=_help("Weight on the router's squared logits before the penalty."))
     penalty: float = field(default=4.0, metadata=_help("Highest weight of the penalty on usage."))
     rises: int = field(default=8, metadata=_help("Evaluations over which the penalty doubles up to its highest."))
     usage_target: float = field(

@@ -98,8 +98,9 @@ def train(config: DrLLMConfig, notify: Callable[[str], None] = lambda line: None
     labels = labels_for(model, config.labels)
     material = gather(config, labels, model, load_tokenizer(config.model), notify)
     policy, record = (per_layer if config.form == "per-layer" else menu)(config, labels, material)
-    model.policy = policy.rounded()
-    record |= {"labels": dict(_counted(material.paths)), "static": static_plans(labels, model.depth)}
+    model.policy = policy  # in the numbers it was judged in
+    learnt = [label for label, out in zip(labels, material.held_out, strict=True) if not out]
+    record |= {"labels": dict(_counted(material.paths)), "static": static_plans(learnt, model.depth)}
     save_adapter(model, config.out)
     names = {name: Path(getattr(config, name)).name for name in ("labels", "out")}  # folders mean nothing elsewhere
     written = {"config": config.to_dict() | names, **record}
@@ -189,7 +190,8 @@ def per_layer(config: DrLLMConfig, labels: Sequence[Record], given: Material) ->
 
 def menu(config: DrLLMConfig, labels: Sequence[Record], given: Material) -> tuple[MenuPolicy, dict[str, Any]]:
     """The menu, a router for each price of a layer, and the best pair of price and threshold."""
-    candidates = (given.full, *candidate_plans(labels, given.full, config))
+    learnt = [label for label, out in zip(labels, given.held_out, strict=True) if not out]
+    candidates = (given.full, *candidate_plans(learnt, given.full, config))
     given.notify(f"{len(candidates)} candidates for the menu")
     scored = given.rewards(range(len(labels)), [candidates] * len(labels))
     kept = serving(scored, candidates, given, config.menu_size)

@@ -160,7 +160,8 @@ class LayerRoute(nn.Module):
                 last = layer == depth - 1
                 deep = state if last else runtime.forward(state, [everything[layer + 1 :]])
                 rise[layer] += ((self.row_losses(deep, labels, counts)[0] - whole) / labels.ne(IGNORED).sum()).item()
-        self._may_skip(rise.argsort()[: self.recipe.candidates].tolist())
+        cheapest = [layer for layer in rise.argsort().tolist() if layer not in self.model.policy.keep]
+        self._may_skip(cheapest[: self.recipe.candidates])
 
     def _may_skip(self, candidates: Sequence[int]) -> None:
         """Keep all layers but these, cheapest first; their gates start open, the cheapest next to closing."""

@@ -109,12 +109,12 @@ def run(
         "\nA draft proposes tokens and the full depth verifies several in one pass: more layers are run in all, fewer\n"
         "passes are made, and the answer is that of the full depth (to rounding; exactly so with --dtype float32).\n"
         "Skipped layers are not run, so fewer layers take less time. Nothing was trained for the reduced plan: its\n"
-        "answers may be worse.\n\n"
-        'Next: layerwise generate "Why is the sky blue?" --plan "0-3 5-24 26-29" --html answer.html',
+        "answers may be worse.",
         soft_wrap=True,
     )
     if model is None and plan is None and bundled_adapter(ROUTES):
         rows += _routed(console, engine, dtype, max_new_tokens)
+    console.print('\nNext: layerwise generate "Why is the sky blue?" --plan "0-3 5-24 26-29" --html answer.html')
     if json:
         options.print_json({"answers": rows, "engine": loaded.runtime.engine.name, "dtype": dtype.value})
 
@@ -146,6 +146,6 @@ def _routed(
             on_text=lambda piece: print(piece, end="", flush=True),
         )
         print()
-        console.print(f"\n[dim]{result.layers_per_token:.0f} of {loaded.depth} layers: {result.plans[-1]}[/dim]")
+        console.print(f"\n[dim]{result.layers_per_token:.0f} of {loaded.depth} layers: {result.plans[-1]}[/dim]\n")
         rows.append({"prompt": kind, **result.to_dict(), "plan": str(result.plans[-1])})
     return rows

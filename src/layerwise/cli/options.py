@@ -78,6 +78,8 @@ def load(
 
 def quiet() -> None:
     """Keep progress bars and advice of the libraries below us out of the output."""
+    import warnings
+
     from huggingface_hub.utils import disable_progress_bars
     from huggingface_hub.utils.logging import set_verbosity_error
     from transformers.utils import logging
@@ -86,6 +88,8 @@ def quiet() -> None:
     logging.disable_progress_bar()
     disable_progress_bars()
     set_verbosity_error()
+    for advice in (".*is_gradient_checkpointing.*", ".*base_model_name_or_path.*was renamed.*"):
+        warnings.filterwarnings("ignore", message=advice)
 
 
 def print_json(value: dict[str, Any]) -> None:

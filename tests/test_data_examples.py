@@ -197,7 +197,9 @@ def test_the_command_counts_and_writes(
         assert json.loads(last[-1])["examples"] == len(written) == len(tasks.load("tools", "train"))
         data(list_tasks=True, json=True)
         counts = json.loads(capsys.readouterr().out.splitlines()[-1])["tasks"]
+        mixed = counts.pop("routing")
         assert set(counts) == set(tasks.TASKS) and all(sum(found.values()) == 50 for found in counts.values())
+        assert all(found == counts["tools"][split] // 4 * 10 for split, found in mixed.items())
         with pytest.raises(ValueError, match="--list"):
             data()
         with pytest.raises(ValueError, match="does not exist"):

@@ -15,20 +15,25 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from layerwise.benchmarks.environment import environment
 from layerwise.cli import options
 from layerwise.data import load, write_jsonl
-from layerwise.evaluation.routing import routing_suite
+from layerwise.evaluation.routed_answers import answer_quality, timed
+from layerwise.evaluation.routing import held_out, routing_suite
+from layerwise.sources import load_tokenizer
 from layerwise.training import layerroute
 from layerwise.training.config import LayerRouteConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "layerroute.json"
+MOST_TOKENS = 384  # of a held-out example, as in training
+ANSWERS = 24
 BUDGET: dict[str, Any] = {  # the same for every objective
     "steps": 160,
     "tokens_per_batch": 1024,
     "gradient_accumulation": 1,
     "warmup": 5,
-    "max_length": 384,
+    "max_length": MOST_TOKENS,
     "save_every": 25,
 }
 FREE = "5 7 10 12 14 17 22 25"  # layers that few answers miss, none beside another; the others are always run
@@ -77,12 +82,27 @@ def judged(objective: str, seed: int, work: Path, data: Path, samples: int) -> d
     return json.loads(kept.read_text(encoding="utf-8"))
 
 
+def generated(run: dict[str, Any], work: Path, prompts: int, answers: int) -> dict[str, Any]:
+    """A run's entry with answers and times added; for a machine on which nothing else runs."""
+    name = f"{run['objective']}-{run['seed']}"
+    tokenizer, adapter, reference = load_tokenizer(), work / name, work / f"none-{run['seed']}"
+    asked = held_out(tokenizer, run["samples"], MOST_TOKENS, run["sample_seed"])
+    options.note(f"{name}: answers and times")
+    layers = len(run["layer_use"]["tools"])
+    run["generated"] = answer_quality(layers, None, adapter, reference, tokenizer, asked, answers)
+    run["time"] = timed(adapter, None, asked, prompts) | {"environment": environment()}
+    run["time_realised"] = run["time"]["realised"]
+    (work / f"{name}.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    return run
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make results/layerroute.json again.")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "layerroute", help="folder for adapters")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="seeds, separated by commas")
     parser.add_argument("--objectives", default="quality,paper", help=f"of {', '.join(OBJECTIVES)}")
     parser.add_argument("--samples", type=int, default=60, help="held-out examples of each kind")
+    parser.add_argument("--timed", type=int, default=0, help="also answer prompts, and time decoding on so many")
     chosen = parser.parse_args()
     options.quiet()
     chosen.work.mkdir(parents=True, exist_ok=True)
@@ -96,6 +116,8 @@ def main() -> int:
             else:
                 judged(objective, seed, chosen.work, data, chosen.samples)
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(chosen.work.glob("*-*.json"))]
+    if chosen.timed:
+        runs = [run if run["time_realised"] else generated(run, chosen.work, chosen.timed, ANSWERS) for run in runs]
     if runs:
         RESULTS.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {RESULTS}")

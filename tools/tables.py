@@ -104,14 +104,18 @@ def layerroute_table(result: dict[str, Any]) -> str:
 
 def drllm_table(result: dict[str, Any]) -> str:
     """The table of `layerwise eval --suite paths`."""
-    lines = ["| task | n | all layers | routed | 95% interval of the gain |", "|---|---|---|---|---|"]
-    for group in ("in_domain", "out_of_domain"):
-        for task, one in result[group].items():
-            low, high = one["interval"]
-            lines.append(
-                f"| {task}{' (never trained on)' if group == 'out_of_domain' else ''} | {one['n']} | {one['base']:.1%} "
-                f"| {one['routed']:.1%} | {100 * low:+.1f} to {100 * high:+.1f} |"
-            )
+    lines = [
+        "| tasks | questions of each | all layers | routed | gain, points | 95% interval |",
+        "|---|---|---|---|---|---|",
+    ]
+    for group, gain in (("in_domain", "accuracy_gain"), ("out_of_domain", "out_of_domain_gain")):
+        those = result[group].values()
+        base, routed = (sum(one[name] for one in those) / len(those) for name in ("base", "routed"))
+        low, high = result[f"{gain}_interval"]
+        lines.append(
+            f"| {group.replace('_', ' ')}: {', '.join(result[group])} | {max(one['n'] for one in those)} | {base:.1%} "
+            f"| {routed:.1%} | {result[gain]:+.1f} | {low:+.1f} to {high:+.1f} |"
+        )
     controls = ", ".join(
         f"{name.replace('_', ' ')} {one['accuracy']:.1%} ({one['layers_saved']:.1%} saved)"
         for name, one in result["controls"].items()
@@ -120,8 +124,6 @@ def drllm_table(result: dict[str, Any]) -> str:
     where = result["environment"]
     lines += [
         "",
-        f"In domain {result['accuracy_gain']:+.2f} points on average, out of domain "
-        f"{result['out_of_domain_gain']:+.2f}; "
         f"{result['layers_saved']:.1%} of layer executions per token saved, {realised}. "
         f"Controls, in domain: {controls}. Commit {where['commit']}. Again: `{result['command']}`.",
     ]

@@ -127,7 +127,9 @@ def _routed(
     from layerwise.decoding.text import answer
     from layerwise.paths import bundled_adapter
 
-    console.print(f"\nWith the routers of adapters/{ROUTES}, which read the prompt and decide (lossy, and taught for minutes only):\n")
+    console.print(
+        f"\nWith the routers of adapters/{ROUTES}, which read the prompt and decide; lossy, a first adapter:\n"
+    )
     loaded, tokenizer = options.load(None, str(bundled_adapter(ROUTES)), None, engine, dtype)
     prompts = (
         ("tool call, routed", SYSTEM + FUNCTION, PROMPTS[0][2]),

@@ -26,7 +26,7 @@ def recall_figure(runs: Sequence[Mapping[str, Any]], path: str | Path) -> None:
             groups.setdefault(f"{run['task']} {run['distance']}", []).append(run)
     if not groups:
         raise ValueError("there is no run by the curriculum to draw: train one first")
-    figure = new_figure(1.9 * len(groups) + 0.9, 4.3)
+    figure = new_figure(max(8.2, 1.9 * len(groups) + 0.9), 4.3)  # room for the title
     panels = figure.subplots(2, len(groups), sharex="col", sharey="row", squeeze=False)
     for column, (title, those) in enumerate(groups.items()):
         accuracy, usage = panels[0][column], panels[1][column]

@@ -52,6 +52,7 @@ def decode(
     """
     runtime = model.runtime
     rows = input_ids.shape[0]
+    plans = None if plans is None else model.row_plans(rows, plans)
     chosen_draft = model.read_draft(draft)
     speculative = chosen_draft.kind != "off"
     model.prepare(plans, chosen_draft, few=speculative or rows > 1)

@@ -19,7 +19,7 @@ from layerwise import Plan, attach
 from layerwise.cli import app
 from layerwise.data.short_answers import Question
 from layerwise.search import labels, run
-from layerwise.search.labels import kind, layer_classes, menu, read_labels, summary
+from layerwise.search.labels import kind, menu, read_labels, summary
 from layerwise.search.reference import plain_margin
 from layerwise.search.searcher import Searcher, SearchOptions
 
@@ -188,8 +188,6 @@ def test_classes_are_counted() -> None:
     assert found["all"]["classes"] == {"right": 2, "improved": 2, "unconfirmed": 1, "hopeless": 1}
     assert found["all"]["shorter"] == 1 and found["all"]["layers"] == pytest.approx((4 + 6 + 4 + 6 + 6 + 6) / 6)
     assert found["all"]["base"] == 2 / 6 and found["all"]["oracle"] == 5 / 6 and found["all"]["robust_oracle"] == 4 / 6
-    assert layer_classes(RECORDS, 6)["skip"] == [0, 0, 0, 0, 2, 2]
-    assert layer_classes(RECORDS, 6)["repeat"] == [1, 0, 0, 0, 0, 0]
 
 
 def test_a_menu_covers_greedily() -> None:

@@ -18,11 +18,9 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from layerwise.plan import Plan
 
 Record = dict[str, Any]
 VERSION = 1
@@ -151,16 +149,6 @@ def _counts(records: Sequence[Record]) -> dict[str, Any]:
 
 def _shortest(record: Record) -> float:
     return min([path["layers"] for path in record["paths"] if path["robust"]] + [record["base"]["layers"]])
-
-
-def layer_classes(records: Iterable[Record], layers: int) -> dict[str, list[int]]:
-    """How often each layer is skipped, executed and repeated in the best robust path of each question."""
-    classes = {name: [0] * layers for name in ("skip", "execute", "repeat")}
-    for record in records:
-        best = next((path["plan"] for path in record["paths"] if path["robust"]), None)
-        for layer, count in enumerate(Plan.parse(best, layers).counts(layers)) if best else ():
-            classes[("skip", "execute", "repeat")[min(count, 2)]][layer] += 1
-    return classes
 
 
 def menu(records: Sequence[Record], size: int, robust: bool = True) -> list[dict[str, Any]]:

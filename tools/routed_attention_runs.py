@@ -56,15 +56,15 @@ def kept() -> list[dict[str, Any]]:
 
 
 def add(result: dict[str, Any]) -> None:
-    """Put a run into the file, without what its command says already."""
+    """Put a run into the file, in place of an earlier one, without what its command says already."""
     run = {name: value for name, value in result.items() if name != "config"}
     run["history"] = [
         {name: entry[name] for name in ("step", "length", "phase", "accuracy", "usage")} for entry in result["history"]
     ]
     run["pairs"] = result["config"]["pairs"] if result["task"] == "mqar" else 1
     order = [one.name for one in planned()]
-    runs = [*kept(), run]
-    runs.sort(key=lambda one: order.index(Run(one["task"], one["distance"], one["mode"], one["seed"]).name))
+    named = {Run(one["task"], one["distance"], one["mode"], one["seed"]).name: one for one in (*kept(), run)}
+    runs = [named[name] for name in sorted(named, key=order.index)]
     unfinished = RESULT.with_suffix(".part")
     unfinished.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
     unfinished.replace(RESULT)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from layerwise.plan import Plan
 
@@ -18,11 +18,29 @@ Reads = Literal["mean", "last"]
 Precision = Literal["bfloat16", "float32"]
 Form = Literal["per-layer", "menu"]
 LearningRateSchedule = Literal["cosine", "linear", "constant_with_warmup"]
-_FREE_TO_CHANGE = ("out", "save_every", "log_every")  # a resumed training may differ in these
 
 
 def _help(text: str) -> dict[str, str]:
     return {"help": text}
+
+
+class Resumable:
+    """A configuration, a dataclass with `out` and `to_dict`, of a training that can be stopped and resumed."""
+
+    out: str
+    free_to_change: ClassVar[tuple[str, ...]] = ("out", "save_every", "log_every")  # when it is resumed
+
+    def to_dict(self) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def check_resumable(self, saved: dict[str, Any]) -> None:
+        """Refuse to resume a training whose `to_dict` was `saved`, unless it would go on as it began."""
+        for name, value in self.to_dict().items():
+            if name not in self.free_to_change and saved.get(name) != value:
+                raise ValueError(
+                    f"the training in '{self.out}' began with {name.replace('_', '-')} {saved.get(name)}, not {value}: "
+                    "resume it with the same options, or give another folder"
+                )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +71,7 @@ class LayerSkipRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Resumable):
     """What every training is told.
 
     One step uses `gradient_accumulation` batches of at most `tokens_per_batch` tokens, padding included, however many
@@ -105,15 +123,6 @@ class TrainingConfig:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-    def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Refuse to resume a training whose `to_dict` was `saved`, unless it would go on as it began."""
-        for name, value in self.to_dict().items():
-            if name not in _FREE_TO_CHANGE and saved.get(name) != value:
-                raise ValueError(
-                    f"the training in '{self.out}' began with {name.replace('_', '-')} {saved.get(name)}, not {value}: "
-                    "resume it with the same options, or give another folder"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)

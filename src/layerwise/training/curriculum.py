@@ -28,12 +28,11 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from layerwise.training.config import Precision, _choice, _help, _require, layers_of
+from layerwise.training.config import Precision, Resumable, _choice, _help, _require, layers_of
 
 TaskName = Literal["recall", "mqar"]
 Mode = Literal["curriculum", "joint", "attention", "convolution"]
 PenaltyOn = Literal["logits", "gate"]
-_FREE_TO_CHANGE = ("out", "steps", "save_every")  # a resumed training may differ in these
 Order = Literal["spare-first", "lengthen-first"]
 
 
@@ -144,7 +143,7 @@ class Curriculum:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CurriculumConfig:
+class CurriculumConfig(Resumable):
     """What trainings by the curriculum share.
 
     Raises:
@@ -152,6 +151,7 @@ class CurriculumConfig:
     """
 
     name = "routed-attention"  # of the command
+    free_to_change = ("out", "steps", "save_every")
 
     out: str = field(metadata=_help("Folder for what is trained, its result and a checkpoint."))
     seed: int = field(default=0, metadata=_help("Seed of weights, data and the router's sampling."))
@@ -201,15 +201,6 @@ class CurriculumConfig:
             given = [f"--{flag if value else 'no-' + flag}"] if isinstance(value, bool) else [f"--{flag}", str(value)]
             words += given
         return shlex.join(words)
-
-    def check_resumable(self, saved: dict[str, Any]) -> None:
-        """Refuse to resume a training whose `to_dict` was `saved`, unless it would go on as it began."""
-        for name, value in self.to_dict().items():
-            if name not in _FREE_TO_CHANGE and saved.get(name) != value:
-                raise ValueError(
-                    f"the training in '{self.out}' began with {name.replace('_', '-')} {saved.get(name)}, not {value}: "
-                    "resume it with the same options, or give another folder"
-                )
 
 
 @dataclass(frozen=True, kw_only=True)

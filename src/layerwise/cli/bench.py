@@ -33,8 +33,7 @@ def decode(
     """Greedy decoding of one prompt, against transformers' own generate."""
     if new_tokens < 4 or rounds < 1:
         raise ValueError("new-tokens must be at least 4 and rounds at least 1")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ValueError(f"cannot write '{out}': the folder '{out.parent}' does not exist")
+    options.check_writable(out)
     options.quiet()
     from layerwise.benchmarks.decode import bench_decode
     from layerwise.sources import model_path
@@ -73,8 +72,7 @@ def speculative(
         raise ValueError(f"no task '{task}': choose all, {', '.join(SPECULATIVE_TASKS)}")
     if prompts < 1 or rounds < 1 or new_tokens < 8:
         raise ValueError("prompts and rounds must be at least 1, new-tokens at least 8")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ValueError(f"cannot write '{out}': the folder '{out.parent}' does not exist")
+    options.check_writable(out)
     Draft.parse(draft)
     options.quiet()
     from layerwise.benchmarks.speculative import bench_speculative
@@ -114,8 +112,7 @@ def routed_attention(
 ) -> None:
     """A routed layer against full attention in the same layer: prompts and decoding, by length and usage."""
     texts, shares = _list_of(lengths, int, "lengths"), _list_of(usages, float, "usages")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ValueError(f"cannot write '{out}': the folder '{out.parent}' does not exist")
+    options.check_writable(out)
     options.quiet()
     from layerwise.benchmarks.routed_attention import bench_routed_attention
 
@@ -155,8 +152,7 @@ def search(
         raise ValueError(f"no task '{unknown[0]}': choose all, {', '.join(IN_DOMAIN)}")
     if questions < 1 or simulations < 1 or compare < 0:
         raise ValueError("questions and simulations must be at least 1, compare at least 0")
-    if out is not None and not out.absolute().parent.is_dir():
-        raise ValueError(f"cannot write '{out}': the folder '{out.parent}' does not exist")
+    options.check_writable(out)
     options.quiet()
     from layerwise.benchmarks.search import bench_search
     from layerwise.sources import model_path

@@ -140,9 +140,7 @@ def _check_paths(suite: Suite, limit: int | None, labels: Path | None) -> None:
 
 
 def _check_files(out: Path | None, figure: Path | None) -> None:
-    for file in (out, figure):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ValueError(f"cannot write '{file}': the folder '{file.parent}' does not exist")
+    options.check_writable(out, figure)
     if figure is not None and figure.suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"cannot draw '{figure}': give it a name that ends in .png, .svg or .pdf")
 

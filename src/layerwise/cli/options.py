@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -74,6 +75,13 @@ def load(
     if draft is not None:
         loaded.draft = draft
     return loaded, load_tokenizer(name)
+
+
+def check_writable(*files: Path | None) -> None:
+    """Refuse a file to write whose folder is not there; None is no file."""
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise ValueError(f"cannot write '{file}': the folder '{file.parent}' does not exist")
 
 
 def quiet() -> None:

@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from layerwise.plan import Plan, Slot, Step, Visit
+from layerwise.policies.prompts import no_prompt, normalised
 from layerwise.policies.tensors import FILE, read_tensors, write_tensors
 
 Reads = Literal["mean", "last"]
@@ -43,8 +44,7 @@ def summary(hidden: Tensor, lengths: Sequence[int], reads: Reads) -> Tensor:
     """
     count = torch.tensor(lengths, device=hidden.device)
     if reads == "last":
-        last = hidden[torch.arange(len(lengths), device=hidden.device), count - 1].float()
-        return last * torch.rsqrt(last.square().mean(-1, keepdim=True) + 1e-6)
+        return normalised(hidden[torch.arange(len(lengths), device=hidden.device), count - 1])
     width = max(lengths)
     inside = torch.arange(width, device=hidden.device) < count[:, None]
     # Not a product with the mask: what stands in columns of padding is undefined, NaN included.
@@ -97,7 +97,7 @@ class GatedPolicy:
 
     def plans(self, rows: int) -> Sequence[Plan]:
         """Refused: there is no prompt to decide from."""
-        raise ValueError("the gates decide while they read a prompt: give plans, or set model.plan, to do without them")
+        raise no_prompt()
 
     def route(self, lengths: Sequence[int]) -> GatedRoute:
         """The route of one pass over rows whose first `lengths[r]` tokens are the prompt."""

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import gelu
 
 from layerwise.plan import Plan, Slot, Step, Visit, schedule
+from layerwise.policies.prompts import no_prompt, normalised
 from layerwise.policies.tensors import read_tensors, write_tensors
 
 WINDOWS = 8
@@ -72,12 +73,6 @@ def summary(hidden: Tensor, lengths: Sequence[int]) -> Tensor:
     last = torch.tensor(lengths, device=hidden.device) - 1
     ends = normalised(hidden[torch.arange(len(lengths), device=hidden.device), last])
     return torch.cat([(means * share[..., None]).sum(1), ends], -1)
-
-
-def normalised(states: Tensor) -> Tensor:
-    """States (..., d) divided by their root mean square, float32."""
-    states = states.float()
-    return states * torch.rsqrt(states.square().mean(-1, keepdim=True) + 1e-6)
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,7 +178,7 @@ class PerLayerPolicy:
 
     def plans(self, rows: int) -> Sequence[Plan]:
         """Refused: there is no prompt to decide from."""
-        raise _no_prompt()
+        raise no_prompt()
 
     def route(self, lengths: Sequence[int]) -> PerLayerRoute:
         """The route of one pass over rows whose first `lengths[r]` tokens are the prompt."""
@@ -290,7 +285,7 @@ class MenuPolicy:
 
     def plans(self, rows: int) -> Sequence[Plan]:
         """Refused: there is no prompt to decide from."""
-        raise _no_prompt()
+        raise no_prompt()
 
     def route(self, lengths: Sequence[int]) -> MenuRoute:
         """The route of one pass over rows whose first `lengths[r]` tokens are the prompt."""
@@ -365,7 +360,3 @@ def load_router(saved: dict[str, Any], layers: int, folder: str | Path) -> PerLa
 def _check_threshold(threshold: float) -> None:
     if not 0 <= threshold <= 1:
         raise ValueError(f"a threshold is a probability between 0 and 1, not {threshold}")
-
-
-def _no_prompt() -> ValueError:
-    return ValueError("the routers decide while they read a prompt: give plans, or set model.plan, to do without them")

@@ -22,6 +22,7 @@ from typing import Any
 
 from layerwise.benchmarks.environment import environment
 from layerwise.data.short_answers import IN_DOMAIN, Question
+from layerwise.evaluation.quality import bootstrap
 from layerwise.model.causal_lm import attach
 from layerwise.plan import Plan
 from layerwise.search.objective import Book
@@ -30,7 +31,6 @@ from layerwise.search.run import chosen_questions, training_prior
 from layerwise.search.searcher import Algorithm, Searcher, SearchOptions
 from layerwise.sources import load_base, load_tokenizer
 
-RESAMPLES = 2000
 CALIBRATION = 8  # questions that the prior is measured on
 
 
@@ -146,16 +146,13 @@ def _outcome(book: Book) -> dict[str, float]:
 def _differences(left: Sequence[dict[str, float]], right: Sequence[dict[str, float]]) -> dict[str, Any]:
     """Mean differences left - right with their 95% intervals, by paired bootstrap."""
     return {
-        key: bootstrap([one[key] - other[key] for one, other in zip(left, right, strict=True)])
+        key: _interval([one[key] - other[key] for one, other in zip(left, right, strict=True)])
         for key in ("oracle", "layers", "value")
     }
 
 
-def bootstrap(differences: Sequence[float], seed: int = 0) -> dict[str, Any]:
-    """Mean and 95% interval of the mean, by resampling."""
-    chance = random.Random(seed)
-    means = sorted(_mean(chance.choices(differences, k=len(differences))) for _ in range(RESAMPLES))
-    return {"mean": _mean(differences), "interval": [means[RESAMPLES // 40], means[-RESAMPLES // 40 - 1]]}
+def _interval(differences: Sequence[float]) -> dict[str, Any]:
+    return {"mean": _mean(differences), "interval": list(bootstrap(differences))}
 
 
 def _mean(numbers: Sequence[float]) -> float:

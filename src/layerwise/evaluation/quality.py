@@ -50,6 +50,7 @@ DATASETS = ("wikipedia", "summarization", "code", "parsing", "tools")
 TEXT_TOKENS = 256  # running text is cut here
 MOST_TOKENS = 1024  # longer prompts with their answers are left out
 BATCH_TOKENS = 2048
+RESAMPLES = 2000
 NINETY_FIVE = 1.959964  # standard deviations that hold 95% of a normal distribution
 
 
@@ -257,3 +258,10 @@ def wilson(right: int, n: int, z: float = NINETY_FIVE) -> tuple[float, float]:
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
     return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def bootstrap(differences: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """95% interval of the mean, by resampling."""
+    chance, n = random.Random(seed), len(differences)
+    means = sorted(sum(chance.choices(differences, k=n)) / n for _ in range(RESAMPLES))
+    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]

@@ -31,6 +31,7 @@ from layerwise.benchmarks.environment import environment
 from layerwise.cost import Cost, decode_cost
 from layerwise.data import collate, length_sorted_batches, load, tokenize
 from layerwise.data.routing import side
+from layerwise.evaluation.quality import bootstrap
 from layerwise.evaluation.routed_answers import Asked, answer_quality, timed
 from layerwise.hub import from_pretrained
 from layerwise.plan import Plan
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 SIDES = ("tools", "planning", "irrelevance", "questions")
 BATCH_TOKENS = 2048
 BUCKETS = (0, 128, 192, 256, 384, 1024)  # tokens of the prompt, from one to below the next
-RESAMPLES = 2000
 
 
 def held_out(tokenizer: PreTrainedTokenizerBase, samples: int, most_tokens: int, seed: int) -> list[Asked]:
@@ -98,13 +98,6 @@ def decode_flops(model: LayerwiseForCausalLM, one: Asked, plan: Plan) -> int:
 def perplexity(losses: Sequence[float], chosen: Sequence[int]) -> float:
     """exp of the mean over the chosen answers, each answer counting once."""
     return math.exp(sum(losses[at] for at in chosen) / len(chosen))
-
-
-def bootstrap(differences: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95% interval of the mean, by resampling."""
-    chance, n = random.Random(seed), len(differences)
-    means = sorted(sum(chance.choices(differences, k=n)) / n for _ in range(RESAMPLES))
-    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]
 
 
 # -- controls ----------------------------------------------------------------------------------------------------

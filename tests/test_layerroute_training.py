@@ -154,14 +154,27 @@ def test_only_layers_that_cost_least_may_be_skipped() -> None:
     assert made.bias[first].item() == pytest.approx(0.5) and made.bias[second].item() == pytest.approx(1.0)
 
 
-def test_held_gates_get_no_gradient_and_cost_nothing() -> None:
-    made = module(objective="quality", hold=0.5, penalty=0.3)
+def test_held_and_settled_gates_get_no_gradient_cost_nothing_and_really_skip(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module(objective="quality", hold=0.5, settle=0.8, penalty=0.3)
     made.steps = 10
-    held, free = made(IDS, LABELS, MASK, step=4), made(IDS, LABELS, MASK, step=5)
-    assert "weight" not in gradients(made, held["loss"]) and "weight" in gradients(made, free["loss"])
-    torch.testing.assert_close(held["loss"], held["routed_loss"][0], **CLOSE)
-    torch.testing.assert_close(held["routed_loss"], free["routed_loss"], **CLOSE)
-    assert made.rows_seen == 4  # the dual variable does not move while gates are held
+    free, settled = made(IDS, LABELS, MASK, step=5), made(IDS, LABELS, MASK, step=8)
+    assert "weight" in gradients(made, free["loss"]) and made.rows_seen == 4
+    calls = Calls(made.model)
+    made(IDS, LABELS, MASK, step=8)
+    assert sum(calls.rows.values()) == settled["layers_run"][0] < 4 * LAYERS
+    assert "weight" not in gradients(made, settled["loss"])
+    torch.testing.assert_close(settled["loss"], settled["routed_loss"][0], **CLOSE)
+    torch.testing.assert_close(settled["routed_loss"], free["routed_loss"], **CLOSE)
+    with torch.no_grad():
+        made.bias[:] = torch.tensor([1.0, -1, 1, -1, 1, 1])
+    monkeypatch.setattr(torch, "rand", lambda rows: torch.tensor([0.1, 0.9, 0.9, 0.1]))
+    held = made(IDS, LABELS, MASK, step=4)
+    plans = [FULL, FULL.skip(1, 3), FULL.skip(1, 3), FULL]
+    with torch.no_grad():
+        expected = made.model(IDS, attention_mask=MASK, labels=LABELS, plans=plans).loss
+    torch.testing.assert_close(held["loss"] / held["routed_loss"][1], expected, **CLOSE)
+    assert held["layers_run"][0] == 4 * LAYERS - 4 and "weight" not in gradients(made, held["loss"])
+    assert made.rows_seen == 4  # the dual variable does not move while routers do not learn
 
 
 def test_what_is_bearable_follows_the_mean_gap_down_to_the_tolerance() -> None:

@@ -207,6 +207,9 @@ class LayerRouteRecipe:
         default=0.0,
         metadata=_help("Share of the steps, at first, in which gates stay as they begin; LoRA learns alone."),
     )
+    settle: float = field(
+        default=1.0, metadata=_help("Share of the steps after which gates learn no more; LoRA learns alone again.")
+    )
     start_bias: float = field(default=1.0, metadata=_help("Bias of gates that begin open; closed ones have its minus."))
     reads: Reads | None = field(
         default=None, metadata=_help("What a router sees: mean, or last token, of the prompt; paper: mean, else last.")
@@ -233,6 +236,9 @@ class LayerRouteRecipe:
         _require(rate is None or rate > 0, f"router-learning-rate must be above 0, not {rate}")
         _require(0 <= self.lora_dropout < 1, f"lora-dropout must be at least 0 and below 1, not {self.lora_dropout}")
         _require(0 <= self.hold < 1, f"hold must be at least 0 and below 1, not {self.hold}")
+        _require(
+            self.hold < self.settle <= 1, f"settle must be above hold ({self.hold}) and at most 1, not {self.settle}"
+        )
         _require(self.rank >= 1, f"rank must be 1 or more, not {self.rank}")
         _require(
             not self.candidates or (self.objective != "none" and self.start_closed is None),

@@ -7,7 +7,9 @@ In training every layer runs, and a gate g, hard in the forward pass and soft in
 
 so a skipped layer is an identity, as it will be, and yet its router learns what running it would have changed. The gate
 reads the tokens before the first label, which is what generation shows it. In evaluation mode layers are really
-skipped.
+skipped; in training too while routers do not learn: at first (`hold`), when a coin decides for each row whether it runs
+every layer or leaves out those whose gates begin closed, so that the LoRA learns both, and at last (`settle`), when
+every row takes the path that its gates chose and the LoRA makes the best of it.
 
 What keeps gates from all staying open is the objective, beside the cross entropy CE:
 
@@ -43,7 +45,7 @@ from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.frame import Frame
 from layerwise.model.packing import Packing, lengths_of_prompts
 from layerwise.model.runtime import EagerEngine, Runtime
-from layerwise.plan import Plan, Step, schedule
+from layerwise.plan import Plan, Route, Step, schedule
 from layerwise.policies.gates import GatedPolicy, Gates, summary
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, layers_of
 from layerwise.training.exit_loss import IGNORED, LOGITS_AT_ONCE, exit_losses, labelled
@@ -205,24 +207,24 @@ class LayerRoute(nn.Module):
             hidden = hidden.float()  # the residual stream, which autocast would leave in the weights' dtype
         runtime = self.model.runtime
         everything = [Plan.full(self.model.depth)] * rows
-        if self.weight is None or not self.training:
-            walked = everything if self.weight is None else self.model.policy.route(lengths)
+        held, settled = step < self.recipe.hold * self.steps, step >= self.recipe.settle * self.steps
+        if self.weight is None or not self.training or held or settled:
+            walked: list[Plan] | Route = everything
+            if self.weight is not None:
+                walked = self._tossed(rows) if held and self.training else self.model.policy.route(lengths)
             deep = Runtime(runtime.backbone).forward(hidden, walked, counts)
             plans = walked if isinstance(walked, Sequence) else walked.plans
             run = torch.tensor([float(len(plan)) for plan in plans], device=hidden.device)
             losses, positions = self.row_losses(deep, packed, counts)
             return self._report(losses.sum(), losses, positions, run, real)
-        held = step < self.recipe.hold * self.steps
-        engine = _Mixed(runtime.backbone, Gates(self.model.policy, lengths), held)
+        engine = _Mixed(runtime.backbone, Gates(self.model.policy, lengths))
         frame = Frame(runtime.backbone, counts, width, hidden.device, hidden.dtype)
         deep = Runtime(runtime.backbone, engine).run(hidden, schedule(tuple(everything)), frame)
         losses, positions = self.row_losses(deep, packed, counts)
         soft, hard = torch.stack(engine.soft, 1).mean(1), torch.stack(engine.hard, 1).mean(1)
         of_real = real / real.sum().clamp(min=1)
         extra: dict[str, Tensor] = {}
-        if held:
-            penalty = soft.new_zeros(())
-        elif self.recipe.objective == "paper":
+        if self.recipe.objective == "paper":
             penalty = (soft * of_real).sum()
         elif self.recipe.objective == "budget":
             penalty = (hard * of_real).sum()
@@ -282,6 +284,13 @@ class LayerRoute(nn.Module):
         deep = Runtime(backbone).forward(hidden.detach(), [Plan.full(self.model.depth)] * len(counts), counts)
         return self.row_losses(deep, labels, counts)[0]
 
+    def _tossed(self, rows: int) -> list[Plan]:
+        """For each row by a coin: every layer, or those whose gates are open by their bias."""
+        full = Plan.full(self.model.depth)
+        closed = [layer for layer, bias in enumerate(self.bias.tolist()) if bias <= 0]  # type: ignore[union-attr]
+        short = full.skip(*(layer for layer in closed if layer not in self.model.policy.keep))
+        return [full if heads else short for heads in (torch.rand(rows) < 0.5).tolist()]
+
     def _note(self, values: Tensor, real: Tensor) -> None:
         self.seen += (values * real).sum().item()
         self.rows_seen += real.sum().item()
@@ -297,17 +306,15 @@ class LayerRoute(nn.Module):
 class _Mixed(EagerEngine):
     """Runs every layer, and mixes what it gives by straight-through gates; keeps both kinds, (rows,) a layer."""
 
-    def __init__(self, backbone: Backbone, gates: Gates, held: bool) -> None:
+    def __init__(self, backbone: Backbone, gates: Gates) -> None:
         super().__init__(backbone)
         self.gates = gates
-        self.held = held  # whether gates get no gradient
         self.soft: list[Tensor] = []
         self.hard: list[Tensor] = []
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         soft, run = self.gates.decide(step.visit.layer, hidden)
-        # In this order the value is exactly 0 or 1.
-        hard = run.float() if self.held else run.float() + (soft - soft.detach())
+        hard = run.float() + (soft - soft.detach())  # in this order the value is exactly 0 or 1
         self.soft.append(soft)
         self.hard.append(hard)
         return hidden + hard[:, None, None].to(hidden.dtype) * (super().visit(step, hidden, frame) - hidden)

@@ -9,7 +9,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import tiny
+import torch
 
+from layerwise import attach
+from layerwise.benchmarks import contenders
 from layerwise.benchmarks.speculative import _compared, static_drafts
 from layerwise.cli.bench import _keep
 from layerwise.trace import Source, Trace
@@ -32,12 +36,14 @@ def test_ratios_are_of_total_times_of_medians() -> None:
         "auto": [[ran([1, 2, 3], 2.0, 4, 3)] * 3, [ran([7, 8], 2.0, 4, 1)] * 3],
         "transformers": [[ran([1, 2, 3], 12.0)], [ran([7, 8], 8.0)]],
         "transformers early exit": [[ran([1, 2, 3], 30.0)], [ran([7, 8], 10.0)]],
+        "economize": [[ran([1, 2, 3], 8.0)], [ran([7, 8], 4.0)]],
     }
-    found = _compared(runs, "auto", peers=True)
+    found = _compared(runs, "auto")
     assert found["speedup"] == pytest.approx(8 / 4)
     assert found["speedup_whole_call"] == pytest.approx(10 / 6)
     assert found["speedup_vs_hf"] == pytest.approx(20 / 4)
     assert found["speedup_vs_hf_early_exit"] == pytest.approx(40 / 4)
+    assert found["speedup_vs_economize"] == pytest.approx(12 / 4)
     assert found["acceptance"] == pytest.approx(4 / 8)
     assert found["tokens_per_second"] == pytest.approx(3 / 4)
     assert found["identical"] and found["identical_to_hf"]
@@ -48,7 +54,22 @@ def test_one_different_token_in_any_round_is_seen() -> None:
         "plain": [[ran([1, 2, 3], 1.0), ran([1, 2, 3], 1.0)]],
         "auto": [[ran([1, 2, 3], 1.0), ran([1, 2, 4], 1.0)]],
     }
-    assert not _compared(runs, "auto", peers=False)["identical"]
+    assert not _compared(runs, "auto")["identical"]
+
+
+def test_other_libraries_decode_the_same_weights_each_at_its_fastest_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, ids = tiny.model("llama"), torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
+    plain = attach(base).generate(ids, max_new_tokens=6, do_sample=False)[0, 8:].tolist()
+    taken = iter((9.0, 3.0, 8.0, 2.0))  # one setting of early exit after the other, then of economize
+    monkeypatch.setattr(contenders, "timed", lambda *_, **__: SimpleNamespace(decoding=next(taken)))
+    monkeypatch.setattr(contenders, "HF_EXITS", (2, 4, 99))
+    found = contenders.other_libraries(base, ids, 6)
+    assert {name: setting for name, (_, setting) in found.items()} == {
+        "transformers": None, "transformers early exit": 4, "economize": 8
+    }  # fmt: skip
+    monkeypatch.undo()
+    for name, (call, _) in found.items():
+        assert call(ids, 6).tokens == plain, name
 
 
 def test_a_sweep_holds_only_what_the_model_can_draft() -> None:

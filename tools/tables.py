@@ -44,10 +44,12 @@ def decode_table(result: dict[str, Any]) -> str:
 
 def speculative_table(result: dict[str, Any]) -> str:
     """The table of `layerwise bench speculative`, one group of rows an adapter."""
+    tasks = [task for run in result["runs"] for task in run["tasks"]]
+    economize = all("speedup_vs_economize" in task for task in tasks)
     lines = [
         "| held-out prompts | weights | speed-up | tokens/s | accepted | tokens a pass | vs transformers |"
-        " vs its early exit |",
-        "|---|---|---|---|---|---|---|---|",
+        " vs its early exit |" + " vs economize |" * economize,
+        "|---|---|---|---|---|---|---|---|" + "---|" * economize,
     ]
     for run in result["runs"]:
         for task in run["tasks"]:
@@ -55,8 +57,8 @@ def speculative_table(result: dict[str, Any]) -> str:
                 f"| {task['task']} | {run['label']} | **{task['speedup']:.2f}x** | {task['tokens_per_second']:.0f} "
                 f"| {task['acceptance']:.0%} | {task['tokens_per_pass']:.2f} | {task['speedup_vs_hf']:.1f}x "
                 f"| {task['speedup_vs_hf_early_exit']:.1f}x |"
+                + (f" {task['speedup_vs_economize']:.1f}x |" if economize else "")
             )
-    tasks = [task for run in result["runs"] for task in run["tasks"]]
     where = tasks[0]["environment"]
     same = sum(task["identical"] for task in tasks)
     prompts = " to ".join(map(str, sorted({task["prompts"] for task in tasks})))

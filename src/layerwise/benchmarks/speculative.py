@@ -1,14 +1,16 @@
 """Speculative decoding against plain decoding, on held-out prompts of a task.
 
 The same float32 weights answer the same prompts greedily, one prompt after another, and on each prompt the contenders
-take turns: layerwise plain and with drafts, transformers' `generate`, and its own self-speculation
-(`assistant_early_exit`, at the best of a few settings). What is timed is decoding, from the first token to the last;
-whole calls, prompt included, are reported beside it.
+take turns: layerwise plain and with drafts, transformers' `generate`, its own self-speculation
+(`assistant_early_exit`), and, where it is installed, the prompt lookup of the library economize; the latter two at the
+best of a few settings. What is timed is decoding, from the first token to the last; whole calls, prompt included, are
+reported beside it.
 
     identical                  every prompt's tokens equal plain decoding's, for every draft and for a batch of 8
     speedup                    decoding time, plain / with the draft
     speedup_vs_hf              the same, transformers' generate / with the draft
     speedup_vs_hf_early_exit   the same, transformers' self-speculation / with the draft
+    speedup_vs_economize       the same, economize / with the draft; left out where it is not installed
     acceptance                 share of drafted tokens that stood
     auto_vs_best_static        speed of `auto` / speed of the best fixed draft of a sweep, where one was asked for
     hopeless                   speed of `auto` / speed of plain decoding where drafts fail: sampling at temperature 1.5
@@ -22,8 +24,8 @@ from statistics import median
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
+from layerwise.benchmarks.contenders import Run, other_libraries, timed
 from layerwise.benchmarks.environment import environment
 from layerwise.benchmarks.timing import Stopwatch, rounds
 from layerwise.data import load, prompt_ids
@@ -33,9 +35,14 @@ from layerwise.sources import load_tokenizer
 from layerwise.trace import Source, Trace
 
 STATIC = ("ngram,4", "ngram+head,4", "head,2", "head,4", "head,6")
-HF_EXITS = (4, 8, 16)
 MOST_PROMPT = 400  # tokens; longer prompts of the test split are left out
 ROWS = 8
+OTHERS = {
+    "speedup_vs_hf": "transformers",
+    "speedup_vs_hf_early_exit": "transformers early exit",
+    "speedup_vs_economize": "economize",
+}
+_Runs = dict[str, list[list[Run]]]  # by contender, prompt and round
 
 
 def bench_speculative(
@@ -66,24 +73,24 @@ def bench_speculative(
     drafts = [draft] + [one for one in static_drafts(ours) if sweep and one != draft]
     result: dict[str, Any] = {"benchmark": "speculative", "task": task, "draft": draft}
     theirs = ours.runtime.backbone.model
-    early = _best_early_exit(theirs, texts[0], new_tokens) if peers else None
-    result["hf_early_exit"] = early
-    runs: dict[str, list[list[_Run]]] = {}
+    others = other_libraries(theirs, texts[0], min(new_tokens, 32)) if peers else {}
+    runs: _Runs = {}
     _warm_up(ours, drafts, texts[0])
     for number, ids in enumerate(texts):
-        contenders: dict[str, Callable[[], _Run]] = {"plain": lambda ids=ids: _timed(ours, ids, new_tokens, "off")}
+        contenders: dict[str, Callable[[], Run]] = {"plain": lambda ids=ids: timed(ours, ids, new_tokens, "off")}
         for one in drafts:
-            contenders[one] = lambda ids=ids, one=one: _timed(ours, ids, new_tokens, one)
-        found: dict[str, list[_Run]] = {name: [] for name in contenders}
-        if peers:
-            found["transformers"] = [_timed(theirs, ids, new_tokens)]
-            found["transformers early exit"] = [_timed(theirs, ids, new_tokens, assistant_early_exit=early)]
+            contenders[one] = lambda ids=ids, one=one: timed(ours, ids, new_tokens, one)
+        found: dict[str, list[Run]] = {name: [] for name in contenders}
+        for name, (call, _) in others.items():
+            found[name] = [call(ids, new_tokens)]
         for _, name, run in rounds(contenders, count):
             found[name].append(run)
         for name, those in found.items():
             runs.setdefault(name, []).append(those)
         notify(f"{task}: prompt {number + 1} of {len(texts)}")
-    result |= _compared(runs, draft, peers)
+    result |= _compared(runs, draft)
+    if peers:
+        result["settings"] = {name: setting for name, (_, setting) in others.items()}
     if sweep:
         static = {name: result["speedups"][name] for name in drafts if name != draft}
         best = max(static, key=static.__getitem__)
@@ -123,57 +130,28 @@ def static_drafts(model: LayerwiseForCausalLM) -> list[str]:
     return fixed + [f"exit:{exit},{length}" for exit in model.exits for length in (2, 4)]
 
 
-class _Run:
-    """One greedy call: its tokens, the time from the first to the last, and of the whole call."""
-
-    def __init__(self, tokens: list[int], watch: Stopwatch, trace: Trace | None) -> None:
-        self.tokens = tokens
-        self.decoding = watch.times[-1] - watch.times[1]
-        self.whole = watch.total
-        self.trace = trace
-
-
-def _timed(
-    model: PreTrainedModel, ids: torch.Tensor, new_tokens: int, draft: str | None = None, **options: Any
-) -> _Run:
-    watch = Stopwatch()
-    trace = Trace() if draft is not None else None
-    if draft is not None:
-        options |= {"draft": draft, "trace": trace}
-    out = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, streamer=watch, **options
-    )
-    return _Run(out[0, ids.shape[1] :].tolist(), watch, trace)
-
-
 def _warm_up(model: LayerwiseForCausalLM, drafts: Sequence[str], ids: torch.Tensor) -> None:
     for draft in ("off", *drafts):
-        _timed(model, ids, 8, draft)
+        timed(model, ids, 8, draft)
 
 
-def _best_early_exit(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) -> int:
-    """The exit at which transformers' own self-speculation is fastest on one prompt."""
-    times = {}
-    for exit in HF_EXITS:
-        if exit < model.config.num_hidden_layers:
-            times[exit] = _timed(model, ids, min(new_tokens, 32), assistant_early_exit=exit).decoding
-    return min(times, key=times.__getitem__)
+def _seconds(runs: _Runs, name: str, what: str = "decoding") -> float:
+    """Total time of the prompts whose answers have more than a token, each prompt's the median of its rounds."""
+    pairs = zip(runs[name], runs["plain"], strict=True)
+    return sum(median(getattr(run, what) for run in those) for those, plain in pairs if len(plain[0].tokens) > 1)
 
 
-def _compared(runs: dict[str, list[list[_Run]]], draft: str, peers: bool) -> dict[str, Any]:
-    """Ratios of total time over all prompts, each prompt's time the median of its rounds."""
-    answers = [those[0].tokens for those in runs["plain"]]
-    lengths = [len(answer) for answer in answers]
-    timed = [at for at, length in enumerate(lengths) if length > 1]
+def _same(runs: _Runs, name: str) -> bool:
+    """Whether all its answers are plain decoding's."""
+    pairs = zip(runs[name], runs["plain"], strict=True)
+    return all(run.tokens == plain[0].tokens for those, plain in pairs for run in those)
 
-    def seconds(name: str, what: str) -> float:
-        return sum(median(getattr(run, what) for run in runs[name][at]) for at in timed)
 
-    def same(name: str) -> bool:
-        return all(run.tokens == answer for those, answer in zip(runs[name], answers, strict=True) for run in those)
-
-    plain = seconds("plain", "decoding")
-    ours = [name for name in runs if not name.startswith("transformers")]
+def _compared(runs: _Runs, draft: str) -> dict[str, Any]:
+    """Ratios of total times, and what the draft did."""
+    lengths = [len(those[0].tokens) for those in runs["plain"]]
+    plain, drafting = _seconds(runs, "plain"), _seconds(runs, draft)
+    ours = [name for name in runs if name not in OTHERS.values()]
     traces = [run.trace for those in runs[draft] for run in those]
     drafted = sum(trace.drafted for trace in traces)
     accepted = sum(trace.accepted for trace in traces)
@@ -182,26 +160,27 @@ def _compared(runs: dict[str, list[list[_Run]]], draft: str, peers: bool) -> dic
     for trace in traces:
         for name, times in trace.drafts.items():
             chosen[name] = chosen.get(name, 0) + times
-    steps = sum(lengths[at] - 1 for at in timed)
+    steps = sum(length - 1 for length in lengths if length > 1)
     result: dict[str, Any] = {
-        "identical": all(same(name) for name in ours),
-        "speedup": plain / seconds(draft, "decoding"),
-        "speedup_whole_call": seconds("plain", "whole") / seconds(draft, "whole"),
-        "speedups": {name: plain / seconds(name, "decoding") for name in ours if name != "plain"},
+        "identical": all(_same(runs, name) for name in ours),
+        "speedup": plain / drafting,
+        "speedup_whole_call": _seconds(runs, "plain", "whole") / _seconds(runs, draft, "whole"),
+        "speedups": {name: plain / _seconds(runs, name) for name in ours if name != "plain"},
         "acceptance": accepted / drafted if drafted else 0.0,
         "exit": max(chosen, key=chosen.__getitem__) if chosen else "off",
         "draft_length": drafted / passes if passes else 0.0,
         "tokens_per_pass": sum(len(trace.sources[0]) - 1 for trace in traces) / passes if passes else 1.0,
         "drafts_chosen": chosen,
-        "tokens_per_second": steps / seconds(draft, "decoding"),
+        "tokens_per_second": steps / drafting,
         "plain_tokens_per_second": steps / plain,
         "answer_tokens": lengths,
         "drafted_share": _share(traces, Source.DRAFTED),
     }
-    if peers:
-        for field, name in (("speedup_vs_hf", "transformers"), ("speedup_vs_hf_early_exit", "transformers early exit")):
-            result[field] = seconds(name, "decoding") / seconds(draft, "decoding")
-        result["identical_to_hf"] = same("transformers")
+    for field, name in OTHERS.items():
+        if name in runs:
+            result[field] = _seconds(runs, name) / drafting
+    if "transformers" in runs:
+        result["identical_to_hf"] = _same(runs, "transformers")
     return result
 
 

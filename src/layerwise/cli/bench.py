@@ -234,10 +234,13 @@ def _print_speculative(result: dict[str, Any]) -> None:
         f"batch of {result['batch']['rows']}: {result['batch']['speedup']:.2f}x"
     )
     if "speedup_vs_hf" in result:
+        exit = result["settings"]["transformers early exit"]
         line += (
             f"; {result['speedup_vs_hf']:.1f}x transformers, "
-            f"{result['speedup_vs_hf_early_exit']:.1f}x its early exit (best of a few, {result['hf_early_exit']})"
+            f"{result['speedup_vs_hf_early_exit']:.1f}x its early exit (best of a few, {exit})"
         )
+    if "speedup_vs_economize" in result:
+        line += f"; {result['speedup_vs_economize']:.1f}x economize's lookup"
     if "best_static" in result:
         line += (
             f"; best fixed draft {result['best_static']}: {result['best_static_speedup']:.2f}x; "

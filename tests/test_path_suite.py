@@ -232,7 +232,9 @@ def test_the_command_writes_prints_and_draws(
         (["--suite", "paths"], "give the folder"),
         (["somewhere", "--suite", "paths", "--limit", "0"], "limit must be 1"),
         (["somewhere", "--suite", "paths", "--labels", "no-such-file"], "layerwise search"),
-        (["somewhere", "--limit", "3"], "belong to --suite paths"),
+        (["somewhere", "--limit", "3"], "--limit belongs to --suite paths"),
+        (["somewhere", "--suite", "paths", "--samples", "3"], "--suite exits and --suite tools-vs-planning"),
+        (["somewhere", "--suite", "tools-vs-planning", "--dtype", "float32"], "--dtype belongs"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_loaded(given: list[str], says: str) -> None:

@@ -22,7 +22,23 @@ class Suite(StrEnum):
     paths = "paths"
 
 
+# The suites that an option is of, if not of all.
+OPTIONS_OF: dict[str, tuple[Suite, ...]] = {
+    "exits": (Suite.exits,),
+    "datasets": (Suite.exits,),
+    "samples": (Suite.exits, Suite.routing),
+    "questions": (Suite.exits,),
+    "limit": (Suite.paths,),
+    "labels": (Suite.paths,),
+    "reference": (Suite.routing,),
+    "answers": (Suite.routing,),
+    "timed": (Suite.routing,),
+    "dtype": (Suite.exits, Suite.paths),
+}
+
+
 def run(
+    context: typer.Context,
     adapter: Annotated[
         str | None, typer.Argument(help="A folder that save_pretrained wrote; without it, the model alone.")
     ] = None,
@@ -61,11 +77,18 @@ def run(
     json: options.Json = False,
 ) -> None:
     """How good every exit of a model is, or what an adapter that routes gains, on held-out text and questions."""
+    _check_options(context, suite)
     chosen, names = _numbers(exits), _names(datasets)
     if samples < 1 or questions < 0:
         raise ValueError("samples must be at least 1 and questions at least 0")
-    _check_routed(suite, adapter, reference)
-    _check_paths(suite, limit, labels)
+    if suite is not Suite.exits and adapter is None:
+        raise ValueError(f"the suite {suite} judges an adapter that routes: give the folder of one")
+    if reference is not None and not reference.is_dir():
+        raise ValueError(f"there is no folder '{reference}': train one with --objective none")
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be 1 question of each task or more, not {limit}")
+    if labels is not None and not labels.is_file():
+        raise ValueError(f"there is no file '{labels}': make one with 'layerwise search'")
     _check_files(out, figure)
     command = shlex.join(["layerwise", *sys.argv[1:]])
     if suite is Suite.routing:
@@ -121,22 +144,12 @@ def run(
         options.print_json(result)
 
 
-def _check_routed(suite: Suite, adapter: str | None, reference: Path | None) -> None:
-    if suite is not Suite.exits and adapter is None:
-        raise ValueError(f"the suite {suite} judges an adapter that routes: give the folder of one")
-    if suite is not Suite.routing and reference is not None:
-        raise ValueError("--reference belongs to --suite tools-vs-planning: leave it out")
-    if reference is not None and not reference.is_dir():
-        raise ValueError(f"there is no folder '{reference}': train one with --objective none")
-
-
-def _check_paths(suite: Suite, limit: int | None, labels: Path | None) -> None:
-    if suite is not Suite.paths and (limit is not None or labels is not None):
-        raise ValueError("--limit and --labels belong to --suite paths: leave them out")
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be 1 question of each task or more, not {limit}")
-    if labels is not None and not labels.is_file():
-        raise ValueError(f"there is no file '{labels}': make one with 'layerwise search'")
+def _check_options(context: typer.Context, suite: Suite) -> None:
+    """Refuse what was asked of another suite: it would be ignored."""
+    for name, suites in OPTIONS_OF.items():
+        asked = context.get_parameter_source(name)
+        if suite not in suites and asked is not None and asked.name == "COMMANDLINE":
+            raise ValueError(f"--{name} belongs to --suite {' and --suite '.join(suites)}: leave it out")
 
 
 def _check_files(out: Path | None, figure: Path | None) -> None:

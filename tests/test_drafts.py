@@ -25,6 +25,8 @@ LAYERS = 30
         ("exit:8,6", Draft("exit", exit=8, length=6)),
         ("plan:0-5 20-29", Draft("plan", plan=Plan.parse("0-5 20-29"))),
         ("plan:0-2 3*2 4a 5m 0,4", Draft("plan", plan=Plan.parse("0-2 3*2 4a 5m 0"), length=4)),
+        ("corpus,4", Draft("corpus", length=4)),
+        ("ngram+corpus", Draft("corpus", lookup=True)),
         ("ngram+head", Draft("head", lookup=True)),
         ("ngram+exit:8,6", Draft("exit", exit=8, length=6, lookup=True)),
         ("ngram+plan:0-5 29", Draft("plan", plan=Plan.parse("0-5 29"), lookup=True)),
@@ -55,7 +57,7 @@ def test_other_ways_to_write_the_same(text: str, same: str) -> None:
     assert str(Draft.parse(text, LAYERS)) == same
 
 
-FORMS = ("write auto, off, ngram, head", '"exit:8"', '"plan:0-5 20-29"')
+FORMS = ("write auto, off, ngram, corpus, head", '"exit:8"', '"plan:0-5 20-29"')
 LENGTHS = ("1 to 15",)
 
 
@@ -93,8 +95,8 @@ LENGTHS = ("1 to 15",)
         ("exit:8,-1", LENGTHS),
         ("ngram,1000", LENGTHS),
         ("head,0", LENGTHS),
-        ("auto,3", ("ngram, head, exit and plan", *LENGTHS)),
-        ("off,3", ("ngram, head, exit and plan",)),
+        ("auto,3", ("ngram, corpus, head, exit and plan", *LENGTHS)),
+        ("off,3", ("ngram, corpus, head, exit and plan",)),
         ("plan:", ("at least one layer",)),
         ("plan:,4", ("at least one layer",)),
         ("plan:0-5 x", ("'x'",)),

@@ -187,6 +187,7 @@ def test_what_is_no_draft_for_this_model_is_refused() -> None:
         one_line(lambda draft=draft: model.generate(**one(), **FREE, draft=draft), *mentions)
     one_line(lambda: bare.generate(**one(), **FREE, draft="head"), "no exit head")
     one_line(lambda: bare.generate(**one(), **FREE, draft="ngram+head"), "no exit head")
+    one_line(lambda: bare.generate(**one(), **FREE, draft="ngram+corpus"), "no corpus")
     with pytest.raises(ValueError, match="no exit head"):
         bare.draft = "head"
     assert str(bare.draft) == "off"

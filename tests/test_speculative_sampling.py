@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor
 from layerwise import LayerwiseForCausalLM, Trace, attach
 from layerwise.decoding import judge as judging
 from layerwise.decoding.judge import Judge
+from layerwise.decoding.ngram_model import NGramModel
 from layerwise.model.exit_head import ExitHead
 
 WORDS, NEW, ROWS, CALLS = 6, 3, 256, 12  # words compared, and 3072 answers
@@ -21,7 +22,7 @@ FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 WARPED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
 # Holds every pair of words, so whatever the last two are, something followed them before.
 PROMPT = torch.tensor([[word for pair in product(range(WORDS), repeat=2) for word in pair] + [3]])
-DRAFTS = ["exit:3,2", "head,2", "ngram,2"]
+DRAFTS = ["exit:3,2", "head,2", "ngram,2", "corpus,2"]
 
 
 def small_model() -> LayerwiseForCausalLM:
@@ -36,6 +37,7 @@ def small_model() -> LayerwiseForCausalLM:
         base.lm_head.weight *= 3
     model = attach(base, engine="eager")
     model.exit_head = ExitHead(model.runtime.backbone, 0, [0, 2, 3, 5]).eval()
+    model.ngrams = NGramModel.fit([([], [word, (word + 2) % WORDS]) for word in range(WORDS)], 1)
     return model
 
 

@@ -57,6 +57,17 @@ def test_a_draft_that_always_fails_is_left_and_tried_again_later() -> None:
     assert len(tries) < 0.15 * len(chosen)
 
 
+def test_a_guess_at_the_acceptance_decides_until_it_is_measured() -> None:
+    tuner = Tuner()
+    tuner.note("off", 0, 0.0, 0.0, 1, STEP)
+    prices = {"likely": 0.002, "unlikely": 0.002}
+    assert tuner.choose(prices, 4, hopes={"likely": 0.9, "unlikely": 0.1})[0] == "likely"
+    for _ in range(20):
+        tuner.note("likely", 2, 0.0, 0.0, 3, STEP + 2 * MORE)
+        tuner.note("unlikely", 2, 2.0, 0.0, 3, STEP + 2 * MORE)
+    assert tuner.choose(prices, 4, hopes={"likely": 0.9, "unlikely": 0.1})[0] == "unlikely"
+
+
 def test_a_draft_that_failed_is_taken_up_when_it_has_become_good() -> None:
     tuner = Tuner()
     simulate(tuner, {"exit": (0.0, 0.1)}, 100)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from layerwise.decoding.ngram_model import NGramModel
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
 from layerwise.model.exit_head import ExitHead
 from layerwise.model.fingerprint import fingerprint
@@ -71,13 +72,16 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
 
 
 def _save_parts(model: LayerwiseForCausalLM, folder: Path, about: dict[str, Any]) -> None:
-    """What the policy is made of, trained exits and the exit head, if there are any."""
+    """What the policy is made of, and whatever drafts, if there is any."""
     if isinstance(model.policy, RoutingPolicy):
         model.policy.save(folder)
     about |= {"exits": list(model.exits)} if model.exits else {}
     if model.exit_head is not None:
         about["exit_head"] = {"exit": model.exit_head.exit, "tokens": len(model.exit_head.vocabulary)}
         model.exit_head.save(folder)
+    if model.ngrams is not None:
+        about["ngrams"] = len(model.ngrams)
+        model.ngrams.save(folder)
     if model.routed_layers is not None:
         about["routed_layers"] = list(model.routed_layers.numbers)
         model.routed_layers.save(folder)
@@ -173,6 +177,8 @@ def from_pretrained(
     model.exits = tuple(exit for exit in about.get("exits") or () if 0 < exit < model.depth)
     if about.get("exit_head"):
         model.exit_head = ExitHead.load(adapter, model.runtime.backbone)
+    if about.get("ngrams"):
+        model.ngrams = NGramModel.load(adapter, model.config.vocab_size)
     if about.get("routed_layers"):
         model.routed_layers = RoutedLayers.load(adapter, model.runtime.backbone)
         model.routed_layers.attach(model.runtime.backbone)

@@ -34,7 +34,7 @@ from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM
 from layerwise.sources import load_tokenizer
 from layerwise.trace import Source, Trace
 
-STATIC = ("ngram,4", "ngram+head,4", "head,2", "head,4", "head,6")
+STATIC = ("ngram,4", "corpus,4", "ngram+corpus,4", "ngram+head,4", "head,2", "head,4")
 MOST_PROMPT = 400  # tokens; longer prompts of the test split are left out
 ROWS = 8
 OTHERS = {
@@ -126,7 +126,8 @@ def held_out(task: str, tokenizer: Any, count: int) -> list[torch.Tensor]:
 
 def static_drafts(model: LayerwiseForCausalLM) -> list[str]:
     """The fixed drafts of a sweep: those of STATIC that the model has, and its trained exits."""
-    fixed = [one for one in STATIC if model.exit_head is not None or "head" not in one]
+    missing = [name for name, part in (("head", model.exit_head), ("corpus", model.ngrams)) if part is None]
+    fixed = [one for one in STATIC if not any(name in one for name in missing)]
     return fixed + [f"exit:{exit},{length}" for exit in model.exits for length in (2, 4)]
 
 

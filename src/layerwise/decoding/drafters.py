@@ -10,7 +10,7 @@ with what was accepted:
 
 `PlanDrafter` runs a plan. What it has in common with the target, its first visits, is walked once, in the target's
 own cache, and the states there are handed to the verification (LayerSkip, arXiv 2404.16710, section 4.3); the rest of
-the plan has a cache of its own. `HeadDrafter` runs an exit head. `NGramDrafter` copies (prompt lookup).
+the plan has a cache of its own. `HeadDrafter` runs an exit head. Those of `ngrams` look up what followed before.
 """
 
 from __future__ import annotations
@@ -276,58 +276,3 @@ class HeadDrafter:
 
 
 _ONE_LAYER = Plan.full(1)
-
-
-@dataclass
-class NGramDrafter:
-    """Proposes what followed the last words where they occurred before in the row's own text (prompt lookup).
-
-    The longest match from `longest` tokens down to `shortest` counts, the latest one among equals.
-    """
-
-    target: Target
-    longest: int = 4
-    shortest: int = 2
-    name: str = "ngram"
-    cuts: frozenset[int] = frozenset()
-    texts: list[list[int]] = field(default_factory=list)
-    places: list[dict[tuple[int, ...], int]] = field(default_factory=list)  # n-gram to the index after it
-
-    def begin(self, prompt: Read) -> None:
-        self.texts = [prompt.tokens[row, :count].tolist() for row, count in enumerate(prompt.counts)]
-        self.places = [{} for _ in self.texts]
-        for text, places in zip(self.texts, self.places, strict=True):
-            self._note(text, places, 0)
-
-    def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
-        return Proposal([self._after(row, token, most)[0] for row, token in enumerate(last[:, 0].tolist())])
-
-    def match(self, last: Tensor) -> int:
-        """Tokens of the match that at least half of the rows have, or more; 0 if there is none."""
-        matches = sorted(self._after(row, token, 1)[1] for row, token in enumerate(last[:, 0].tolist()))
-        return matches[len(matches) // 2]
-
-    def learn(self, read: Read) -> None:
-        for row, count in enumerate(read.counts):
-            text = self.texts[row]
-            known = len(text)
-            text += read.tokens[row, :count].tolist()
-            self._note(text, self.places[row], known)
-
-    def select(self, rows: Sequence[int]) -> None:
-        self.texts, self.places = [self.texts[row] for row in rows], [self.places[row] for row in rows]
-
-    def _note(self, text: list[int], places: dict[tuple[int, ...], int], start: int) -> None:
-        # An n-gram at the very end has nothing after it yet, but by the time it is looked up it has.
-        for end in range(max(start, self.shortest - 1) + 1, len(text) + 1):
-            for length in range(self.shortest, min(self.longest, end) + 1):
-                places[tuple(text[end - length : end])] = end
-
-    def _after(self, row: int, last: int, most: int) -> tuple[list[int], int]:
-        text = self.texts[row]
-        for length in range(min(self.longest, len(text) + 1), self.shortest - 1, -1):
-            at = self.places[row].get((*text[len(text) - length + 1 :], last))
-            if at is not None:
-                known = [*text[at:], last]
-                return [known[number % len(known)] for number in range(most)], length  # copies of copies, as in LZ77
-        return [], 0

@@ -2,6 +2,7 @@
 
     off           nobody: plain decoding
     ngram         copy what followed the last words where they occurred before (prompt lookup)
+    corpus        the n-grams of the model's other answers that an adapter brings
     head          the exit head that an adapter brings
     exit:8        the first 8 layers, the final norm and the head
     plan:0-5 20-29   any plan
@@ -20,13 +21,13 @@ from dataclasses import dataclass
 from layerwise.plan import Plan
 
 MOST = 15  # drafted tokens of a pass; the verification of more costs more than it can give
-_FORMS = 'write auto, off, ngram, head, policy, "exit:8", "exit:8,6" or "plan:0-5 20-29"'
-_KINDS = ("auto", "off", "ngram", "head", "exit", "plan", "policy")
+_FORMS = 'write auto, off, ngram, corpus, head, policy, "exit:8", "exit:8,6" or "plan:0-5 20-29"'
+_KINDS = ("auto", "off", "ngram", "corpus", "head", "exit", "plan", "policy")
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What drafts: `kind` is one of auto, off, ngram, head, exit, plan, policy; `length` is None where it adapts.
+    """What drafts: `kind` is one of auto, off, ngram, corpus, head, exit, plan, policy; `length` None where it adapts.
 
     An early exit after E layers is the plan of the first E visits, `exit` says how many; `lookup` puts n-grams first.
     With `trust`, drafted tokens of at least that probability are taken without verification: no draft any more, but
@@ -75,7 +76,7 @@ class Draft:
             raise ValueError(f"'{text}': the length after the comma must be a number from 1 to {MOST}")
         tokens = int(length) if comma else None
         if tokens is not None and (kind in ("auto", "off") or not 1 <= tokens <= MOST):
-            drafts = "policy, ngram, head, exit and plan"
+            drafts = "policy, ngram, corpus, head, exit and plan"
             raise ValueError(f"'{text}' is no draft: a length, from 1 to {MOST}, goes with {drafts}")
         if kind == "plan":
             return cls("plan", plan=Plan.parse(plain, layers), length=tokens, lookup=lookup)

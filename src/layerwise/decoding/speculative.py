@@ -25,7 +25,6 @@ from transformers.generation.streamers import BaseStreamer
 from layerwise.decoding.drafters import (
     Drafter,
     HeadDrafter,
-    NGramDrafter,
     PlanDrafter,
     PolicyDrafter,
     Proposal,
@@ -33,6 +32,7 @@ from layerwise.decoding.drafters import (
 )
 from layerwise.decoding.drafts import MOST, Draft
 from layerwise.decoding.judge import Judge
+from layerwise.decoding.ngrams import CorpusDrafter, NGramDrafter
 from layerwise.decoding.target import Read, Target, Watched
 from layerwise.decoding.tuner import Tuner
 from layerwise.model.cache import Cache
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from layerwise.model.causal_lm import LayerwiseForCausalLM
 
 NGRAM_PRICE = 0.002  # of a plain step, for a token
+GRADES = 5  # ways that drafts from a corpus count as, by how sure their first token is
 SURPLUS = 4  # tokens that a confident draft may go on beyond the best length
 
 
@@ -59,6 +60,10 @@ class Crew:
         if draft.kind in ("auto", "ngram") or draft.lookup:
             self.ngram = NGramDrafter(target)
             self.drafters["ngram"] = self.ngram
+        self.corpus: CorpusDrafter | None = None
+        if draft.kind == "corpus" or (draft.kind == "auto" and model.ngrams is not None):
+            self.corpus = CorpusDrafter(target, model.ngrams)
+            self.drafters["corpus"] = self.corpus
         head, runtime = model.exit_head, model.head_runtime
         # The head looks at states inside the target's plan: there must be one plan, and it must get that far.
         fits = head is not None and (not head.exit or (target.uniform and head.exit < len(target.plans[0])))
@@ -100,17 +105,22 @@ class Crew:
             return name, self.drafters["ngram"].propose(last, length, worth)
         if worth is not _always:  # a confident draft may go on beyond what is best on average
             length = min(length + SURPLUS, most, MOST)
-        return name, self.drafters[name].propose(last, length, worth)
+        drafter = self.drafters["corpus" if name.startswith("corpus") else name]
+        return name, drafter.propose(last, length, worth)
 
     def _turn(self, last: Tensor, most: int) -> tuple[str, int, Worth]:
         if most < 1:
             return "off", 0, _never
-        prices = dict(self.prices)
+        prices, hopes = dict(self.prices), {}
         match = self.ngram.match(last) if self.ngram is not None else 0
         if match:
             prices[f"ngram{match}"] = NGRAM_PRICE
+        sure = self.corpus.sure(last) if self.corpus is not None else 0.0
+        if sure:
+            grade = min(int(sure * GRADES), GRADES - 1)
+            prices[f"corpus{grade}"], hopes[f"corpus{grade}"] = NGRAM_PRICE, (grade + 0.5) / GRADES
         if self.draft.kind == "auto":
-            return self.tuner.choose(prices, most)
+            return self.tuner.choose(prices, most, hopes=hopes)
         if match and self.draft.lookup:
             prices = {f"ngram{match}": NGRAM_PRICE}
         if not prices:
@@ -118,7 +128,7 @@ class Crew:
         if self.draft.length is not None:
             (name,) = prices
             return name, min(self.draft.length, most), _always
-        return self.tuner.choose(prices, most, rest=False)
+        return self.tuner.choose(prices, most, rest=False, hopes=hopes)
 
     def learn(self, read: Read) -> None:
         for drafter in self.drafters.values():

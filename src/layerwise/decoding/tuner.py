@@ -15,20 +15,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 MEMORY = 0.98  # what a round's counts weigh one round later
-HOPE = 0.6  # acceptance of a way that has not been tried
+HOPE = 0.6  # acceptance of a way that has not been tried, if nothing is known of it
 STARTING_WEIGHT = 2.0  # drafted tokens that this hope is worth
 ONE_MORE = 0.05  # of a plain step, to verify one more token, where nothing is known
 REMEASURE = 64  # rounds after which a plain one is timed again
+_NONE: Mapping[str, float] = MappingProxyType({})
 REST = 100.0  # rounds after which half of a failure is forgotten, if the way was not taken since
 
 
 @dataclass(slots=True)
 class Way:
-    """One way to draft: its counts and its time; `price` is a guess at the time, as a share of a plain step."""
+    """One way to draft: its counts and its time.
+
+    `price` is a guess at the time, as a share of a plain step, and `hope` one at the acceptance.
+    """
 
     price: float
+    hope: float = HOPE
     stood: float = 0.0
     fell: float = 0.0
     seconds: float | None = None  # to draft one token
@@ -39,7 +45,7 @@ class Way:
         """Probability that a drafted token stands, given that those before it do."""
         fade = 0.5 ** (self.idle / REST)
         stood, fell = self.stood * fade, self.fell * fade
-        return (stood + HOPE * STARTING_WEIGHT) / (stood + fell + STARTING_WEIGHT)
+        return (stood + self.hope * STARTING_WEIGHT) / (stood + fell + STARTING_WEIGHT)
 
 
 @dataclass
@@ -85,7 +91,7 @@ class Tuner:
         return tokens / (self._draft_seconds(way) * length + self.round_seconds(length + 1))
 
     def choose(
-        self, prices: Mapping[str, float], most: int, rest: bool = True
+        self, prices: Mapping[str, float], most: int, rest: bool = True, hopes: Mapping[str, float] = _NONE
     ) -> tuple[str, int, Callable[[float], bool]]:
         """The way, how many tokens are best on average, and whether, at this confidence, one more is worth it.
 
@@ -93,9 +99,10 @@ class Tuner:
             prices: the ways there are now, each with a guess at the time of drafting a token, as a share of a step.
             most: no more tokens than this.
             rest: whether drafting nothing may be chosen; its name is "off".
+            hopes: guesses at the acceptance of some ways.
         """
         for name, price in prices.items():
-            self.ways.setdefault(name, Way(price))
+            self.ways.setdefault(name, Way(price, hopes.get(name, HOPE)))
         if rest and (1 not in self.widths or self.since_plain >= REMEASURE):
             return "off", 0, lambda trust: False
         options = [(self.rate(name, length), name, length) for name in prices for length in range(1, most + 1)]

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layerwise.decoding.autoregressive import decode
 from layerwise.decoding.drafts import Draft
+from layerwise.decoding.ngram_model import NGramModel
 from layerwise.decoding.tuner import Tuner
 from layerwise.model.backbone import Backbone, UnsupportedModelError
 from layerwise.model.cache import Cache
@@ -65,6 +66,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.training = base.training
         self.attached_to = fingerprint(inner)  # tells at save whether the base was trained since
         self.exit_head: ExitHead | None = None  # drafts for this model, if it was trained
+        self.ngrams: NGramModel | None = None  # of its answers, to draft with
         self.routed_layers: RoutedLayers | None = None  # layers whose attention is routed
         self.exits: tuple[int, ...] = ()  # exits that were trained: drafts that `auto` tries
         self._draft = Draft("off")
@@ -139,6 +141,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"a draft is a Draft or its text, not {draft!r}")
         if draft.kind == "head" and self.exit_head is None:
             raise ValueError("this model has no exit head to draft with: load an adapter that brings one, or use auto")
+        if draft.kind == "corpus" and self.ngrams is None:
+            raise ValueError("this model has no corpus to draft from: load an adapter that brings one, or use auto")
         if draft.plan is not None:
             draft.plan.check(self.depth)
         return draft if draft.trust is not None else Draft.parse(str(draft), self.depth)

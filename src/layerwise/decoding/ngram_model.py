@@ -1,0 +1,138 @@
+"""A back-off n-gram model of answers that a model gave: what it is likely to say next, for the price of a look-up.
+
+A small model opens, formats and closes its answers in few ways. A table of what it said to some thousand prompts names
+its next token more than a third of the time, which makes a draft (REST, arXiv 2311.08252, searches the texts instead).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+FILE = "ngrams.safetensors"
+ALIKE = 0.25  # an n-gram is left out if a shorter one names the same token, and is as sure to within this
+_FACTOR = 0x9E3779B97F4A7C15  # odd, of no pattern: of the keys, hashes modulo 2^64
+_BITS = 2**64 - 1
+
+
+class NGramModel:
+    """The likeliest token after each n-gram, of those that the longest known suffix of a text decides.
+
+    How sure it is of a token is count / (count of the n-gram + 1), which is about how often it is right (stupid
+    back-off, aclanthology D07-1090: no probability mass is kept for what was not seen).
+
+    Attributes:
+        keys: (n-grams,) int64, hashes. Two n-grams with one hash would make a bad draft and do no harm.
+        tokens: (n-grams,) int32, what follows.
+        sure: (n-grams,) float16.
+        order: tokens of the longest n-grams.
+    """
+
+    def __init__(self, keys: Tensor, tokens: Tensor, sure: Tensor, order: int) -> None:
+        self.keys, self.tokens, self.sure, self.order = keys, tokens, sure, order
+
+    @classmethod
+    def fit(cls, answers: Iterable[tuple[Sequence[int], Sequence[int]]], order: int = 6) -> NGramModel:
+        """Count the answers, given as (token ids of the prompt, of the answer); the prompt's end is context only.
+
+        Raises:
+            ValueError: there is no token to count.
+        """
+        texts, inside = [], []  # -1 between texts, so that no n-gram crosses from one to the next
+        for prompt, answer in answers:
+            start = list(prompt[-order:])
+            texts += [-1, *start, *answer]
+            inside += [False] * (1 + len(start)) + [True] * len(answer)
+        text, places = np.array(texts, dtype=np.int64), np.nonzero(np.array(inside, dtype=bool))[0]
+        kept: list[tuple[np.ndarray, ...]] = []
+        shorter: tuple[np.ndarray, ...] | None = None
+        hashes = np.zeros(len(places), dtype=np.uint64)
+        for length in range(1, order + 1):
+            before = text[places - length]
+            places, hashes, before = places[before >= 0], hashes[before >= 0], before[before >= 0]
+            if not len(places):
+                break
+            longer = hashes * np.uint64(_FACTOR) + before.astype(np.uint64) + np.uint64(1)
+            keys, tokens, sure, first = _likeliest(longer, text[places])
+            fresh = np.ones(len(keys), dtype=bool)
+            if shorter is not None:
+                at = np.searchsorted(shorter[0], hashes[first])  # every suffix of what was counted was counted
+                fresh = (tokens != shorter[1][at]) | (np.abs(sure - shorter[2][at]) > ALIKE)
+                tokens, sure = np.where(fresh, tokens, shorter[1][at]), np.where(fresh, sure, shorter[2][at])
+            kept.append((keys[fresh], tokens[fresh], sure[fresh]))
+            shorter, hashes = (keys, tokens, sure), longer
+        if not kept:
+            raise ValueError("there are no answers to count n-grams of")
+        keys, tokens, sure = (np.concatenate(parts) for parts in zip(*kept, strict=True))
+        return cls(
+            torch.from_numpy(keys.view(np.int64)),
+            torch.from_numpy(tokens.astype(np.int32)),
+            torch.from_numpy(sure.astype(np.float16)),
+            order,
+        )
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @cached_property
+    def _table(self) -> dict[int, tuple[int, float]]:
+        return dict(zip(self.keys.tolist(), zip(self.tokens.tolist(), self.sure.tolist(), strict=True), strict=True))
+
+    def after(self, text: Sequence[int]) -> tuple[int, float] | None:
+        """The token to follow `text` and how sure it is, None if nothing is known; the last `order` tokens count."""
+        found, key = None, 0
+        for token in reversed(text[-self.order :]):
+            key = (key * _FACTOR + token + 1) & _BITS
+            found = self._table.get(key - 2**64 if key >> 63 else key, found)
+        return found
+
+    def save(self, folder: str | Path) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {"keys": self.keys, "tokens": self.tokens, "sure": self.sure}
+        save_file(tensors, str(Path(folder) / FILE), metadata={"format": "pt", "order": str(self.order)})
+
+    @classmethod
+    def load(cls, folder: str | Path, vocabulary: int) -> NGramModel:
+        """Read what `save` wrote, for a model that knows `vocabulary` tokens.
+
+        Raises:
+            ValueError: the file is missing, damaged or made for another vocabulary.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        path = Path(folder) / FILE
+        try:
+            with safe_open(str(path), "pt") as file:
+                order = int(file.metadata()["order"])
+                keys, tokens, sure = (file.get_tensor(name) for name in ("keys", "tokens", "sure"))
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the n-grams '{path}' cannot be loaded: {reason}") from error
+        whole = 0 < len(keys) == len(tokens) == len(sure)
+        if not whole or not 0 <= tokens.min() <= tokens.max() < vocabulary:
+            raise ValueError(f"the n-grams '{path}' do not belong to this model: count them again")
+        return cls(keys, tokens, sure, order)
+
+
+def _likeliest(keys: np.ndarray, following: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Of each key, ascending: its likeliest token, count / (all + 1), and the first index at which the key is found."""
+    order = np.lexsort((following, keys))
+    keys, following = keys[order], following[order]
+    new_key = np.r_[True, keys[1:] != keys[:-1]]
+    new_pair = new_key | np.r_[True, following[1:] != following[:-1]]
+    pairs = np.nonzero(new_pair)[0]
+    counts = np.diff(np.r_[pairs, len(keys)])
+    starts = np.nonzero(new_key[pairs])[0]  # of each key, among the pairs
+    totals = np.add.reduceat(counts, starts)
+    best = np.maximum.reduceat(counts, starts)
+    of_key = np.cumsum(new_key[pairs]) - 1
+    winners = np.nonzero(counts == best[of_key])[0]
+    winners = winners[np.r_[True, of_key[winners][1:] != of_key[winners][:-1]]]  # the smallest token of equals
+    first = np.nonzero(new_key)[0]
+    return keys[first], following[pairs[winners]], best / (totals + 1), order[first]

@@ -1,0 +1,109 @@
+"""Drafts that cost nothing: what followed these words before, in the row's own text or in the model's other answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import median
+
+from torch import Tensor
+
+from layerwise.decoding.drafters import Proposal, Worth
+from layerwise.decoding.ngram_model import NGramModel
+from layerwise.decoding.target import Read, Target
+
+
+@dataclass
+class CorpusDrafter:
+    """Proposes what the model's other answers go on with, as long as they are sure enough."""
+
+    target: Target
+    model: NGramModel
+    name: str = "corpus"
+    cuts: frozenset[int] = frozenset()
+    texts: list[list[int]] = field(default_factory=list)  # the last tokens of each row, but for its very last
+
+    def begin(self, prompt: Read) -> None:
+        rows = prompt.tokens.tolist()
+        self.texts = [row[:count][-self.model.order :] for row, count in zip(rows, prompt.counts, strict=True)]
+
+    def sure(self, last: Tensor) -> float:
+        """How sure the first token is, in the middle of the rows."""
+        found = [self.model.after([*text, token]) for text, token in zip(self.texts, last[:, 0].tolist(), strict=True)]
+        return median(0.0 if one is None else one[1] for one in found)
+
+    def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
+        proposal = Proposal([])
+        for text, token in zip(self.texts, last[:, 0].tolist(), strict=True):
+            known, drafted, trust = [*text, token], [], 1.0
+            while len(drafted) < most and (not drafted or worth(trust)):
+                found = self.model.after(known)
+                if found is None:
+                    break
+                drafted.append(found[0])
+                known.append(found[0])
+                trust *= found[1]
+            proposal.tokens.append(drafted)
+        return proposal
+
+    def learn(self, read: Read) -> None:
+        rows = zip(self.texts, read.tokens.tolist(), read.counts, strict=True)
+        self.texts = [[*text, *tokens[:count]][-self.model.order :] for text, tokens, count in rows]
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.texts = [self.texts[row] for row in rows]
+
+
+@dataclass
+class NGramDrafter:
+    """Proposes what followed the last words where they occurred before in the row's own text (prompt lookup).
+
+    The longest match from `longest` tokens down to `shortest` counts, the latest one among equals.
+    """
+
+    target: Target
+    longest: int = 4
+    shortest: int = 2
+    name: str = "ngram"
+    cuts: frozenset[int] = frozenset()
+    texts: list[list[int]] = field(default_factory=list)
+    places: list[dict[tuple[int, ...], int]] = field(default_factory=list)  # n-gram to the index after it
+
+    def begin(self, prompt: Read) -> None:
+        self.texts = [prompt.tokens[row, :count].tolist() for row, count in enumerate(prompt.counts)]
+        self.places = [{} for _ in self.texts]
+        for text, places in zip(self.texts, self.places, strict=True):
+            self._note(text, places, 0)
+
+    def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
+        return Proposal([self._after(row, token, most)[0] for row, token in enumerate(last[:, 0].tolist())])
+
+    def match(self, last: Tensor) -> int:
+        """Tokens of the match that at least half of the rows have, or more; 0 if there is none."""
+        matches = sorted(self._after(row, token, 1)[1] for row, token in enumerate(last[:, 0].tolist()))
+        return matches[len(matches) // 2]
+
+    def learn(self, read: Read) -> None:
+        for row, count in enumerate(read.counts):
+            text = self.texts[row]
+            known = len(text)
+            text += read.tokens[row, :count].tolist()
+            self._note(text, self.places[row], known)
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.texts, self.places = [self.texts[row] for row in rows], [self.places[row] for row in rows]
+
+    def _note(self, text: list[int], places: dict[tuple[int, ...], int], start: int) -> None:
+        # An n-gram at the very end has nothing after it yet, but by the time it is looked up it has.
+        for end in range(max(start, self.shortest - 1) + 1, len(text) + 1):
+            for length in range(self.shortest, min(self.longest, end) + 1):
+                places[tuple(text[end - length : end])] = end
+
+    def _after(self, row: int, last: int, most: int) -> tuple[list[int], int]:
+        text = self.texts[row]
+        for length in range(min(self.longest, len(text) + 1), self.shortest - 1, -1):
+            at = self.places[row].get((*text[len(text) - length + 1 :], last))
+            if at is not None:
+                known = [*text[at:], last]
+                return [known[number % len(known)] for number in range(most)], length  # copies of copies, as in LZ77
+        return [], 0

@@ -241,10 +241,12 @@ def test_the_frozen_recipe_from_the_command_line(files: Path, tmp_path: Path, mo
     assert model.exit_head.exit == 0 and len(model.exit_head.vocabulary) <= 20
     ids = torch.tensor([[5, 9, 12, 7]])
     plain = base.generate(ids, max_new_tokens=20, do_sample=False)
-    assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, draft="head"), plain)
+    for draft in ("head", "corpus"):
+        assert torch.equal(model.generate(ids, max_new_tokens=20, do_sample=False, draft=draft), plain)
     answers = (tmp_path / "out" / "answers.jsonl").read_text().splitlines()
     assert len(answers) == 40
     first = json.loads(answers[0])
     asked = torch.tensor([first["prompt"]])
     said = base.generate(asked, max_new_tokens=12, do_sample=False)[0, asked.shape[1] :].tolist()
     assert said == first["answer"]
+    assert model.ngrams.order == 6 and model.ngrams.after([*first["prompt"], said[0]]) is not None

@@ -18,13 +18,18 @@ from pathlib import Path
 
 from layerroute_runs import trained
 
+from layerwise import from_pretrained
 from layerwise.data import Example, load, prompt_ids, read_jsonl, write_jsonl
+from layerwise.decoding.ngram_model import NGramModel
 from layerwise.sources import load_tokenizer
 from layerwise.training import drllm, frozen
+from layerwise.training.answers import write_answers
 from layerwise.training.config import DrLLMConfig, FrozenConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARES = {"tools": 1.0, "parsing": 1.0, "summarization": 1.5, "code": 1.0, "chat": 0.8}
+MOST = {"tools": 1250, "parsing": 414, "summarization": 2400, "code": 2800, "chat": 1021}  # prompts to answer
+OTHERS = 1440  # of those beyond the first, drawn over all tasks
 GROUPS = {"summarization": "s", "code": "c", "parsing": "p", "chatable": "h", "common_knowledge": "h"}  # else tools
 
 
@@ -62,8 +67,20 @@ def picked(work: Path, name: str, most: dict[str, int]) -> Path:
     return path
 
 
+def others(work: Path, count: int) -> list[Example]:
+    """`count` more training prompts, other ones than `prompts`."""
+    tokenizer, known, chosen = load_tokenizer(), {str(one.prompt) for one in prompts(work)}, []
+    for task, most in MOST.items():
+        examples = load(task, "train")
+        random.Random(0).shuffle(examples)
+        fitting = [one for one in examples[: int(most * 1.3)] if len(prompt_ids(one, tokenizer)) <= 384]
+        chosen += [one for one in fitting[:most] if str(one.prompt) not in known]
+    random.Random(1).shuffle(chosen)
+    return chosen[:count]
+
+
 def untouched(work: Path) -> Path:
-    """The frozen recipe for the model as it is."""
+    """The frozen recipe for the model as it is, and n-grams of more answers than the head was taught."""
     out = work / "frozen-head"
     most = {"s": 500, "c": 600, "p": 414, "h": 480, "t": 250}
     config = FrozenConfig(
@@ -77,7 +94,14 @@ def untouched(work: Path) -> Path:
         max_length=600,
         save_every=100,
     )
-    return frozen.train(config, note, _begun(out))
+    frozen.train(config, note, _begun(out))
+    tokenizer, model, answers = load_tokenizer(), from_pretrained(out), work / "corpus-answers.jsonl"
+    for done in write_answers(model, tokenizer, prompts(work) + others(work, OTHERS), answers):
+        note(f"{done} answers written")
+    lines = answers.read_text(encoding="utf-8").splitlines()
+    model.ngrams = NGramModel.fit((one["prompt"], one["answer"]) for one in map(json.loads, lines))
+    model.save_pretrained(str(out))
+    return out
 
 
 def gated(work: Path) -> Path:
@@ -124,7 +148,7 @@ def _without_folders(file: Path, part: str | None, names: dict[str, str | None])
 
 
 FILES = ("layerwise.json", "adapter_config.json", "adapter_model.safetensors", "training.json")
-FILES += ("exit_head.safetensors", "routers.safetensors")
+FILES += ("exit_head.safetensors", "ngrams.safetensors", "routers.safetensors")
 MAKERS = {"layerskip-frozen": untouched, "layerroute": gated, "drllm": routed}
 
 

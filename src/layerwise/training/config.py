@@ -156,9 +156,13 @@ class FrozenRecipe:
     vocabulary: int = field(default=8192, metadata=_help("Recipe frozen: the most tokens that can be drafted."))
     unroll: int = field(default=3, metadata=_help("Recipe frozen: drafted tokens in a row that are trained."))
     max_new_tokens: int = field(default=160, metadata=_help("Recipe frozen: longest answer the model writes itself."))
+    ngrams: int = field(
+        default=6, metadata=_help("Recipe frozen: longest n-grams of the answers, which draft too; 0 keeps none.")
+    )
 
     def __post_init__(self) -> None:
         _require(self.exit >= 0, f"exit must be 0 layers or more, not {self.exit}")
+        _require(0 <= self.ngrams <= 16, f"ngrams must be 0 to 16 tokens, not {self.ngrams}")
         for name in ("vocabulary", "unroll", "max_new_tokens"):
             value = getattr(self, name)
             _require(value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")

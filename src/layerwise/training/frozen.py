@@ -14,6 +14,8 @@ and attends to what it would find in its cache: true positions up to its own pas
 some texts), which already says something before the first step of training.
 
 *What it can say.* The tokens that are most frequent in the answers; the LM head is the most expensive part of a draft.
+
+The answers themselves draft too: their n-grams are counted and saved beside the head (`decoding.ngram_model`).
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from torch import Tensor, nn
 
 from layerwise.data import IGNORED, read_jsonl
 from layerwise.data.examples import Tokens
+from layerwise.decoding.ngram_model import NGramModel
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM
 from layerwise.model.exit_head import ExitHead
 from layerwise.model.frame import Frame
@@ -253,14 +256,18 @@ def train(config: FrozenConfig, notify: Callable[[str], None] = lambda line: Non
         fit_fuse(model, [one.input_ids for one in tokens[:FITTED]])
         return FrozenExit(model, config.unroll)
 
-    return run_training(config, make, RecipeTrainer, notify, resume, (tokens, 0))
+    def count(model: LayerwiseForCausalLM, *_: Any) -> None:
+        if config.ngrams:
+            model.ngrams = NGramModel.fit([(a["prompt"], a["answer"]) for a in answered], config.ngrams)
+
+    return run_training(config, make, RecipeTrainer, notify, resume, (tokens, 0), finish=count)
 
 
 def _load(config: FrozenConfig, engine: EngineName) -> LayerwiseForCausalLM:
     from layerwise.hub import from_pretrained
 
     model = from_pretrained(config.model, adapter=config.adapter, dtype=config.precision, engine=engine)
-    model.exit_head = None  # one that the adapter has is replaced
+    model.exit_head = model.ngrams = None  # those that the adapter has are replaced
     return model
 
 

@@ -11,14 +11,14 @@ import pytest
 import tiny
 import torch
 from test_eval import word_tokenizer, words
-from test_layerroute import LAYERS, gates
+from test_layerroute import LAYERS, Calls, gates
 from torch.nn.functional import cross_entropy
 
 from layerwise import Plan, attach
 from layerwise.cost import decode_cost
 from layerwise.data import Example, bfcl, load, routing, split_of, tokenize
 from layerwise.evaluation import routing as suite
-from layerwise.evaluation.routed_answers import Asked, called, result, right
+from layerwise.evaluation.routed_answers import Asked, called, deciding_seconds, result, right
 from layerwise.report.route_figures import layer_use_figure
 
 
@@ -149,3 +149,14 @@ def test_questions_about_functions_are_answered_by_their_schema() -> None:
         if answer.startswith("It must be given"):
             names = answer.removeprefix("It must be given ").removesuffix(".").split(", ")
             assert all(f'"{name}"' in system for name in names)
+
+
+def test_deciding_asks_every_gate_and_runs_no_layer(model: Any) -> None:
+    calls = Calls(model)
+    asked = []
+    scores = model.policy.scores
+    object.__setattr__(model.policy, "scores", lambda layer, *given: asked.append(layer) or scores(layer, *given))
+    with torch.no_grad():
+        assert deciding_seconds(model, torch.tensor([[5, 6, 7]])) > 0
+    assert asked == [layer for layer in range(model.depth) if layer not in model.policy.keep]
+    assert not sum(calls.rows.values())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import tiny
 
-from layerwise import Plan, attach
+from layerwise import Plan, __version__, attach
 from layerwise.sources import EMBEDDED
 
 needs_model = pytest.mark.skipif(
@@ -81,6 +81,16 @@ def test_a_mistake_is_one_line(words: list[str], says: str) -> None:
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:
     assert "no config.json" in refused("generate", "hi", "--model", str(tmp_path))
+
+
+def test_the_version() -> None:
+    done = layerwise("--version")
+    assert done.returncode == 0 and done.stdout == f"layerwise {__version__}\n"
+
+
+def test_without_a_command_there_is_help() -> None:
+    done = layerwise()
+    assert done.returncode == 2 and done.stderr.startswith("Usage: ") and "generate" in done.stderr
 
 
 def test_an_unknown_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from layerwise.sources import load_tokenizer
     from layerwise.trace import Phase, Trace
 
+__version__ = "0.1.0"
+
 # Loaded when first used: importing torch and transformers takes seconds, `layerwise --help` should not.
 _HOMES = {
     "Cache": "model.cache",

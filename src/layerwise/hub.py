@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from layerwise import __version__
 from layerwise.decoding.ngram_model import NGramModel
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
 from layerwise.model.exit_head import ExitHead
@@ -56,7 +56,7 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
         "base_fingerprint": base_fingerprint,
         "adapted": adapted,
         "layers": model.depth,
-        "layerwise_version": _version(),
+        "layerwise_version": __version__,
     }
     _save_parts(model, folder, about)
     card = folder / "README.md"
@@ -99,7 +99,7 @@ def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
             "this adapter's weights are merged into the model: load it with engine='eager' to train and save it again"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    about = _read_about(source) | {"policy": model.policy.to_dict(), "layerwise_version": _version()}
+    about = _read_about(source) | {"policy": model.policy.to_dict(), "layerwise_version": __version__}
     if about.get("base_inside"):
         about["base_model"] = "base"
     for part in source.iterdir() if source.resolve() != folder.resolve() else ():
@@ -306,10 +306,3 @@ from layerwise import from_pretrained
 model = from_pretrained("PATH-OF-THIS-FOLDER")
 ```
 """
-
-
-def _version() -> str:
-    try:
-        return version("layerwise")
-    except PackageNotFoundError:
-        return "unknown"

@@ -3,19 +3,37 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
+from layerwise import __version__
 from layerwise.cli import bench, data, demo, eval, generate, models, search, train
 
 app = typer.Typer(
     name="layerwise",
-    help="Spend transformer layers where they matter.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"layerwise {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Spend transformer layers where they matter."""
+
+
 app.command("demo")(demo.run)
 app.command("generate")(generate.run)
 app.command("models")(models.run)
@@ -36,6 +54,9 @@ def main() -> None:
     except typer.Exit as stop:
         status = stop.exit_code
     except _UsageError as error:
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(error.format_message(), file=sys.stderr)
+            sys.exit(2)
         _fail(error.format_message())
     except (ValueError, OSError) as error:
         _fail(str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__)

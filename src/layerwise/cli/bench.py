@@ -59,7 +59,7 @@ def speculative(
     new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 96,
     rounds: Annotated[int, typer.Option(help="How often each contender answers a prompt; medians are compared.")] = 3,
     sweep: Annotated[bool, typer.Option(help="Also measure fixed drafts, and where drafts fail.")] = False,
-    peers: Annotated[bool, typer.Option(help="Also measure transformers.")] = True,
+    peers: Annotated[bool, typer.Option(help="Also measure transformers, and economize if installed.")] = True,
     engine: options.Engine = options.EngineChoice.auto,
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     json: options.Json = False,

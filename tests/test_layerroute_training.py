@@ -155,7 +155,7 @@ def test_only_layers_that_cost_least_may_be_skipped() -> None:
 
 
 def test_held_and_settled_gates_get_no_gradient_cost_nothing_and_really_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = module(objective="quality", hold=0.5, settle=0.8, penalty=0.3)
+    made = module(objective="quality", hold=0.5, hold_full=0.5, settle=0.8, penalty=0.3)
     made.steps = 10
     free, settled = made(IDS, LABELS, MASK, step=5), made(IDS, LABELS, MASK, step=8)
     assert "weight" in gradients(made, free["loss"]) and made.rows_seen == 4

@@ -7,9 +7,9 @@ In training every layer runs, and a gate g, hard in the forward pass and soft in
 
 so a skipped layer is an identity, as it will be, and yet its router learns what running it would have changed. The gate
 reads the tokens before the first label, which is what generation shows it. In evaluation mode layers are really
-skipped; in training too while routers do not learn: at first (`hold`), when a coin decides for each row whether it runs
-every layer or leaves out those whose gates begin closed, so that the LoRA learns both, and at last (`settle`), when
-every row takes the path that its gates chose and the LoRA makes the best of it.
+skipped; in training too while routers do not learn: at first (`hold`), when rows leave out the layers whose gates begin
+closed, but for a share of them drawn by chance (`hold_full`), and at last (`settle`), when every row takes the path that
+its gates chose and the LoRA makes the best of it.
 
 What keeps gates from all staying open is the objective, beside the cross entropy CE:
 
@@ -285,11 +285,11 @@ class LayerRoute(nn.Module):
         return self.row_losses(deep, labels, counts)[0]
 
     def _tossed(self, rows: int) -> list[Plan]:
-        """For each row by a coin: every layer, or those whose gates are open by their bias."""
+        """For each row, by chance: every layer, or those whose gates are open by their bias."""
         full = Plan.full(self.model.depth)
         closed = [layer for layer, bias in enumerate(self.bias.tolist()) if bias <= 0]  # type: ignore[union-attr]
         short = full.skip(*(layer for layer in closed if layer not in self.model.policy.keep))
-        return [full if heads else short for heads in (torch.rand(rows) < 0.5).tolist()]
+        return [full if whole else short for whole in (torch.rand(rows) < self.recipe.hold_full).tolist()]
 
     def _note(self, values: Tensor, real: Tensor) -> None:
         self.seen += (values * real).sum().item()

@@ -8,8 +8,8 @@ In training every layer runs, and a gate g, hard in the forward pass and soft in
 so a skipped layer is an identity, as it will be, and yet its router learns what running it would have changed. The gate
 reads the tokens before the first label, which is what generation shows it. In evaluation mode layers are really
 skipped; in training too while routers do not learn: at first (`hold`), when rows leave out the layers whose gates begin
-closed, but for a share of them drawn by chance (`hold_full`), and at last (`settle`), when every row takes the path that
-its gates chose and the LoRA makes the best of it.
+closed, but for a share of the rows drawn by chance (`hold_full`), and at last (`settle`), when every row takes the path
+that its gates chose and the LoRA makes the best of it.
 
 What keeps gates from all staying open is the objective, beside the cross entropy CE:
 
@@ -211,7 +211,7 @@ class LayerRoute(nn.Module):
         if self.weight is None or not self.training or held or settled:
             walked: list[Plan] | Route = everything
             if self.weight is not None:
-                walked = self._tossed(rows) if held and self.training else self.model.policy.route(lengths)
+                walked = self._held_plans(rows) if held and self.training else self.model.policy.route(lengths)
             deep = Runtime(runtime.backbone).forward(hidden, walked, counts)
             plans = walked if isinstance(walked, Sequence) else walked.plans
             run = torch.tensor([float(len(plan)) for plan in plans], device=hidden.device)
@@ -284,7 +284,7 @@ class LayerRoute(nn.Module):
         deep = Runtime(backbone).forward(hidden.detach(), [Plan.full(self.model.depth)] * len(counts), counts)
         return self.row_losses(deep, labels, counts)[0]
 
-    def _tossed(self, rows: int) -> list[Plan]:
+    def _held_plans(self, rows: int) -> list[Plan]:
         """For each row, by chance: every layer, or those whose gates are open by their bias."""
         full = Plan.full(self.model.depth)
         closed = [layer for layer, bias in enumerate(self.bias.tolist()) if bias <= 0]  # type: ignore[union-attr]

@@ -4,16 +4,15 @@ A router that is punished for attention before attention is of any use never fin
 task is learnt first, without penalty (phase "learn"); when it is solved, the penalty rises in small steps (phase
 "spare"), and only while accuracy holds (M. Bee, Zenodo 10.5281/zenodo.18518956). What differs from the publication:
 
-- *Stages.* A long distance is not learnt from nothing: lengths double from a short one. Of several pairs, each is asked
-  for again and again at first, and the answer follows: to look for the same key is then what pays most. By default a
-  model is taught to spare at the shortest length and lengthened afterwards, since a sparse solution hardly depends on
-  the length.
+- *Stages.* A long distance is not learnt from nothing: lengths double from a short one. By default a model is taught to
+  spare at the shortest length and lengthened afterwards, since a sparse solution hardly depends on the length.
 - *One weight per layer.* A mean over layers lets one stay fully on ("the 25% floor" is one layer of four). Weights
   double until no more slots attend than the task needs: while the price of a slot is small beside a right answer, two
   layers share the work for good.
-- *Both at first.* Sampled gates hide half of what a position could see, and a router that is sure early closes a path
-  before it is of use. So several pairs are first learnt with both mixings blended and the router held unsure (phase
-  "blend"), then with sampled gates (phase "learn").
+- *Fixed routes first.* To match keys takes two layers of different kinds: a convolution gives each value its key, and
+  attention then finds the key that is asked for. A router that samples at every position breaks that chain before it is
+  of use. So several pairs are first learnt with even layers convolving and odd ones attending everywhere (phase
+  "fixed"; the hybrid of Zoology, arXiv 2312.04927); then the routers, which begin near these routes, are let go.
 - *A floor that acts.* Below `floor` the weights are halved, instead of ending the training.
 
 The state is a handful of numbers, told the measured accuracy and usage, and knows nothing of models. The options of a
@@ -51,7 +50,6 @@ class Rules:
 
     Args:
         lengths: of the stages.
-        answered: so many of the first stages have the answer after each question, and ask more than once.
         spare_from: the first stage at which attention is pressed for.
         solved: accuracy at which a stage counts as learnt, and that is held while the penalty rises.
         floor: accuracy below which the penalty is halved.
@@ -62,7 +60,6 @@ class Rules:
     """
 
     lengths: tuple[int, ...]
-    answered: int = 0
     spare_from: int = 0
     solved: float = 0.99
     floor: float = 0.9
@@ -73,13 +70,13 @@ class Rules:
 
 @dataclass
 class Curriculum:
-    """The state: `stage`, whether gates are `soft` or attention is pressed for (`sparing`), the penalty's `weights` per
+    """The state: `stage`, whether routes are `fixed` or attention is pressed for (`sparing`), the penalty's `weights` per
     layer, and whether it is `done`."""
 
     rules: Rules
     layers: int
     stage: int = 0
-    soft: bool = False
+    fixed: bool = False
     sparing: bool = False
     done: bool = False
     backed_off: int = 0
@@ -98,7 +95,7 @@ class Curriculum:
 
     @property
     def phase(self) -> str:
-        return "done" if self.done else "spare" if self.sparing else "blend" if self.soft else "learn"
+        return "done" if self.done else "spare" if self.sparing else "fixed" if self.fixed else "learn"
 
     def update(self, accuracy: float, usage: Sequence[float], questions: int = 1) -> None:
         """Take what was measured at this stage: accuracy, and the share of positions that attend per layer.
@@ -111,8 +108,8 @@ class Curriculum:
             self.backed_off += 1
         if accuracy < rules.solved:
             return
-        if self.soft and self.stage >= rules.spare_from:
-            self.soft = False
+        if self.fixed and self.stage >= rules.spare_from:
+            self.fixed = False
             return
         if not self.sparing and self.stage >= rules.spare_from:
             self.sparing = True  # and the first step up is taken at once
@@ -211,10 +208,6 @@ class RoutedAttentionConfig(CurriculumConfig):
         ValueError: a value is out of range.
     """
 
-    explore: float = field(
-        default=0.1,
-        metadata=_help("Several pairs: weight on the router's squared logits while mixings are blended."),
-    )
     task: TaskName = field(default="recall", metadata=_help("One pair at a distance, or several pairs and queries."))
     distance: int = field(default=126, metadata=_help("recall: tokens from key to key; mqar: length of a sequence."))
     mode: Mode = field(
@@ -259,12 +252,9 @@ class RoutedAttentionConfig(CurriculumConfig):
         questions = 1 if self.task == "recall" else self.queries or self.pairs
         grows = self.mode in ("curriculum", "attention")
         lengths = stage_lengths(first, self.length) if grows else [self.length]
-        answered = int(grows and self.task == "mqar")
-        lengths = [lengths[0]] * answered + lengths
         return Rules(
             lengths=tuple(lengths),
-            answered=answered,
-            spare_from=answered if self.order == "spare-first" else len(lengths) - 1,
+            spare_from=0 if self.order == "spare-first" else len(lengths) - 1,
             solved=self.solved,
             floor=self.floor,
             most=self.penalty,

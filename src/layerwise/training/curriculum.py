@@ -70,8 +70,8 @@ class Rules:
 
 @dataclass
 class Curriculum:
-    """The state: `stage`, whether routes are `fixed` or attention is pressed for (`sparing`), the penalty's `weights` per
-    layer, and whether it is `done`."""
+    """The state: `stage`, whether routes are `fixed` or attention is pressed for (`sparing`), the `weights` of each
+    layer's penalty, and whether it is `done`."""
 
     rules: Rules
     layers: int

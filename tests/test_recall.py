@@ -128,6 +128,17 @@ def test_a_usage_target_ends_the_rise() -> None:
     assert state.done
 
 
+def test_pressure_that_has_done_its_work_may_be_eased() -> None:
+    for eases, expected in ((True, 0.0625), (False, 0.125)):
+        state = Curriculum(Rules((32,), target=1.25, eases=eases), 1)
+        state.update(1.0, [0.5])
+        state.update(1.0, [0.5])
+        state.update(0.95, [0.5])  # too many attend: held
+        assert state.weights == [0.125]
+        state.update(0.95, [0.03])
+        assert state.weights == [expected]
+
+
 def test_routes_are_fixed_until_the_task_is_learnt() -> None:
     state = Curriculum(Rules((32, 64), spare_from=1), 1, fixed=True)
     phases = []
@@ -142,7 +153,7 @@ def test_stages_of_the_tasks(tmp_path: Path) -> None:
     recall = config(tmp_path, distance=62, **sizes).rules()
     assert recall.lengths == (16, 32, 64) and recall.spare_from == 0 and recall.target == 1.25
     mqar = config(tmp_path, task="mqar", distance=64, pairs=4, **sizes).rules()
-    assert mqar.lengths == (16, 32, 64) and mqar.spare_from == 0
+    assert mqar.lengths == (16, 32, 64) and mqar.spare_from == 1  # four pairs fill half of 16 tokens
     assert config(tmp_path, distance=62, order="lengthen-first", **sizes).rules().spare_from == 2
     assert config(tmp_path, distance=62, mode="joint", **sizes).rules().lengths == (64,)
     # Convolutions of 40 taps in two layers reach 78 back: no stage is shorter.

@@ -57,6 +57,7 @@ class Rules:
         rises: doublings, one an evaluation, by which a weight rises from most / 2^rises to `most`.
         target: slots (positions that attend, summed over layers) a question at which the pressure is no longer
             raised, instead of going on to `most`; None goes on.
+        eases: whether penalties are also halved where the target is met and the task is not solved, instead of held.
     """
 
     lengths: tuple[int, ...]
@@ -66,6 +67,7 @@ class Rules:
     most: float = 64.0
     rises: int = 10
     target: float | None = None
+    eases: bool = False
 
 
 @dataclass
@@ -103,7 +105,8 @@ class Curriculum:
         `questions` are those of a sequence.
         """
         rules = self.rules
-        if accuracy < rules.floor and any(self.weights):
+        pressed_enough = rules.eases and accuracy < rules.solved and self._on_target(usage, questions)
+        if (accuracy < rules.floor or pressed_enough) and any(self.weights):
             self.weights = [weight / 2 for weight in self.weights]
             self.backed_off += 1
         if accuracy < rules.solved:
@@ -122,9 +125,10 @@ class Curriculum:
             self.stage += not self.done
 
     def _spared(self, usage: Sequence[float], questions: int) -> bool:
-        if self.rules.target is not None and sum(usage) * self.length <= self.rules.target * questions:
-            return True
-        return all(weight >= self.rules.most for weight in self.weights)
+        return self._on_target(usage, questions) or all(weight >= self.rules.most for weight in self.weights)
+
+    def _on_target(self, usage: Sequence[float], questions: int) -> bool:
+        return self.rules.target is not None and sum(usage) * self.length <= self.rules.target * questions
 
     def state(self) -> dict[str, Any]:
         """What `load` needs."""
@@ -245,21 +249,26 @@ class RoutedAttentionConfig(CurriculumConfig):
     def rules(self) -> Rules:
         """The curriculum; joint training and the convolution, which cannot grow, see the final length only.
 
-        No stage is so short that convolutions alone could solve it: the model would learn to attend nowhere.
+        No stage is so short that convolutions alone could solve it: the model would learn to attend nowhere. Several
+        pairs are pressed for sparing where at most a quarter of the text is pairs: a question is the same token as its
+        key in front, and only the surroundings tell the router which of the two it sees.
         """
         reach = self.layers * (self.kernel_size - 1)
         first = max(self.start_length, reach + 3, 4 * self.pairs if self.task == "mqar" else 3)
         questions = 1 if self.task == "recall" else self.queries or self.pairs
         grows = self.mode in ("curriculum", "attention")
         lengths = stage_lengths(first, self.length) if grows else [self.length]
+        several = self.task == "mqar"
+        sparable = [stage for stage, length in enumerate(lengths) if not several or length >= 8 * self.pairs]
         return Rules(
             lengths=tuple(lengths),
-            spare_from=0 if self.order == "spare-first" else len(lengths) - 1,
+            spare_from=sparable[0] if sparable and self.order == "spare-first" else len(lengths) - 1,
             solved=self.solved,
             floor=self.floor,
             most=self.penalty,
             rises=self.rises,
             target=1.25 if self.usage_target is None else self.usage_target * self.length * self.layers / questions,
+            eases=several,
         )
 
 

@@ -36,6 +36,9 @@ CHECKPOINT = "checkpoint.pt"
 _EVAL_TOKENS = 2**15  # of one evaluation batch
 _SPARSE, _LONG = 0.02, 256  # usage below which, and tokens from which, gathering is faster than scoring everything
 _FIXED: tuple[Mixing, Mixing] = ("convolution", "attention")  # of even and of odd layers, while routes are fixed
+_LET_GO = (
+    1 / 3
+)  # of the learning rate, once routers decide: at the full rate they are thrown about, and accuracy with them
 _SURE = 4.0  # logit with which the routers begin that are let go from fixed routes: 1.8% are sampled otherwise
 
 
@@ -207,14 +210,18 @@ class CurriculumRun:
         weights = sum(p.numel() for p in self.trained.parameters())
         self.notify(f"{self.title}: {weights:,} trained weights")
 
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        rate = self.config.learning_rate * min(1.0, (self.number + 1) / max(1, self.config.warmup))
+        if self.curriculum.done:  # what is kept should be settled: the rate falls over the last evaluations
+            rate *= 1 - self.settled / (self.config.settle + 1)
+        return rate
+
     def step(self) -> None:
         """One optimizer step, and what is due after it."""
         config, curriculum, began = self.config, self.curriculum, perf_counter()
-        rate = config.learning_rate * min(1.0, (self.number + 1) / max(1, config.warmup))
-        if curriculum.done:  # what is kept should be settled: the rate falls over the last evaluations
-            rate *= 1 - self.settled / (config.settle + 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.rate()
         loss, logits, gates = self.loss()
         self.losses.append(loss.item())
         if any(curriculum.weights):
@@ -307,8 +314,9 @@ class RecallRun(CurriculumRun):
         self.title = f"{config.task}, {config.mode}, lengths {', '.join(str(task.length) for task in self.tasks)}"
         torch.manual_seed(config.seed)
         self.model = build(config).to("cuda" if torch.cuda.is_available() else "cpu").train()
-        curriculum = Curriculum(rules, config.layers, fixed=config.mode == "curriculum" and config.task == "mqar")
-        if curriculum.fixed:
+        self.begins_fixed = config.mode == "curriculum" and config.task == "mqar"
+        curriculum = Curriculum(rules, config.layers, fixed=self.begins_fixed)
+        if self.begins_fixed:
             for number, layer in enumerate(self.model.layers):
                 nn.init.constant_(layer.mix.router.out.bias, _SURE if number % 2 else -_SURE)
         if config.mode == "joint":
@@ -326,6 +334,9 @@ class RecallRun(CurriculumRun):
 
     def enough(self) -> float:
         return (self.curriculum.rules.target or 0.0) * self.tasks[-1].least_usage(self.config.layers)
+
+    def rate(self) -> float:
+        return super().rate() * (_LET_GO if self.begins_fixed and not self.curriculum.fixed else 1.0)
 
     def loss(self) -> tuple[Tensor, Tensor, Tensor]:
         config, task = self.config, self.task

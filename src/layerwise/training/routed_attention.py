@@ -170,7 +170,8 @@ class CurriculumRun:
     def advance(self, seen: dict[str, Any]) -> None:
         """Move the curriculum by what was measured."""
         self.settled += self.curriculum.done
-        if not self.curriculum.done or seen["accuracy"] < self.config.floor:
+        held = self.config.solved if self.curriculum.rules.eases else self.config.floor
+        if not self.curriculum.done or seen["accuracy"] < held:
             self.curriculum.update(seen["accuracy"], seen["usage_per_layer"], self.questions)
 
     # -- a step ------------------------------------------------------------------------------------------

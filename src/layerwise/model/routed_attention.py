@@ -96,6 +96,7 @@ class RoutedAttention(nn.Module):
         blend: compute both paths everywhere while training, for an exact straight-through gradient. Without it the
             routed path is used, and only positions that attend teach the router.
         tau: temperature of the Gumbel softmax in training.
+        soft: mix by the probability of attending, in training and inference: the first phase of a curriculum.
 
     Raises:
         ValueError: sizes do not divide.
@@ -133,7 +134,7 @@ class RoutedAttention(nn.Module):
         self.router = Router(hidden_size, router_width or hidden_size, initial_usage=initial_usage)
         self.mixing: Mixing = "routed"
         self.kernel: Kernel = "auto"
-        self.chunk, self.blend, self.tau = CHUNK, True, 1.0
+        self.chunk, self.blend, self.tau, self.soft = CHUNK, True, 1.0, False
         self._kept_weights: tuple[Any, Tensor] | None = None
         self.start_taps()
 
@@ -160,7 +161,7 @@ class RoutedAttention(nn.Module):
             gate: (rows, width) who attends, instead of the router.
         """
         routing = self._route(hidden, mask, cache, gate)
-        if self.training and self.blend and cache is None and self.mixing == "routed":
+        if (self.soft or (self.training and self.blend)) and cache is None and self.mixing == "routed":
             return self._blend(hidden, mask, routing), routing
         return self._mix(hidden, mask, cache, routing.gate), routing
 
@@ -184,6 +185,8 @@ class RoutedAttention(nn.Module):
                 cache.average = average
             if gate is not None:
                 chosen = gate.to(hidden.dtype)
+            elif self.soft:
+                chosen = torch.sigmoid(logits)
             elif self.training:
                 chosen = gumbel_sigmoid(logits, self.tau)
             else:

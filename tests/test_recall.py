@@ -245,7 +245,9 @@ def test_fixed_routes_ask_no_router_and_are_let_go_when_they_solve_the_task(tmp_
     run.step()
     assert run.history[0]["phase"] == "fixed" and run.history[0]["usage_per_layer"] == [0.0, 1.0]
     assert all(layer.mix.router.out.weight.grad is None for layer in run.model.layers)
+    before = run.rate()
     run.curriculum.fixed = False
+    assert run.rate() == pytest.approx(before / 3)
     run.step()
     assert run.history[1]["phase"] == "learn" and 0 < run.history[1]["usage"] < 1
     assert all(layer.mix.router.out.weight.grad is not None for layer in run.model.layers)

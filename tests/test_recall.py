@@ -128,24 +128,24 @@ def test_a_usage_target_ends_the_rise() -> None:
     assert state.done
 
 
-def test_gates_are_soft_until_the_task_is_learnt() -> None:
-    state = Curriculum(Rules((32, 32, 64), answered=1, spare_from=1), 1, soft=True)
+def test_pressure_that_has_done_its_work_may_be_eased() -> None:
+    for eases, expected in ((True, 0.0625), (False, 0.125)):
+        state = Curriculum(Rules((32,), target=1.25, eases=eases), 1)
+        state.update(1.0, [0.5])
+        state.update(1.0, [0.5])
+        state.update(0.95, [0.5])  # too many attend: held
+        assert state.weights == [0.125]
+        state.update(0.95, [0.03])
+        assert state.weights == [expected]
+
+
+def test_routes_are_fixed_until_the_task_is_learnt() -> None:
+    state = Curriculum(Rules((32, 64), spare_from=1), 1, fixed=True)
     phases = []
     for _ in range(3):
         phases.append((state.stage, state.phase))
         state.update(1.0, [1.0])
-    assert phases == [(0, "blend"), (1, "blend"), (1, "learn")] and state.phase == "spare"
-
-
-def test_keys_may_be_asked_for_again_if_they_are_answered() -> None:
-    task = RecallTask("mqar", 40, pairs=3, queries=7, answered=True)
-    batch = task.batch(20, 0)
-    assert (batch.asked.sum(1) == 7).all()
-    for ids, targets in zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True):
-        answers = {ids[2 * number]: ids[2 * number + 1] for number in range(3)}
-        asked = [(ids[at], target) for at, target in enumerate(targets) if target != IGNORED]
-        assert all(answers[key] == value for key, value in asked) and len(set(asked)) == 3
-        assert all(ids[at + 1] == target for at, target in enumerate(targets) if target != IGNORED)
+    assert phases == [(0, "fixed"), (1, "fixed"), (1, "learn")] and state.phase == "spare"
 
 
 def test_stages_of_the_tasks(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_stages_of_the_tasks(tmp_path: Path) -> None:
     recall = config(tmp_path, distance=62, **sizes).rules()
     assert recall.lengths == (16, 32, 64) and recall.spare_from == 0 and recall.target == 1.25
     mqar = config(tmp_path, task="mqar", distance=64, pairs=4, **sizes).rules()
-    assert mqar.lengths == (16, 16, 32, 64) and mqar.answered == mqar.spare_from == 1
+    assert mqar.lengths == (16, 32, 64) and mqar.spare_from == 1  # four pairs fill half of 16 tokens
     assert config(tmp_path, distance=62, order="lengthen-first", **sizes).rules().spare_from == 2
     assert config(tmp_path, distance=62, mode="joint", **sizes).rules().lengths == (64,)
     # Convolutions of 40 taps in two layers reach 78 back: no stage is shorter.
@@ -237,3 +237,19 @@ def test_a_weight_presses_its_own_layer(tmp_path: Path) -> None:
     penalty(output.route_logits, output.gates, torch.tensor([0.0, 1.0]), "logits").backward()
     first, second = (layer.mix.router.out.bias.grad.abs().sum() for layer in model.layers)
     assert first < 0.05 * second  # what reaches the first comes through what the second one reads
+
+
+def test_fixed_routes_ask_no_router_and_are_let_go_when_they_solve_the_task(tmp_path: Path) -> None:
+    run = routed_attention.RecallRun(config(tmp_path, task="mqar", pairs=2, solved=0.01, floor=0.01), lambda line: None)
+    run.begin(resume=False)
+    run.step()
+    assert run.history[0]["phase"] == "fixed" and run.history[0]["usage_per_layer"] == [0.0, 1.0]
+    assert all(layer.mix.router.out.weight.grad is None for layer in run.model.layers)
+    before = run.rate()
+    run.curriculum.fixed = False
+    assert run.rate() == pytest.approx(before / 3)
+    run.step()
+    assert run.history[1]["phase"] == "learn" and 0 < run.history[1]["usage"] < 1
+    assert all(layer.mix.router.out.weight.grad is not None for layer in run.model.layers)
+    usage = run.history[1]["usage_per_layer"]
+    assert usage[0] < 0.3 and usage[1] > 0.7  # routers begin near the fixed routes

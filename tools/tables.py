@@ -133,24 +133,34 @@ def drllm_table(result: dict[str, Any]) -> str:
 
 
 def routed_attention_table(result: dict[str, Any]) -> str:
-    """One row a run of tools/routed_attention_runs.py."""
+    """One row a task, distance and mode of tools/routed_attention_runs.py, over its seeds."""
+    groups: dict[tuple[bool, int, str], list[dict[str, Any]]] = {}
+    for run in result["runs"]:
+        groups.setdefault((run["task"] != "recall", run["distance"], run["mode"]), []).append(run)
     lines = [
-        "| task, distance | taught by | seed | accuracy | positions that attend | steps |",
-        "|---|---|---|---|---|---|",
+        "| task, distance | taught by | seeds | accuracy | positions that attend | needed | steps |",
+        "|---|---|---|---|---|---|---|",
     ]
-    for run in sorted(
-        result["runs"], key=lambda run: (run["task"] != "recall", run["distance"], run["mode"], run["seed"])
-    ):
+    for _, runs in sorted(groups.items()):
+        first = runs[0]
+        pairs = f", {first['pairs']} pairs" if first["task"] == "mqar" else ""
         lines.append(
-            f"| {run['task']} {run['distance']} | {run['mode']} | {run['seed']} | {run['accuracy']:.1%} "
-            f"| {run['usage']:.3%} | {run['steps']:,} |"
+            f"| {first['task']} {first['distance']}{pairs} | {first['mode']} | {len(runs)} "
+            f"| {_range([run['accuracy'] for run in runs], '.1%')} | {_range([run['usage'] for run in runs], '.3%')} "
+            f"| {first['least_usage']:.3%} | {_range([run['steps'] for run in runs], ',')} |"
         )
     lines += [
         "",
-        "Accuracy on held-out pairs of key and value; one position of one layer is what recall needs. Again: `python "
-        "tools/routed_attention_runs.py`.",
+        "Lowest to highest over seeds. Accuracy on held-out pairs of key and value; a question needs one position of "
+        "one layer. Again: `python tools/routed_attention_runs.py`.",
     ]
     return "\n".join(lines)
+
+
+def _range(values: list[float], form: str) -> str:
+    """The lowest and the highest, or the one they are when written."""
+    lowest, highest = format(min(values), form), format(max(values), form)
+    return lowest if lowest == highest else f"{lowest} to {highest}"
 
 
 TABLES = {

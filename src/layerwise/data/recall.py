@@ -53,8 +53,7 @@ class RecallTask:
         task: "recall" or "mqar".
         length: tokens of a sequence; of recall, distance + 2.
         pairs: mqar: how many keys stand in front, each with its value.
-        queries: mqar: how many are asked for; each once unless given, some again if there are more than pairs.
-        answered: mqar: the value follows each question, so that a key asked for again is no riddle: for learning.
+        queries: mqar: how many are asked for, each once; all unless given.
 
     Raises:
         ValueError: they do not fit into the length, or there are not enough keys.
@@ -64,7 +63,6 @@ class RecallTask:
     length: int
     pairs: int = 8
     queries: int | None = None
-    answered: bool = False
 
     def __post_init__(self) -> None:
         if self.task not in Task.__args__:
@@ -72,10 +70,9 @@ class RecallTask:
         if self.task == "recall" and self.length < 3:
             raise ValueError(f"{self.length} tokens are too few for key, value and key: give a distance of 1 or more")
         if self.task == "mqar":
-            most = self.asks if self.answered else self.pairs
-            if not 1 <= self.asks <= most or not 1 <= self.pairs <= self.keys:
-                raise ValueError(f"queries must be 1 to pairs (more if answered), and pairs at most {self.keys}")
-            if self.length < 2 * self.pairs + self.asks * (1 + self.answered):
+            if not 1 <= self.asks <= self.pairs <= self.keys:
+                raise ValueError(f"queries must be 1 to pairs, and pairs at most {self.keys}")
+            if self.length < 2 * self.pairs + self.asks:
                 raise ValueError(f"{self.pairs} pairs and {self.asks} queries do not fit into {self.length} tokens")
 
     @property
@@ -122,13 +119,9 @@ class RecallTask:
         front = torch.stack((keys, values), dim=2).flatten(1)
         room = self.length - front.shape[1]
         rest = torch.randint(self.keys, VOCABULARY, (rows, room), generator=source)
-        step = 1 + self.answered
-        places = torch.rand(rows, room // step, generator=source).argsort(dim=1)[:, : self.asks] * step
-        rounds = -(-self.asks // self.pairs)  # each round asks for every key once
-        which = torch.rand(rows, rounds, self.pairs, generator=source).argsort(dim=2).flatten(1)[:, : self.asks]
+        places = torch.rand(rows, room, generator=source).argsort(dim=1)[:, : self.asks]
+        which = torch.rand(rows, self.pairs, generator=source).argsort(dim=1)[:, : self.asks]
         rest = rest.scatter(1, places, keys.gather(1, which))
-        if self.answered:
-            rest = rest.scatter(1, places + 1, values.gather(1, which))
         targets = torch.full((rows, self.length), IGNORED)
         targets.scatter_(1, places + front.shape[1], values.gather(1, which))
         return RecallBatch(torch.cat((front, rest), dim=1), targets)

@@ -4,16 +4,15 @@ A router that is punished for attention before attention is of any use never fin
 task is learnt first, without penalty (phase "learn"); when it is solved, the penalty rises in small steps (phase
 "spare"), and only while accuracy holds (M. Bee, Zenodo 10.5281/zenodo.18518956). What differs from the publication:
 
-- *Stages.* A long distance is not learnt from nothing: lengths double from a short one. Of several pairs, each is asked
-  for again and again at first, and the answer follows: to look for the same key is then what pays most. By default a
-  model is taught to spare at the shortest length and lengthened afterwards, since a sparse solution hardly depends on
-  the length.
+- *Stages.* A long distance is not learnt from nothing: lengths double from a short one. By default a model is taught to
+  spare at the shortest length and lengthened afterwards, since a sparse solution hardly depends on the length.
 - *One weight per layer.* A mean over layers lets one stay fully on ("the 25% floor" is one layer of four). Weights
   double until no more slots attend than the task needs: while the price of a slot is small beside a right answer, two
   layers share the work for good.
-- *Both at first.* Sampled gates hide half of what a position could see, and a router that is sure early closes a path
-  before it is of use. So several pairs are first learnt with both mixings blended and the router held unsure (phase
-  "blend"), then with sampled gates (phase "learn").
+- *Fixed routes first.* To match keys takes two layers of different kinds: a convolution gives each value its key, and
+  attention then finds the key that is asked for. A router that samples at every position breaks that chain before it is
+  of use. So several pairs are first learnt with even layers convolving and odd ones attending everywhere (phase
+  "fixed"; the hybrid of Zoology, arXiv 2312.04927); then the routers, which begin near these routes, are let go.
 - *A floor that acts.* Below `floor` the weights are halved, instead of ending the training.
 
 The state is a handful of numbers, told the measured accuracy and usage, and knows nothing of models. The options of a
@@ -51,7 +50,6 @@ class Rules:
 
     Args:
         lengths: of the stages.
-        answered: so many of the first stages have the answer after each question, and ask more than once.
         spare_from: the first stage at which attention is pressed for.
         solved: accuracy at which a stage counts as learnt, and that is held while the penalty rises.
         floor: accuracy below which the penalty is halved.
@@ -59,27 +57,28 @@ class Rules:
         rises: doublings, one an evaluation, by which a weight rises from most / 2^rises to `most`.
         target: slots (positions that attend, summed over layers) a question at which the pressure is no longer
             raised, instead of going on to `most`; None goes on.
+        eases: whether penalties are also halved where the target is met and the task is not solved, instead of held.
     """
 
     lengths: tuple[int, ...]
-    answered: int = 0
     spare_from: int = 0
     solved: float = 0.99
     floor: float = 0.9
     most: float = 64.0
     rises: int = 10
     target: float | None = None
+    eases: bool = False
 
 
 @dataclass
 class Curriculum:
-    """The state: `stage`, whether gates are `soft` or attention is pressed for (`sparing`), the penalty's `weights` per
-    layer, and whether it is `done`."""
+    """The state: `stage`, whether routes are `fixed` or attention is pressed for (`sparing`), the `weights` of each
+    layer's penalty, and whether it is `done`."""
 
     rules: Rules
     layers: int
     stage: int = 0
-    soft: bool = False
+    fixed: bool = False
     sparing: bool = False
     done: bool = False
     backed_off: int = 0
@@ -98,7 +97,7 @@ class Curriculum:
 
     @property
     def phase(self) -> str:
-        return "done" if self.done else "spare" if self.sparing else "blend" if self.soft else "learn"
+        return "done" if self.done else "spare" if self.sparing else "fixed" if self.fixed else "learn"
 
     def update(self, accuracy: float, usage: Sequence[float], questions: int = 1) -> None:
         """Take what was measured at this stage: accuracy, and the share of positions that attend per layer.
@@ -106,13 +105,14 @@ class Curriculum:
         `questions` are those of a sequence.
         """
         rules = self.rules
-        if accuracy < rules.floor and any(self.weights):
+        pressed_enough = rules.eases and accuracy < rules.solved and self._on_target(usage, questions)
+        if (accuracy < rules.floor or pressed_enough) and any(self.weights):
             self.weights = [weight / 2 for weight in self.weights]
             self.backed_off += 1
         if accuracy < rules.solved:
             return
-        if self.soft and self.stage >= rules.spare_from:
-            self.soft = False
+        if self.fixed and self.stage >= rules.spare_from:
+            self.fixed = False
             return
         if not self.sparing and self.stage >= rules.spare_from:
             self.sparing = True  # and the first step up is taken at once
@@ -125,9 +125,10 @@ class Curriculum:
             self.stage += not self.done
 
     def _spared(self, usage: Sequence[float], questions: int) -> bool:
-        if self.rules.target is not None and sum(usage) * self.length <= self.rules.target * questions:
-            return True
-        return all(weight >= self.rules.most for weight in self.weights)
+        return self._on_target(usage, questions) or all(weight >= self.rules.most for weight in self.weights)
+
+    def _on_target(self, usage: Sequence[float], questions: int) -> bool:
+        return self.rules.target is not None and sum(usage) * self.length <= self.rules.target * questions
 
     def state(self) -> dict[str, Any]:
         """What `load` needs."""
@@ -211,10 +212,6 @@ class RoutedAttentionConfig(CurriculumConfig):
         ValueError: a value is out of range.
     """
 
-    explore: float = field(
-        default=0.1,
-        metadata=_help("Several pairs: weight on the router's squared logits while mixings are blended."),
-    )
     task: TaskName = field(default="recall", metadata=_help("One pair at a distance, or several pairs and queries."))
     distance: int = field(default=126, metadata=_help("recall: tokens from key to key; mqar: length of a sequence."))
     mode: Mode = field(
@@ -252,24 +249,26 @@ class RoutedAttentionConfig(CurriculumConfig):
     def rules(self) -> Rules:
         """The curriculum; joint training and the convolution, which cannot grow, see the final length only.
 
-        No stage is so short that convolutions alone could solve it: the model would learn to attend nowhere.
+        No stage is so short that convolutions alone could solve it: the model would learn to attend nowhere. Several
+        pairs are pressed for sparing where at most a quarter of the text is pairs: a question is the same token as its
+        key in front, and only the surroundings tell the router which of the two it sees.
         """
         reach = self.layers * (self.kernel_size - 1)
         first = max(self.start_length, reach + 3, 4 * self.pairs if self.task == "mqar" else 3)
         questions = 1 if self.task == "recall" else self.queries or self.pairs
         grows = self.mode in ("curriculum", "attention")
         lengths = stage_lengths(first, self.length) if grows else [self.length]
-        answered = int(grows and self.task == "mqar")
-        lengths = [lengths[0]] * answered + lengths
+        several = self.task == "mqar"
+        sparable = [stage for stage, length in enumerate(lengths) if not several or length >= 8 * self.pairs]
         return Rules(
             lengths=tuple(lengths),
-            answered=answered,
-            spare_from=answered if self.order == "spare-first" else len(lengths) - 1,
+            spare_from=sparable[0] if sparable and self.order == "spare-first" else len(lengths) - 1,
             solved=self.solved,
             floor=self.floor,
             most=self.penalty,
             rises=self.rises,
             target=1.25 if self.usage_target is None else self.usage_target * self.length * self.layers / questions,
+            eases=several,
         )
 
 

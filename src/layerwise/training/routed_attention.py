@@ -28,12 +28,18 @@ from layerwise.benchmarks.environment import environment
 from layerwise.data.examples import IGNORED
 from layerwise.data.recall import VOCABULARY, RecallTask, Split
 from layerwise.model.recall_model import RecallModel, RecallModelConfig
+from layerwise.model.routed_attention import Mixing
 from layerwise.training.curriculum import Curriculum, CurriculumConfig, RoutedAttentionConfig
 
 RESULT = "result.json"
 CHECKPOINT = "checkpoint.pt"
 _EVAL_TOKENS = 2**15  # of one evaluation batch
 _SPARSE, _LONG = 0.02, 256  # usage below which, and tokens from which, gathering is faster than scoring everything
+_FIXED: tuple[Mixing, Mixing] = ("convolution", "attention")  # of even and of odd layers, while routes are fixed
+_LET_GO = (
+    1 / 3
+)  # of the learning rate, once routers decide: at the full rate they are thrown about, and accuracy with them
+_SURE = 4.0  # logit with which the routers begin that are let go from fixed routes: 1.8% are sampled otherwise
 
 
 def build(config: RoutedAttentionConfig) -> RecallModel:
@@ -164,7 +170,8 @@ class CurriculumRun:
     def advance(self, seen: dict[str, Any]) -> None:
         """Move the curriculum by what was measured."""
         self.settled += self.curriculum.done
-        if not self.curriculum.done or seen["accuracy"] < self.config.floor:
+        held = self.config.solved if self.curriculum.rules.eases else self.config.floor
+        if not self.curriculum.done or seen["accuracy"] < held:
             self.curriculum.update(seen["accuracy"], seen["usage_per_layer"], self.questions)
 
     # -- a step ------------------------------------------------------------------------------------------
@@ -204,22 +211,24 @@ class CurriculumRun:
         weights = sum(p.numel() for p in self.trained.parameters())
         self.notify(f"{self.title}: {weights:,} trained weights")
 
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        rate = self.config.learning_rate * min(1.0, (self.number + 1) / max(1, self.config.warmup))
+        if self.curriculum.done:  # what is kept should be settled: the rate falls over the last evaluations
+            rate *= 1 - self.settled / (self.config.settle + 1)
+        return rate
+
     def step(self) -> None:
         """One optimizer step, and what is due after it."""
         config, curriculum, began = self.config, self.curriculum, perf_counter()
-        rate = config.learning_rate * min(1.0, (self.number + 1) / max(1, config.warmup))
-        if curriculum.done:  # what is kept should be settled: the rate falls over the last evaluations
-            rate *= 1 - self.settled / (config.settle + 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.rate()
         loss, logits, gates = self.loss()
         self.losses.append(loss.item())
         if any(curriculum.weights):
             loss = loss + penalty(
                 logits, gates, torch.tensor(curriculum.weights, device=loss.device), config.penalty_on
             )
-        elif curriculum.soft:
-            loss = loss + config.explore * logits.square().mean()
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained.parameters(), 1.0)
@@ -246,7 +255,7 @@ class CurriculumRun:
         self.history.append(entry)
         # Sparse enough, then right, then sparser still.
         rank = [max(seen["usage"], self.enough()), -seen["accuracy"], seen["usage"]]
-        solved = seen["accuracy"] >= config.solved and curriculum.last_stage and not curriculum.soft
+        solved = seen["accuracy"] >= config.solved and curriculum.last_stage and not curriculum.fixed
         if solved and (self.best is None or rank <= self.best["rank"]):
             kept = {name: value.clone() for name, value in self.trained.state_dict().items()}
             self.best = {"step": self.number, "rank": rank, "weights": kept}
@@ -302,11 +311,15 @@ class RecallRun(CurriculumRun):
 
     def __init__(self, config: RoutedAttentionConfig, notify: Callable[[str], None]) -> None:
         rules = config.rules()
-        self.tasks = [_task_of(config, length, stage < rules.answered) for stage, length in enumerate(rules.lengths)]
+        self.tasks = [RecallTask(config.task, length, config.pairs, config.queries) for length in rules.lengths]
         self.title = f"{config.task}, {config.mode}, lengths {', '.join(str(task.length) for task in self.tasks)}"
         torch.manual_seed(config.seed)
         self.model = build(config).to("cuda" if torch.cuda.is_available() else "cpu").train()
-        curriculum = Curriculum(rules, config.layers, soft=config.mode == "curriculum" and rules.answered > 0)
+        self.begins_fixed = config.mode == "curriculum" and config.task == "mqar"
+        curriculum = Curriculum(rules, config.layers, fixed=self.begins_fixed)
+        if self.begins_fixed:
+            for number, layer in enumerate(self.model.layers):
+                nn.init.constant_(layer.mix.router.out.bias, _SURE if number % 2 else -_SURE)
         if config.mode == "joint":
             curriculum.weights = [config.penalty] * config.layers
         super().__init__(config, self.model, curriculum, notify)
@@ -320,17 +333,17 @@ class RecallRun(CurriculumRun):
     def questions(self) -> int:
         return self.task.asks
 
-    def where(self) -> str:
-        return f"length {self.task.length}{' with answers' if self.task.answered else ''}"
-
     def enough(self) -> float:
         return (self.curriculum.rules.target or 0.0) * self.tasks[-1].least_usage(self.config.layers)
+
+    def rate(self) -> float:
+        return super().rate() * (_LET_GO if self.begins_fixed and not self.curriculum.fixed else 1.0)
 
     def loss(self) -> tuple[Tensor, Tensor, Tensor]:
         config, task = self.config, self.task
         rows = max(config.least_rows, config.tokens_per_batch // task.length)
         batch = task.batch(rows, config.seed, self.number)
-        self._blend(self.curriculum.soft)
+        self._set_mixing(self.curriculum.fixed)
         output = self.model(batch.input_ids.to(self.model.device))
         targets = batch.targets.to(self.model.device).flatten()
         loss = F.cross_entropy(output.logits.flatten(0, 1), targets, ignore_index=IGNORED)
@@ -338,15 +351,16 @@ class RecallRun(CurriculumRun):
 
     def measure(self) -> dict[str, Any]:
         config = self.config
-        self._blend(self.curriculum.soft)
+        self._set_mixing(self.curriculum.fixed)
         return evaluate(self.model, self.task, config.eval_rows, config.seed, "validation")
 
-    def _blend(self, soft: bool) -> None:
-        """Blend by probability if `soft`; where few attend in long texts, train on the gathered queries alone."""
+    def _set_mixing(self, fixed: bool) -> None:
+        """Layers mix by `_FIXED` or as their routers say; where few attend in long texts, only these are scored."""
         usage = self.history[-1]["usage"] if self.history else 1.0
-        sparse = not soft and usage < _SPARSE and self.task.length >= _LONG
-        for layer in self.model.layers:
-            layer.mix.soft, layer.mix.blend = soft, self.config.blend and not sparse
+        sparse = usage < _SPARSE and self.task.length >= _LONG
+        for number, layer in enumerate(self.model.layers):
+            layer.mix.mixing = _FIXED[number % 2] if fixed else self.model.config.mixing
+            layer.mix.blend = self.config.blend and not sparse
 
     def advance(self, seen: dict[str, Any]) -> None:
         config, curriculum = self.config, self.curriculum
@@ -361,7 +375,7 @@ class RecallRun(CurriculumRun):
     def finish(self) -> dict[str, Any]:
         """Test the model, save it and its result; returns the latter."""
         config, final = self.config, self.tasks[-1]
-        self._blend(False)
+        self._set_mixing(fixed=False)
         tested = evaluate(self.model, final, config.test_rows, config.seed, "test")
         told = {name: getattr(config, name) for name in ("task", "distance", "seed", "mode")}
         result = {**told, **tested, "least_usage": final.least_usage(config.layers), **self.result()}
@@ -370,12 +384,6 @@ class RecallRun(CurriculumRun):
         (self.out / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         self.notify(f"test: accuracy {result['accuracy']:.1%}, usage {result['usage']:.3%} of position-layer slots")
         return result
-
-
-def _task_of(config: RoutedAttentionConfig, length: int, answered: bool) -> RecallTask:
-    """The task of a stage; with answers it asks for about as many as there is room for."""
-    queries = (length - 2 * config.pairs) // 3 if answered else config.queries
-    return RecallTask(config.task, length, config.pairs, queries, answered)
 
 
 _STATE = ("number", "settled", "seconds", "losses", "history", "best")

@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from layerwise.model.routed_attention import Mixing, RoutedAttention, Router
+from layerwise.model.position_router import Router
+from layerwise.model.routed_attention import Mixing, RoutedAttention
 
 _ROOM = 256  # positions by which a full buffer grows at least
 

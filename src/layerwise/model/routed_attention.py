@@ -16,9 +16,7 @@ router's argmax is taken and the work really skipped. `reference` is the blend, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.model.few_tokens import load_operators
-from layerwise.model.filters import causal_filter, moving_average
+from layerwise.model.filters import causal_filter
+from layerwise.model.position_router import Router, Routing, gumbel_sigmoid
 
 if TYPE_CHECKING:
     from layerwise.model.recall_model import RoutedLayerCache
@@ -36,46 +35,6 @@ Mixing = Literal["routed", "attention", "convolution"]
 Kernel = Literal["auto", "dense", "gathered", "chunked"]
 CHUNK, _LEAST_CHUNK = 256, 16  # most and fewest routed queries scored at once: their keys end at the last of them
 FEW = 32  # inputs up to which a map is done by the operator for few tokens
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What the router said: `gate` (rows, width) in {0, 1}, 1 attends, with the straight-through gradient in training;
-    `logits` (rows, width), positive where attention is preferred. Padding has gate 0."""
-
-    gate: Tensor
-    logits: Tensor
-
-
-class Router(nn.Module):
-    """Linear, GELU, linear on [x ; moving average of x], per position: one logit, positive to attend.
-
-    One logit is the published two's difference. The moving average (decay 0.9, zero before the text) is linear and so
-    commutes with the first map; it is taken after it, on `width` numbers instead of the hidden size.
-    """
-
-    def __init__(self, hidden_size: int, width: int, decay: float = 0.9, initial_usage: float = 0.5) -> None:
-        super().__init__()
-        self.inputs = nn.Linear(hidden_size, 2 * width)  # for x and for the average, in one product
-        self.out = nn.Linear(width, 1)
-        self.decay, self.initial_usage = decay, initial_usage
-        self.start()
-
-    def start(self) -> None:
-        """Set the bias to `initial_usage`."""
-        with torch.no_grad():
-            self.out.bias.fill_(math.log(self.initial_usage / (1 - self.initial_usage)))
-
-    def forward(self, hidden: Tensor, mask: Tensor | None, average: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits (rows, width) and the moving average after the last position (rows, router width)."""
-        # Functions, not modules: for one token the calls of three modules take as long as what they compute.
-        now, past = F.linear(hidden, self.inputs.weight, self.inputs.bias).chunk(2, dim=-1)
-        if mask is not None:
-            past = past * mask[..., None]
-        past = moving_average(past, self.decay, average)
-        # Not the exact GELU: on a CPU that goes through oneDNN, a high price for the few numbers of one token.
-        inner = F.gelu(now + past, approximate="tanh")
-        return F.linear(inner, self.out.weight, self.out.bias)[..., 0], past[:, -1]
 
 
 class RoutedAttention(nn.Module):
@@ -413,17 +372,6 @@ class RoutedAttention(nn.Module):
             oldest_first = self._taps().flip(-1).T[..., None].to(values.dtype)
             return (values.unflatten(-1, (self.heads, -1)) * oldest_first).sum(1, keepdim=True).flatten(2)
         return causal_filter(values, self.conv_taps.softmax(-1))
-
-
-def gumbel_sigmoid(logits: Tensor, tau: float = 1.0) -> Tensor:
-    """1 with the probability sigmoid(logit), else 0; the gradient is that of the relaxed sample at temperature `tau`.
-
-    The hard Gumbel softmax (arXiv 1611.01144) of two logits, of which only the difference matters: two Gumbel
-    variables differ by a logistic one.
-    """
-    uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-    soft = torch.sigmoid((logits + torch.logit(uniform)) / tau)
-    return (soft > 0.5).to(soft.dtype) - soft.detach() + soft
 
 
 # -- filters over time ---------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ attention gives to each distance and to the first token (`measure`), or everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,8 @@ from torch.nn import functional as F
 
 from layerwise.model.backbone import Backbone
 from layerwise.model.filters import causal_filter
-from layerwise.model.routed_attention import CHUNK, Mixing, Routing, gumbel_sigmoid
+from layerwise.model.position_router import Routing, gumbel_sigmoid
+from layerwise.model.routed_attention import CHUNK, Mixing
 
 FILE = "routed_layers.safetensors"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -47,6 +48,7 @@ class RoutedSelfAttention(nn.Module):
         mixing: "routed", or "attention" or "convolution" everywhere.
         routing: what the router said in the last call; see `Routing`.
         measuring: add up what attention gives to each distance, for `start`.
+        decide: who attends, given logits (rows, width): True or False for each.
         sampled: in training, decide by chance with the router's probability; otherwise as in inference.
 
     Raises:
@@ -76,6 +78,7 @@ class RoutedSelfAttention(nn.Module):
         nn.init.zeros_(self.router[-1].weight)
         nn.init.constant_(self.router[-1].bias, 1.0)  # three of four attend before training
         self.mixing: Mixing = "routed"
+        self.decide: Callable[[Tensor], Tensor] = _positive
         self.sampled = True
         self.routing: Routing | None = None
         self.measuring: list[Tensor] | None = None
@@ -122,7 +125,7 @@ class RoutedSelfAttention(nn.Module):
 
     def _route(self, features: Tensor, dtype: torch.dtype) -> Routing:
         logits = self.router(features)[..., 0]
-        gate = (logits > 0).to(logits.dtype)
+        gate = self.decide(logits).to(logits.dtype)
         if self.training and self.sampled:
             gate = gumbel_sigmoid(logits)
         elif self.training:
@@ -254,6 +257,10 @@ def _rotated(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary positions in the rotate-half form; `cosine` and `sine` (1 or rows, width, head size)."""
     first, second = states.chunk(2, dim=-1)
     return states * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
+
+
+def _positive(logits: Tensor) -> Tensor:
+    return logits > 0
 
 
 def _picked(values: Tensor, columns: Tensor) -> Tensor:

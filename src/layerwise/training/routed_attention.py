@@ -167,6 +167,12 @@ class CurriculumRun:
         if not self.curriculum.done or seen["accuracy"] < self.config.floor:
             self.curriculum.update(seen["accuracy"], seen["usage_per_layer"], self.questions)
 
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        rate = self.config.learning_rate * min(1.0, (self.number + 1) / max(1, self.config.warmup))
+        # What is kept should be settled: the rate falls over the last evaluations.
+        return rate * (1 - self.settled / (self.config.settle + 1)) if self.curriculum.done else rate
+
     # -- a step ------------------------------------------------------------------------------------------
 
     @property
@@ -207,11 +213,8 @@ class CurriculumRun:
     def step(self) -> None:
         """One optimizer step, and what is due after it."""
         config, curriculum, began = self.config, self.curriculum, perf_counter()
-        rate = config.learning_rate * min(1.0, (self.number + 1) / max(1, config.warmup))
-        if curriculum.done:  # what is kept should be settled: the rate falls over the last evaluations
-            rate *= 1 - self.settled / (config.settle + 1)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = self.rate()
         loss, logits, gates = self.loss()
         self.losses.append(loss.item())
         if any(curriculum.weights):

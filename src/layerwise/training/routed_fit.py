@@ -31,7 +31,7 @@ _FISHER = 12  # texts whose gradients are taken
 _EQUATIONS = 2500  # positions of the least squares of the taps: they have few unknowns
 _RIDGES = (0.03, 0.1, 0.3, 1.0, 3.0)  # one is chosen on every eighth text
 _DEAR = 0.05  # weight of a position that will attend
-_PASSES, _BATCH, _RATE = 8, 1024, 2e-3  # of a router
+_STEPS, _BATCH, _RATE = 256, 1024, 2e-3  # of a router
 
 
 @dataclass
@@ -215,7 +215,7 @@ def fit_correction(
         map_ = torch.linalg.solve(square + ridge * torch.eye(len(square)), right)
         # The error on the texts held out, without what does not depend on the map.
         found[ridge] = map_, ((map_ * (held_square @ map_)).sum() - 2 * (map_ * held_right).sum()).item()
-    map_, error = min(found.values(), key=lambda one: one[1])
+    map_ = min(found.values(), key=lambda one: one[1])[0]
     if not held.any():
         map_ = found[1.0][0]
     # The directions of the predictions that matter most.
@@ -224,9 +224,9 @@ def fit_correction(
     axes = axes[:, -rank:]
     reduce = (map_ @ axes).T / deviation
     correction[0].weight.copy_(reduce)
-    correction[1].weight.copy_(torch.linalg.solve(value.double(), axes.double()).float())
-    middle = torch.linalg.solve(value.double(), sums[0][2].double()).float()
-    correction[1].bias.copy_(middle - correction[1].weight @ (reduce @ mean))
+    back = torch.linalg.pinv(value.double())
+    correction[1].weight.copy_(back @ axes.double())
+    correction[1].bias.copy_((back @ sums[0][2].double()).float() - correction[1].weight @ (reduce @ mean))
 
 
 def fit_router(router: torch.nn.Sequential, features: Tensor, costs: Tensor, generator: torch.Generator) -> None:
@@ -243,10 +243,9 @@ def fit_router(router: torch.nn.Sequential, features: Tensor, costs: Tensor, gen
     torch.nn.init.zeros_(router[-1].bias)
     scaled = (features - mean) / deviation
     optimizer = torch.optim.AdamW(router.parameters(), lr=_RATE, weight_decay=0.05)
-    steps = _PASSES * -(-len(scaled) // _BATCH)
-    for step in range(steps):
+    for step in range(_STEPS):
         for group in optimizer.param_groups:
-            group["lr"] = _RATE * (1 - step / steps)
+            group["lr"] = _RATE * (1 - step / _STEPS)
         rows = torch.randint(len(scaled), (_BATCH,), generator=generator)
         said = router(scaled[rows])[:, 0]
         optimizer.zero_grad()

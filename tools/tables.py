@@ -179,7 +179,7 @@ def routed_text_table(result: dict[str, Any]) -> str:
     where = result["environment"]
     lines += [
         "",
-        f"{result['texts']} held-out Wikipedia texts of {result['config']['text_length']} tokens; routed, the perplexity "
+        f"{result['texts']} held-out Wikipedia texts of {result['config']['text_length']} tokens; routed, perplexity "
         f"is {result['ratio']:.3f} of the base's (95% interval {low:.3f} to {high:.3f}). A token of `generate`, by the "
         f"eager engine: {times}. {where['threads']} thread, commit {where['commit']}. Again: `python tools/adapters.py "
         "routed-text`.",

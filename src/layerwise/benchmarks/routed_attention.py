@@ -13,7 +13,8 @@ usage can be set. Routed positions are spread at random over the text. Contender
     realised  measured / ideal
 
 A decoding point times a run of tokens, of which the share `usage` attends; keys and values of those in between are made
-when the next one attends. The kernels ("dense", "gathered", "chunked") are timed side by side, on forward passes.
+when the next one attends. The kernels ("dense", "gathered", "chunked") are timed side by side, on forward passes of
+texts that are not too long.
 """
 
 from __future__ import annotations
@@ -41,6 +42,8 @@ USAGES = (0.003, 0.01, 0.05, 0.25, 0.5, 1.0)
 KERNELS: tuple[Kernel, ...] = ("dense", "gathered", "chunked")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DECODED = 320  # tokens of a decoding run: one attends at 0.3%
+_KERNELS_UP_TO = 4096  # longest text on which kernels are compared: dense scores of long ones take seconds
+_LONG, _LONG_ROUNDS = 8192, 3  # texts from which so many rounds, at most, will do
 _FEWEST_MACS = 2e9  # a timed call is repeated, up to 8 times, to do about this much work
 
 
@@ -64,7 +67,8 @@ def bench_routed_attention(
         hidden_size, heads, router_width: sizes of the layer. The router is narrow: of the published width it would
             cost as much as half of all projections.
         dtype: "float32" or "bfloat16", of both contenders.
-        kernels: also time each kernel, in `kernels` of every forward point.
+        rounds: medians are of so many, of fewer for long texts.
+        kernels: also time each kernel, in `kernels` of every forward point but those of long texts.
         memory: also measure peak memory of a forward pass at the longest length, each usage in its own process.
         decoded: tokens of a decoding run.
 
@@ -81,8 +85,9 @@ def bench_routed_attention(
     layer.prepare(notify)
     points = []
     for length in lengths:
+        turns = rounds if length < _LONG else min(rounds, _LONG_ROUNDS)
         for measure in (_forward_points, _decode_points):
-            found = measure(layer, length, usages, rounds, kernels, decoded)
+            found = measure(layer, length, usages, turns, kernels and length <= _KERNELS_UP_TO, decoded)
             points += found
             for point in found:
                 notify(

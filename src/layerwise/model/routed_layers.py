@@ -128,9 +128,6 @@ class RoutedSelfAttention(nn.Module):
         gate = self.decide(logits).to(logits.dtype)
         if self.training and self.sampled:
             gate = gumbel_sigmoid(logits)
-        elif self.training:
-            soft = torch.sigmoid(logits)
-            gate = gate - soft.detach() + soft
         return Routing(gate.to(dtype), logits)
 
     # -- convolution -----------------------------------------------------------------------------------------

@@ -303,22 +303,22 @@ class RoutedTextConfig(CurriculumConfig):
     text_length: int = field(default=512, metadata=_help("Tokens of a text."))
     rows: int = field(default=1, metadata=_help("Texts of a batch."))
     precision: Precision = field(default="bfloat16", metadata=_help("Numbers of the base; what is trained is float32."))
-    learning_rate: float = field(default=3e-4, metadata=_help("Learning rate of AdamW, after the warm-up."))
-    warmup: int = field(default=5, metadata=_help("Steps over which the learning rate rises."))
-    steps: int = field(default=100, metadata=_help("Most steps; a curriculum may end before."))
+    learning_rate: float = field(default=2e-4, metadata=_help("Learning rate of AdamW, after the warm-up."))
+    warmup: int = field(default=10, metadata=_help("Steps over which the learning rate rises."))
+    steps: int = field(default=80, metadata=_help("Most steps; a curriculum may end before."))
     penalty: float = field(default=4.0, metadata=_help("curriculum: highest weight of the penalty on usage."))
     rises: int = field(default=8, metadata=_help("curriculum: evaluations over which the penalty doubles."))
     usage_target: float = field(
-        default=0.48, metadata=_help("Share of the slots of the converted layers that shall attend.")
+        default=0.49, metadata=_help("Share of the slots of the converted layers that shall attend.")
     )
     solved: float = field(
         default=0.97, metadata=_help("Quality (base's perplexity / perplexity) at which the penalty rises.")
     )
     floor: float = field(default=0.95, metadata=_help("Quality below which the penalty is halved."))
-    eval_every: int = field(default=25, metadata=_help("Steps between evaluations, at which the curriculum moves."))
+    eval_every: int = field(default=20, metadata=_help("Steps between evaluations, at which the curriculum moves."))
     eval_rows: int = field(default=8, metadata=_help("Texts of an evaluation."))
     test_rows: int = field(default=32, metadata=_help("Texts of the test at the end."))
-    save_every: int = field(default=25, metadata=_help("Steps between checkpoints."))
+    save_every: int = field(default=20, metadata=_help("Steps between checkpoints."))
 
     def __post_init__(self) -> None:
         super().__post_init__()

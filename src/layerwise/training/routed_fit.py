@@ -227,6 +227,15 @@ def fit_correction(
     back = torch.linalg.pinv(value.double())
     correction[1].weight.copy_(back @ axes.double())
     correction[1].bias.copy_((back @ sums[0][2].double()).float() - correction[1].weight @ (reduce @ mean))
+    balance(correction)
+
+
+def balance(correction: torch.nn.Sequential) -> None:
+    """Make the two factors of `correction` alike in size, for each direction: Adam's steps are, whatever the size."""
+    first, second = correction[0].weight, correction[1].weight
+    ratio = (second.square().mean(0) / first.square().mean(1)).sqrt().sqrt()
+    first *= ratio[:, None]
+    second /= ratio
 
 
 def fit_router(router: torch.nn.Sequential, features: Tensor, costs: Tensor, generator: torch.Generator) -> None:

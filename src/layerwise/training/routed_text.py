@@ -5,8 +5,9 @@ The base is frozen. Of each converted layer a router and what stands in for atte
 next-token distribution, on running text, which wants fewer texts than cross entropy. Teacher and pupil are one model,
 its layers set to "attention" or to "routed". There are two methods:
 
-- *fit*: least squares on the base's states first (`routed_fit`), which does most of it; then steps of gradient descent,
-  while the threshold, one for all layers, is moved so that usage stays where it was aimed at. No penalty.
+- *fit*: least squares on the base's states first (`routed_fit`), which does most of it; then steps of gradient descent
+  for convolutions and corrections, while the threshold, one for all routers, is moved so that usage stays where it was
+  aimed at. No penalty.
 - *curriculum*: from mean attention, with sampled gates; the penalty comes when the model is as good as the base, within
   tolerance, and rises while it stays so. It wants many more steps.
 
@@ -108,8 +109,10 @@ class TextRun(CurriculumRun):
         layers = len(self.routed.numbers)
         self.title = f"{layers} of {model.depth} layers, {len(texts['train'])} texts of {config.text_length} tokens"
         self.fitted = config.method == "fit"
-        for layer in self.routed:
-            layer.sampled = not self.fitted
+        if self.fitted:  # what routers learn from so few steps is worse than what they were fitted to
+            for layer in self.routed:
+                layer.sampled = False
+                layer.router.requires_grad_(False)
         super().__init__(config, self.routed, Curriculum(config.rules(), layers), notify)
         with self.routed.eval().mixing("attention"):
             self.base_loss = mean(loss_on(model, texts["validation"][: config.eval_rows]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from test_routed_attention import CLOSE, Counter
 from torch import Tensor
 
 from layerwise import attach, from_pretrained
+from layerwise.evaluation.routed_text import CURVE
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.routed_layers import RoutedSelfAttention
+from layerwise.report.attention_figures import routed_text_figure
 from layerwise.training.curriculum import RoutedTextConfig
 from layerwise.training.routed_fit import States, fit_layer, fit_taps, metric
 from layerwise.training.routed_text import TextRun, convert, cut
 
+TABLES = Path(__file__).resolve().parents[1] / "tools" / "tables.py"
 KINDS = ["llama", "qwen2", "mistral"]
 
 
@@ -243,6 +247,10 @@ def test_a_fit_holds_the_usage_aimed_at_and_reports_controls(tmp_path: Path) -> 
     low, high = result["interval"]
     assert low <= result["ratio"] <= high and result["generate"][0]["routed_step_seconds"] > 0
     assert all(layer.mixing == "routed" for layer in training.routed)  # controls have left nothing behind
+    table = runpy.run_path(str(TABLES))["routed_text_table"](result)
+    assert f"{result['perplexity']:.2f}" in table and table.count("| routed, another") == len(CURVE)
+    routed_text_figure(result, tmp_path / "routed_text.png")
+    assert (tmp_path / "routed_text.png").stat().st_size > 5000
 
 
 @pytest.mark.parametrize("changes", [{}, {"method": "fit", "rank": 2, "learning_rate": 0.001}])

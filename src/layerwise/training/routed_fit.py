@@ -251,6 +251,8 @@ def fit_router(router: torch.nn.Sequential, features: Tensor, costs: Tensor, gen
     torch.nn.init.normal_(router[-1].weight, std=0.1, generator=generator)
     torch.nn.init.zeros_(router[-1].bias)
     scaled = (features - mean) / deviation
+    learns = router[0].weight.requires_grad
+    router.requires_grad_(True)
     optimizer = torch.optim.AdamW(router.parameters(), lr=_RATE, weight_decay=0.05)
     for step in range(_STEPS):
         for group in optimizer.param_groups:
@@ -260,6 +262,7 @@ def fit_router(router: torch.nn.Sequential, features: Tensor, costs: Tensor, gen
         optimizer.zero_grad()
         (said + relative[rows] * (-said).exp()).mean().backward()
         optimizer.step()
+    router.requires_grad_(learns)
     with torch.no_grad():  # the scaling becomes part of the first map
         router[0].weight /= deviation
         router[0].bias -= router[0].weight @ mean

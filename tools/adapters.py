@@ -1,7 +1,7 @@
 """Make the adapters in adapters/ again: python tools/adapters.py NAME [--work FOLDER].
 
 layerskip-frozen takes up to an hour on two cores, layerroute a quarter of one on one core, drllm as long as its search
-(`layerwise search` tells), routed-text three quarters of an hour on one core and writes results/routed_text.json too;
+(`layerwise search` tells), routed-text half an hour on one core and writes results/routed_text.json too;
 stopped with Ctrl-C they go on where they were when started again. The data are the built-in
 ones, training splits only.
 """
@@ -27,7 +27,7 @@ from layerwise.training.config import DrLLMConfig, FrozenConfig
 from layerwise.training.curriculum import RoutedTextConfig
 
 ROOT = Path(__file__).resolve().parents[1]
-CHEAPEST = "5-9 14-15 17-18 20 24-26 28-29"  # by what layers lose, in nats, if half of their positions do not attend
+CHEAPEST = "5-8 15 17 20 24-26 28-29"  # by what layers lose, in nats, if half of their positions do not attend
 SHARES = {"tools": 1.0, "parsing": 1.0, "summarization": 1.5, "code": 1.0, "chat": 0.8}
 GROUPS = {"summarization": "s", "code": "c", "parsing": "p", "chatable": "h", "common_knowledge": "h"}  # else tools
 
@@ -99,7 +99,7 @@ def routed(work: Path) -> Path:
 
 
 def routed_text(work: Path) -> Path:
-    """Routed attention in the fifteen layers that cost least without attention."""
+    """Routed attention in the twelve layers that cost least without attention."""
     out = work / "routed-text"
     config = RoutedTextConfig(out=str(out), convert=CHEAPEST)
     result = text_training.train(config, note, (out / "checkpoint.pt").is_file())

@@ -305,7 +305,7 @@ class RoutedTextConfig(CurriculumConfig):
     precision: Precision = field(default="bfloat16", metadata=_help("Numbers of the base; what is trained is float32."))
     learning_rate: float = field(default=2e-4, metadata=_help("Learning rate of AdamW, after the warm-up."))
     warmup: int = field(default=10, metadata=_help("Steps over which the learning rate rises."))
-    steps: int = field(default=150, metadata=_help("Most steps; a curriculum may end before."))
+    steps: int = field(default=60, metadata=_help("Most steps; a curriculum may end before."))
     penalty: float = field(default=4.0, metadata=_help("curriculum: highest weight of the penalty on usage."))
     rises: int = field(default=8, metadata=_help("curriculum: evaluations over which the penalty doubles."))
     usage_target: float = field(
@@ -317,7 +317,7 @@ class RoutedTextConfig(CurriculumConfig):
     floor: float = field(default=0.95, metadata=_help("Quality below which the penalty is halved."))
     eval_every: int = field(default=20, metadata=_help("Steps between evaluations, at which the curriculum moves."))
     eval_rows: int = field(default=8, metadata=_help("Texts of an evaluation."))
-    test_rows: int = field(default=32, metadata=_help("Texts of the test at the end."))
+    test_rows: int = field(default=24, metadata=_help("Texts of the test at the end."))
     save_every: int = field(default=20, metadata=_help("Steps between checkpoints."))
 
     def __post_init__(self) -> None:

@@ -42,7 +42,7 @@ from layerwise.training.routed_attention import RESULT, CurriculumRun
 COSTS = "costs.json"  # of each layer without attention, as the fit found them
 CONTEXTS = (512, 2048)  # tokens of text before what is generated and timed
 _MEASURED = 8  # texts from which the taps begin, without a fit
-_FOLLOWS = 0.2  # of the way to the aimed usage, that a step moves the threshold
+_FOLLOWS = 0.5  # of the way to the aimed usage, that a step moves the threshold
 _MARGIN = 0.01  # below the usage aimed at, since texts differ
 
 

@@ -177,12 +177,13 @@ def routed_text_table(result: dict[str, Any]) -> str:
         for one in result["generate"]
     )
     where = result["environment"]
+    note = f" {result['note']}" if "note" in result else ""
     lines += [
         "",
         f"{result['texts']} held-out Wikipedia texts of {result['config']['text_length']} tokens; routed, perplexity "
         f"is {result['ratio']:.3f} of the base's (95% interval {low:.3f} to {high:.3f}). A token of `generate`, by the "
         f"eager engine: {times}. {where['threads']} thread, commit {where['commit']}. Again: `python tools/adapters.py "
-        "routed-text`.",
+        f"routed-text`.{note}",
     ]
     return "\n".join(lines)
 

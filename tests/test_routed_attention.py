@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from layerwise.benchmarks.routed_attention import bench_routed_attention, forward_cost, spread
 from layerwise.model.filters import causal_filter, moving_average
-from layerwise.model.recall_model import RecallModel, RecallModelConfig
+from layerwise.model.recall_model import RecallModel, RecallModelConfig, RoutedLayerCache
 from layerwise.model.routed_attention import RoutedAttention
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
@@ -197,6 +197,38 @@ def test_cached_with_forced_gates_equals_uncached() -> None:
             cache = output.past_key_values
             parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, **CLOSE)
+
+
+@pytest.mark.parametrize("rotary", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_operators_for_single_tokens_equal_the_usual_way(rotary: bool, dtype: torch.dtype) -> None:
+    """Through prompts, runs of attending tokens longer than the window, snapshots and the router's own choices."""
+    sizes = {"hidden_size": 64, "heads": 2, "router_width": 6, "rope_theta": 50.0 if rotary else None}
+    usual, fast = layer(**sizes).to(dtype), layer(**sizes).to(dtype)
+    assert fast.prepare() and not usual.prepared
+    close = CLOSE if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    gates = [0, 1, 0, 0, *[1] * 12, 0, 1, 0, *[None] * 12, 0]
+    with torch.no_grad():
+        for prompt in (0, 3, 40):
+            caches = [RoutedLayerCache(), RoutedLayerCache()]
+            if prompt:
+                first = torch.randn(1, prompt, 64, dtype=dtype)
+                for mix, cache in zip((usual, fast), caches, strict=True):
+                    mix(first, cache=cache)
+            tokens = torch.randn(len(gates), 1, 1, 64, dtype=dtype)
+            state = caches[1].snapshot()
+            for number, (token, gate) in enumerate([*zip(tokens, gates, strict=True)] * 2):
+                if number == len(gates):  # once more, from a snapshot
+                    caches[0] = RoutedLayerCache()
+                    if prompt:
+                        usual(first, cache=caches[0])
+                    caches[1].restore(state)
+                given = None if gate is None else torch.full((1, 1), float(gate), dtype=dtype)
+                expected, said = usual(token, cache=caches[0], gate=given)
+                found, routing = fast(token, cache=caches[1], gate=given if dtype == torch.float32 else said.gate)
+                torch.testing.assert_close(found, expected, **close)
+                torch.testing.assert_close(routing.logits, said.logits, **close)
+                assert torch.equal(routing.gate, said.gate)
 
 
 def test_a_decoded_token_that_is_not_routed_costs_no_score(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,26 @@ from test_routed_attention import CLOSE, Counter
 from torch import Tensor
 
 from layerwise import attach, from_pretrained
+from layerwise.evaluation.routed_text import CURVE
 from layerwise.model.causal_lm import LayerwiseForCausalLM
+from layerwise.model.routed_layers import RoutedSelfAttention
+from layerwise.report.attention_figures import routed_text_figure
 from layerwise.training.curriculum import RoutedTextConfig
+from layerwise.training.routed_fit import States, fit_layer, fit_taps, metric
 from layerwise.training.routed_text import TextRun, convert, cut
 
+TABLES = Path(__file__).resolve().parents[1] / "tools" / "tables.py"
 KINDS = ["llama", "qwen2", "mistral"]
 
 
 def routed(kind: str = "llama", layers: tuple[int, ...] = (0, 2, 5)) -> LayerwiseForCausalLM:
-    """A tiny model whose routers and taps are random: about half of the positions attend."""
+    """A tiny model whose routers, taps and corrections are random: about half of the positions attend."""
     model = attach(tiny.model(kind))
     torch.manual_seed(1)
-    for layer in convert(model, layers, taps=5, router_width=8):
+    for layer in convert(model, layers, taps=5, router_width=8, rank=3):
         with torch.no_grad():
+            layer.correction[-1].weight.normal_(std=0.3)
+            layer.correction[-1].bias.normal_(std=0.3)
             layer.taps += 0.3 * torch.randn_like(layer.taps)
             layer.sink += 0.3 * torch.randn_like(layer.sink)
             layer.router[-1].weight += torch.randn_like(layer.router[-1].weight)
@@ -110,13 +118,25 @@ def test_the_taps_begin_as_mean_attention() -> None:
         torch.testing.assert_close(sink, torch.tensor(1 / 3))
 
 
+def test_the_first_position_is_exact_without_attention() -> None:
+    model, tokens = routed(layers=tuple(range(tiny.LAYERS))), ids(2, 9)
+    with torch.no_grad():
+        with model.routed_layers.mixing("attention"):
+            expected = model(tokens).logits
+        with model.routed_layers.mixing("convolution"):
+            found = model(tokens).logits
+    torch.testing.assert_close(found[:, 0], expected[:, 0], **CLOSE)
+    assert not torch.allclose(found[:, 1], expected[:, 1], **CLOSE)
+
+
 def test_generate_save_and_load(tmp_path: Path) -> None:
     tiny.model("llama").save_pretrained(tmp_path / "base")
     model = from_pretrained(tmp_path / "base", engine="eager")
     prompt, options = ids(2, 12), {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     plain = model.generate(prompt, **options)
     torch.manual_seed(2)
-    for layer in convert(model, (1, 4), 4, 8):
+    for layer in convert(model, (1, 4), 4, 8, rank=2):
+        torch.nn.init.normal_(layer.correction[-1].weight)
         torch.nn.init.normal_(layer.taps)
         torch.nn.init.normal_(layer.router[-1].weight)
     model.eval()
@@ -137,12 +157,67 @@ def test_mistakes_are_one_line(tmp_path: Path) -> None:
     one_line(lambda: RoutedTextConfig(out=str(tmp_path), taps=0), "taps")
 
 
+# -- least squares -----------------------------------------------------------------------------------------------
+
+
+def states_of(layer: RoutedSelfAttention, texts: int = 16, length: int = 40) -> States:
+    """As if attention gave what `layer` would, its correction left out, and errors in all directions cost alike."""
+    inputs = layer.attention.q_proj.in_features
+    states = States()
+    for _ in range(texts):
+        states.inputs.append(torch.randn(length, inputs))
+        states.values.append(torch.randn(layer.kv_heads, length, layer.head_dim))
+        states.attended.append(layer._filtered(states.values[-1][None], 0, length)[0].detach())
+        states.gradients.append(torch.randn(length, inputs))
+    return states
+
+
+def planted() -> RoutedSelfAttention:
+    torch.manual_seed(3)
+    (layer,) = convert(attach(tiny.model("llama")), (1,), taps=3, router_width=8, rank=4)
+    with torch.no_grad():
+        layer.taps.normal_()
+        layer.sink.normal_()
+    return layer
+
+
+def test_taps_and_sink_that_are_there_are_found() -> None:
+    layer = planted()
+    taps, sink, states = layer.taps.clone(), layer.sink.clone(), states_of(layer)
+    with torch.no_grad():
+        layer.taps.zero_()
+        value = metric(states, layer.attention.o_proj.weight.float())
+        fit_taps(layer, states, value, torch.ones(16, 40))
+        torch.testing.assert_close(layer.taps, taps, rtol=0.02, atol=0.02)
+        torch.testing.assert_close(layer.sink, sink, rtol=0.02, atol=0.02)
+
+
+def test_the_fit_finds_what_inputs_tell_and_routes_where_it_is_wrong() -> None:
+    """What attention adds is a map of rank 2 of the input, and noise where the input's third number is positive."""
+    layer = planted()
+    states = states_of(layer)
+    width = states.attended[0].shape[1]
+    map_ = torch.randn(2, width)
+    for inputs, attended in zip(states.inputs, states.attended, strict=True):
+        attended += inputs[:, :2] @ map_ + 3 * torch.randn(40, width) * (inputs[:, 2:3] > 0)
+    cost, logits = fit_layer(layer, states, torch.Generator().manual_seed(0))
+    noisy = torch.stack(states.inputs)[:, 1:, 2] > 0
+    assert cost > 0.1
+    assert logits[:, 1:][noisy].median() > logits[:, 1:][~noisy].quantile(0.9)
+    with torch.no_grad():
+        inputs = torch.randn(200, states.inputs[0].shape[1])
+        features = torch.cat((inputs, torch.zeros(200, width)), 1)
+        wrong = (layer.correction(features) - inputs[:, :2] @ map_).square().mean()
+    assert wrong < 0.2 * (inputs[:, :2] @ map_).square().mean()
+
+
 # -- training ----------------------------------------------------------------------------------------------------
 
 
 def run(out: Path, **changes: Any) -> TextRun:
     given = {"steps": 6, "eval_every": 2, "save_every": 2, "eval_rows": 4, "test_rows": 4, "taps": 4, "text_length": 16}
     given |= {"router_width": 8, "rows": 2, "convert": "1-4", "solved": 0.01, "floor": 0.01, "learning_rate": 0.05}
+    given |= {"method": "curriculum", "rank": 0}
     config = RoutedTextConfig(out=str(out), **{**given, **changes})
     texts = {split: ids(8, 16, seed) for seed, split in enumerate(("train", "validation", "test"))}
     return TextRun(config, attach(tiny.model("llama")), texts, lambda line: None)
@@ -159,14 +234,34 @@ def test_the_penalty_lowers_usage_and_touches_the_base_nowhere(tmp_path: Path) -
     assert all(torch.equal(before[name], value) for name, value in training.model.base.state_dict().items())
 
 
-def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
-    whole = run(tmp_path / "whole")
+def test_a_fit_holds_the_usage_aimed_at_and_reports_controls(tmp_path: Path) -> None:
+    training = run(tmp_path, method="fit", rank=2, usage_target=0.3, learning_rate=0.001, fit_texts=8)
+    training.texts["test"] = training.texts["validation"]
+    training.run(resume=False)
+    result = training.finish()
+    assert result["usage"] == pytest.approx(0.25, abs=0.08)  # somewhat below
+    assert training.history[0]["phase"] == "fit" and len(training.history) == 4
+    assert result["controls"]["random"]["usage"] == pytest.approx(result["usage"], abs=0.1)
+    assert 0 <= result["controls"]["static"]["usage"] - result["usage"] < 0.25  # whole layers of four, rounded up
+    assert [point["usage"] for point in result["curve"]] == sorted(point["usage"] for point in result["curve"])
+    low, high = result["interval"]
+    assert low <= result["ratio"] <= high and result["generate"][0]["routed_step_seconds"] > 0
+    assert all(layer.mixing == "routed" for layer in training.routed)  # controls have left nothing behind
+    table = runpy.run_path(str(TABLES))["routed_text_table"](result)
+    assert f"{result['perplexity']:.2f}" in table and table.count("| routed, another") == len(CURVE)
+    routed_text_figure(result, tmp_path / "routed_text.png")
+    assert (tmp_path / "routed_text.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("changes", [{}, {"method": "fit", "rank": 2, "learning_rate": 0.001}])
+def test_resumed_equals_uninterrupted(tmp_path: Path, changes: dict[str, Any]) -> None:
+    whole = run(tmp_path / "whole", **changes)
     whole.run(resume=False)
-    broken = run(tmp_path / "broken")
+    broken = run(tmp_path / "broken", **changes)
     broken.begin(resume=False)
     for _ in range(2):
         broken.step()
-    broken = run(tmp_path / "broken")
+    broken = run(tmp_path / "broken", **changes)
     broken.run(resume=True)
     ours, theirs = broken.routed.state_dict(), whole.routed.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -1,7 +1,8 @@
-"""Make the adapters in adapters/ again: python tools/adapters.py layerskip-frozen|layerroute|drllm [--work FOLDER].
+"""Make the adapters in adapters/ again: python tools/adapters.py NAME [--work FOLDER].
 
 layerskip-frozen takes up to an hour on two cores, layerroute a quarter of one on one core, drllm as long as its search
-(`layerwise search` tells); stopped with Ctrl-C they go on where they were when started again. The data are the built-in
+(`layerwise search` tells), routed-text half an hour on one core and writes results/routed_text.json too;
+stopped with Ctrl-C they go on where they were when started again. The data are the built-in
 ones, training splits only.
 """
 
@@ -23,10 +24,13 @@ from layerwise.data import Example, load, prompt_ids, read_jsonl, write_jsonl
 from layerwise.decoding.ngram_model import NGramModel
 from layerwise.sources import load_tokenizer
 from layerwise.training import drllm, frozen
+from layerwise.training import routed_text as text_training
 from layerwise.training.answers import write_answers
 from layerwise.training.config import DrLLMConfig, FrozenConfig
+from layerwise.training.curriculum import RoutedTextConfig
 
 ROOT = Path(__file__).resolve().parents[1]
+CHEAPEST = "5-8 15 17 20 24-26 28-29"  # by what layers lose, in nats, if half of their positions do not attend
 SHARES = {"tools": 1.0, "parsing": 1.0, "summarization": 1.5, "code": 1.0, "chat": 0.8}
 MOST = {"tools": 1250, "parsing": 414, "summarization": 2400, "code": 2800, "chat": 1021}  # prompts to answer
 OTHERS = 1440  # of those beyond the first, drawn over all tasks
@@ -118,6 +122,20 @@ def routed(work: Path) -> Path:
     return drllm.train(DrLLMConfig(labels=str(labels), out=str(work / "drllm"), form="menu"), note)
 
 
+def routed_text(work: Path) -> Path:
+    """Routed attention in the twelve layers that cost least without attention."""
+    out = work / "routed-text"
+    config = RoutedTextConfig(out=str(out), convert=CHEAPEST)
+    result = text_training.train(config, note, (out / "checkpoint.pt").is_file())
+    given = str(out)
+    result["config"]["out"] = out.name
+    result["command"] = result["command"].replace(given, out.name)
+    kept = ROOT / "results" / "routed_text.json"
+    kept.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    note(f"wrote {kept}")
+    return out
+
+
 def _begun(out: Path) -> bool:
     return any(out.glob("checkpoints/checkpoint-*/trainer_state.json"))
 
@@ -148,8 +166,8 @@ def _without_folders(file: Path, part: str | None, names: dict[str, str | None])
 
 
 FILES = ("layerwise.json", "adapter_config.json", "adapter_model.safetensors", "training.json")
-FILES += ("exit_head.safetensors", "ngrams.safetensors", "routers.safetensors")
-MAKERS = {"layerskip-frozen": untouched, "layerroute": gated, "drllm": routed}
+FILES += ("exit_head.safetensors", "ngrams.safetensors", "routers.safetensors", "routed_layers.safetensors")
+MAKERS = {"layerskip-frozen": untouched, "layerroute": gated, "drllm": routed, "routed-text": routed_text}
 
 
 def main() -> int:

@@ -7,7 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from layerwise.report.attention_figures import recall_figure, routed_speed_figure, routing_figure
+from layerwise.report.attention_figures import (
+    recall_figure,
+    routed_speed_figure,
+    routed_text_figure,
+    routing_figure,
+)
 from layerwise.report.exit_figures import acceptance_figure, exit_figure
 from layerwise.report.route_figures import layer_use_figure, path_figure
 
@@ -53,6 +58,7 @@ FIGURES: dict[str, tuple[str, Callable[[dict[str, Any], Path], None]]] = {
     "paths.png": ("drllm.json", path_figure),
     "recall.png": ("routed_attention.json", recall),
     "routing.png": ("routed_attention.json", routing),
+    "routed_text.png": ("routed_text.json", routed_text_figure),
     "routed_speed.png": ("routed_attention_speed.json", routed_speed),
 }
 

@@ -163,12 +163,50 @@ def _range(values: list[float], form: str) -> str:
     return lowest if lowest == highest else f"{lowest} to {highest}"
 
 
+def routed_text_table(result: dict[str, Any]) -> str:
+    """The table of `layerwise train routed-text`."""
+    count, base = len(result["layers"]), result["base_perplexity"]
+    lines = [
+        f"| attention in {count} layers of SmolLM2-135M | usage | perplexity | of the base's |",
+        "|---|---|---|---|",
+    ]
+
+    def row(who: str, usage: float, perplexity: float) -> None:
+        lines.append(f"| {who} | {usage:.1%} | {perplexity:.2f} | {perplexity / base:.3f} |")
+
+    row("everywhere (the base)", 1.0, base)
+    for point in reversed(result["curve"]):
+        meant = point["usage"] == result["usage"]
+        row("**routed**" if meant else "routed, another threshold", point["usage"], point["perplexity"])
+    names = {"random": "positions by chance, as many in each layer", "static": "whole layers, the dearest"}
+    for name, one in result["controls"].items():
+        row(names[name], one["usage"], one["perplexity"])
+    row("nowhere", 0.0, result["convolution_perplexity"])
+    low, high = result["interval"]
+    times = "; ".join(
+        f"{1e3 * one['routed_step_seconds']:.0f} ms after {one['prompt_tokens']:,} tokens "
+        f"({1e3 * one['attention_step_seconds']:.0f} with attention everywhere)"
+        for one in result["generate"]
+    )
+    where = result["environment"]
+    note = f" {result['note']}" if "note" in result else ""
+    lines += [
+        "",
+        f"{result['texts']} held-out Wikipedia texts of {result['config']['text_length']} tokens; routed, perplexity "
+        f"is {result['ratio']:.3f} of the base's (95% interval {low:.3f} to {high:.3f}). A token of `generate`, by the "
+        f"eager engine: {times}. {where['threads']} thread, commit {where['commit']}. Again: `python tools/adapters.py "
+        f"routed-text`.{note}",
+    ]
+    return "\n".join(lines)
+
+
 TABLES = {
     "decode": decode_table,
     "speculative": speculative_table,
     "layerroute": layerroute_table,
     "drllm": drllm_table,
     "routed_attention": routed_attention_table,
+    "routed_text": routed_text_table,
 }
 
 

@@ -1,9 +1,10 @@
 """Routed attention against full attention, in the same layer: does the saved work come back as time?
 
 One `RoutedAttention` layer with random weights. Full attention is that layer with `mixing = "attention"`: the same
-projections around torch's fused `scaled_dot_product_attention`, no router and no convolution. The routed layer runs
-everything it needs: router, convolution, gather, scatter; only *who* attends is given, so that a usage can be set.
-Routed positions are spread at random over the text. Contenders take turns (see `timing`).
+projections around torch's fused `scaled_dot_product_attention`, no router and no convolution. In decoding it runs both
+with torch's own projections and with the operators that the routed layer uses, and the faster of the two counts. The
+routed layer runs everything it needs: router, convolution, gather, scatter; only *who* attends is given, so that a
+usage can be set. Routed positions are spread at random over the text. Contenders take turns (see `timing`).
 
     ideal     cost of full attention / cost of the routed layer, as counted: multiplications for a forward pass, bytes
               of weights and cache read for a decoding step. It includes router, convolution and projections.
@@ -12,7 +13,8 @@ Routed positions are spread at random over the text. Contenders take turns (see 
     realised  measured / ideal
 
 A decoding point times a run of tokens, of which the share `usage` attends; keys and values of those in between are made
-when the next one attends. The kernels ("dense", "gathered", "chunked") are timed side by side, on forward passes.
+when the next one attends. The kernels ("dense", "gathered", "chunked") are timed side by side, on forward passes of
+texts that are not too long.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ USAGES = (0.003, 0.01, 0.05, 0.25, 0.5, 1.0)
 KERNELS: tuple[Kernel, ...] = ("dense", "gathered", "chunked")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DECODED = 320  # tokens of a decoding run: one attends at 0.3%
+_KERNELS_UP_TO = 4096  # longest text on which kernels are compared: dense scores of long ones take seconds
+_LONG, _LONG_ROUNDS = 8192, 3  # texts from which so many rounds, at most, will do
 _FEWEST_MACS = 2e9  # a timed call is repeated, up to 8 times, to do about this much work
 
 
@@ -63,7 +67,8 @@ def bench_routed_attention(
         hidden_size, heads, router_width: sizes of the layer. The router is narrow: of the published width it would
             cost as much as half of all projections.
         dtype: "float32" or "bfloat16", of both contenders.
-        kernels: also time each kernel, in `kernels` of every forward point.
+        rounds: medians are of so many, of fewer for long texts.
+        kernels: also time each kernel, in `kernels` of every forward point but those of long texts.
         memory: also measure peak memory of a forward pass at the longest length, each usage in its own process.
         decoded: tokens of a decoding run.
 
@@ -77,10 +82,12 @@ def bench_routed_attention(
     if dtype not in DTYPES:
         raise ValueError(f"no dtype '{dtype}': choose {', '.join(DTYPES)}")
     layer = make_layer(hidden_size, heads, router_width, dtype)
+    layer.prepare(notify)
     points = []
     for length in lengths:
+        turns = rounds if length < _LONG else min(rounds, _LONG_ROUNDS)
         for measure in (_forward_points, _decode_points):
-            found = measure(layer, length, usages, rounds, kernels, decoded)
+            found = measure(layer, length, usages, turns, kernels and length <= _KERNELS_UP_TO, decoded)
             points += found
             for point in found:
                 notify(
@@ -90,6 +97,7 @@ def bench_routed_attention(
     result: dict[str, Any] = {
         "layer": {"hidden_size": hidden_size, "heads": heads, "router_width": router_width, "dtype": dtype},
         "kernel_size": layer.kernel_size,
+        "operators": layer.prepared,
         "rounds": rounds,
         "points": points,
         "environment": environment(),
@@ -187,14 +195,14 @@ def _decode_points(
 ) -> list[dict[str, Any]]:
     prompt = torch.randn(1, length, layer.hidden_size, dtype=layer.q_proj.weight.dtype)
     tokens = torch.randn(1, decoded, layer.hidden_size, dtype=prompt.dtype)
-    caches = {}
+    caches, able = {}, layer.prepared
     for mixing in ("attention", "routed"):
         layer.mixing, caches[mixing] = mixing, RoutedLayerCache()
         with torch.inference_mode():
             # The last of the prompt attends, so both begin with all keys made, as after a question.
             layer(prompt, cache=caches[mixing], gate=torch.arange(length)[None] == length - 1)
 
-    def run(gate: Tensor | None) -> Callable[[], float]:
+    def run(gate: Tensor | None, prepared: bool = True) -> Callable[[], float]:
         cache = caches["attention" if gate is None else "routed"]
         steps = [tokens[:, at : at + 1] for at in range(decoded)]
         asks = [None if gate is None else gate[:, at : at + 1].to(prompt.dtype) for at in range(decoded)]
@@ -202,6 +210,7 @@ def _decode_points(
         @torch.inference_mode()
         def decode() -> None:
             layer.mixing, layer.kernel = "attention" if gate is None else "routed", "auto"
+            layer.prepared = able and prepared
             for token, ask in zip(steps, asks, strict=True):
                 layer(token, cache=cache, gate=ask)
 
@@ -211,18 +220,21 @@ def _decode_points(
                 return _timed(decode) / decoded
             finally:
                 cache.restore(state)
+                layer.prepared = able
 
         return timed
 
     gates = {usage: spread(decoded, usage) for usage in usages}
-    times = _median_times({"full": run(None), **{usage: run(gate) for usage, gate in gates.items()}}, rounds)
+    contenders = {"full": run(None, prepared=False), "prepared": run(None)}
+    times = _median_times({**contenders, **{usage: run(gate) for usage, gate in gates.items()}}, rounds)
+    usual = min(times["full"], times["prepared"])
     width = prompt.element_size()
     full = decode_bytes(layer, torch.ones(1, decoded), length, width, parts=False)
     points = []
     for usage, gate in gates.items():
         ideal = full / decode_bytes(layer, gate, length, width)
         bound = full / max(1.0, decode_bytes(layer, gate, length, width, parts=False))
-        points.append(_point(length, usage, gate, "decode", ideal, bound, times["full"], times[usage]))
+        points.append(_point(length, usage, gate, "decode", ideal, bound, usual, times[usage]))
     return points
 
 

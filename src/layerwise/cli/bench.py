@@ -97,7 +97,7 @@ def speculative(
 
 @app.command("routed-attention")
 def routed_attention(
-    lengths: Annotated[str, typer.Option(help="Lengths of text, separated by commas.")] = "512,2048,8192,16384",
+    lengths: Annotated[str, typer.Option(help="Lengths of text, separated by commas.")] = "512,2048,4096,8192,16384",
     usages: Annotated[
         str, typer.Option(help="Shares of positions that attend, separated by commas; 0.003 is 0.3%.")
     ] = "0.003,0.01,0.05,0.25,0.5,1",
@@ -105,7 +105,7 @@ def routed_attention(
     hidden_size: Annotated[int, typer.Option(help="Hidden size of the layer.")] = 512,
     heads: Annotated[int, typer.Option(help="Heads of the layer.")] = 8,
     dtype: options.Dtype = options.DtypeChoice.float32,
-    kernels: Annotated[bool, typer.Option(help="Also time every kernel, in forward passes.")] = True,
+    kernels: Annotated[bool, typer.Option(help="Also time every kernel, in forward passes up to 4,096.")] = True,
     memory: Annotated[bool, typer.Option(help="Also measure the peak memory of a forward pass.")] = True,
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     json: options.Json = False,

@@ -1,4 +1,4 @@
-// The two products of a decoder layer, for a few tokens.
+// The two products of a decoder layer, for a few tokens; and what a routed layer does for one.
 //
 // Linear maps, y = x W^T: x (tokens, k), W (n, k), both row-major.
 // A general matrix product is made for large x; for 2 to 32 tokens it reaches a fraction of the memory bandwidth.
@@ -18,6 +18,8 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
+#include <tuple>
 #include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -319,13 +321,85 @@ at::Tensor few_token_attention(const at::Tensor& query, const at::Tensor& keys, 
   return out;
 }
 
+// -- one token of a routed layer: see routed_attention.py -------------------------------------------------------------
+
+// The router: its logit (1, 1), and the moving average (1, width) after hidden (1, 1, size). inputs (2 width, size) are
+// the maps of the token and of the average, out (1, width); `before` (1, width) is the average so far, if any.
+std::tuple<at::Tensor, at::Tensor> route_token(const at::Tensor& hidden, const at::Tensor& inputs,
+                                               const at::Tensor& bias, const at::Tensor& out,
+                                               const at::Tensor& out_bias, const std::optional<at::Tensor>& before,
+                                               double decay) {
+  const auto both = few_token_linear(hidden, {inputs})[0];
+  const int64_t width = out.size(-1);
+  auto average = at::empty({1, width}, hidden.options()), logit = at::empty({1, 1}, hidden.options());
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const T *const mapped = both.const_data_ptr<T>(), *const b = bias.const_data_ptr<T>();
+    const T *const last = out.const_data_ptr<T>(), *const old = before ? before->const_data_ptr<T>() : nullptr;
+    T* const kept = average.mutable_data_ptr<T>();
+    const float fades = decay;
+    float sum = out_bias.const_data_ptr<T>()[0];
+    for (int64_t i = 0; i < width; ++i) {
+      const float past = (1.f - fades) * (mapped[width + i] + b[width + i]) + (old ? fades * old[i] : 0.f);
+      kept[i] = static_cast<T>(past);
+      const float x = mapped[i] + b[i] + past;
+      sum += last[i] * 0.5f * x * (1.f + std::tanh(0.7978845608f * (x + 0.044715f * x * x * x)));
+    }
+    logit.mutable_data_ptr<T>()[0] = static_cast<T>(sum);
+  };
+  if (hidden.scalar_type() == at::kFloat)
+    run(0.f);
+  else
+    run(at::BFloat16(0.f));
+  return {logit, average};
+}
+
+// The convolution: hidden (1, tokens, size), of which the last token's output (1, 1, size) is wanted; the others waited
+// for their values. `window` (1, capacity, size) holds `filled` values and gets the new ones; taps (heads, count) are
+// float32, the newest first.
+at::Tensor convolve_token(const at::Tensor& hidden, const at::Tensor& value, const at::Tensor& output,
+                          const at::Tensor& window, int64_t filled, const at::Tensor& taps) {
+  const int64_t tokens = hidden.size(1), size = value.size(0), heads = taps.size(0), count = taps.size(1);
+  const int64_t each = size / heads, last = filled + tokens - 1;
+  TORCH_CHECK(last < window.size(1) && window.is_contiguous() && each % LANES == 0, "convolve_token: sizes do not fit");
+  const auto values = few_token_linear(hidden, {value})[0];
+  auto mixed = at::empty({1, 1, size}, hidden.options());
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    T* const kept = window.mutable_data_ptr<T>();
+    std::memcpy(kept + filled * size, values.const_data_ptr<T>(), tokens * size * sizeof(T));
+    T* const to = mixed.mutable_data_ptr<T>();
+    for (int64_t head = 0; head < heads; ++head) {
+      const float* const tap = taps.const_data_ptr<float>() + head * count;
+      for (int64_t at = head * each; at < (head + 1) * each; at += LANES) {
+        Floats sum = {};
+        for (int64_t j = 0; j < std::min(count, last + 1); ++j) sum += tap[j] * load(kept + (last - j) * size + at);
+        for (int lane = 0; lane < LANES; ++lane) to[at + lane] = static_cast<T>(sum[lane]);
+      }
+    }
+  };
+  if (hidden.scalar_type() == at::kFloat)
+    run(0.f);
+  else
+    run(at::BFloat16(0.f));
+  return few_token_linear(mixed, {output})[0];
+}
+
 }  // namespace
 
 TORCH_LIBRARY(layerwise, library) {
   library.def("few_token_linear(Tensor input, Tensor[] weights) -> Tensor[]");
   library.def("few_token_attention(Tensor query, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
+  library.def(
+      "route_token(Tensor hidden, Tensor inputs, Tensor bias, Tensor out, Tensor out_bias, Tensor? before, float decay)"
+      " -> (Tensor, Tensor)");
+  library.def(
+      "convolve_token(Tensor hidden, Tensor value, Tensor output, Tensor(a!) window, int filled, Tensor taps)"
+      " -> Tensor");
 }
 TORCH_LIBRARY_IMPL(layerwise, CPU, library) {
   library.impl("few_token_linear", few_token_linear);
   library.impl("few_token_attention", few_token_attention);
+  library.impl("route_token", route_token);
+  library.impl("convolve_token", convolve_token);
 }

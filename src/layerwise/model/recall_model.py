@@ -22,7 +22,8 @@ from torch.nn import functional as F
 from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from layerwise.model.routed_attention import Mixing, RoutedAttention, Router
+from layerwise.model.position_router import Router
+from layerwise.model.routed_attention import Mixing, RoutedAttention
 
 _ROOM = 256  # positions by which a full buffer grows at least
 
@@ -35,7 +36,7 @@ class RoutedLayerCache:
         made: columns of them with keys and values; the inputs of the others wait.
         starts: where each row's tokens start, or None if there is no padding.
         average: the router's moving average (rows, router width).
-        window: the convolution's last values (rows, taps - 1, hidden size).
+        window: the convolution's last values (rows, taps - 1 or more, hidden size).
         waiting: inputs of later tokens that the convolution has not seen yet, since all attended.
     """
 
@@ -43,7 +44,9 @@ class RoutedLayerCache:
         self.length = self.made = 0
         self.starts: list[int] | None = None
         self.average: Tensor | None = None
-        self.window: Tensor | None = None
+        self._window: Tensor | None = None
+        self._buffer: Tensor | None = None  # takes the place of `_window` while single tokens are decoded
+        self._filled = 0
         self.waiting: list[Tensor] = []
         self._pending: list[Tensor] = []
         self._keys: Tensor | None = None
@@ -79,6 +82,29 @@ class RoutedLayerCache:
         if self.starts is None:
             return columns
         return (columns - torch.tensor(self.starts, device=device)[:, None]).clamp(min=0)
+
+    @property
+    def window(self) -> Tensor | None:
+        return self._window if self._buffer is None else self._buffer[:, : self._filled]
+
+    @window.setter
+    def window(self, values: Tensor) -> None:
+        self._window, self._buffer = values, None
+
+    def append(self, tokens: int, reach: int, size: int, like: Tensor) -> tuple[Tensor, int]:
+        """A buffer (rows, capacity, size) for values of the convolution, with room for `tokens` more that count as
+        there from now on, and how many it holds before them: the last `reach` or more, if there were so many."""
+        buffer, filled = self._buffer, self._filled
+        if buffer is None or filled + tokens > buffer.shape[1]:
+            kept = self.window
+            kept = like.new_zeros(len(like), 0, size) if kept is None else kept[:, max(0, kept.shape[1] - reach) :]
+            filled = kept.shape[1]
+            # A new one even if the old one has room: a snapshot may still hold that.
+            buffer = like.new_empty(len(like), filled + tokens + _ROOM, size)
+            buffer[:, :filled] = kept
+            self._window, self._buffer = None, buffer
+        self._filled = filled + tokens
+        return buffer, filled
 
     def wait(self, hidden: Tensor, reach: int) -> None:
         """Keep the last `reach` inputs for a convolution that may come."""

@@ -16,64 +16,25 @@ router's argmax is taken and the work really skipped. `reference` is the blend, 
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from subprocess import CalledProcessError
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerwise.model.filters import causal_filter, moving_average
+from layerwise.model.few_tokens import load_operators
+from layerwise.model.filters import causal_filter
+from layerwise.model.position_router import Router, Routing, gumbel_sigmoid
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from layerwise.model.recall_model import RoutedLayerCache
 
 Mixing = Literal["routed", "attention", "convolution"]
 Kernel = Literal["auto", "dense", "gathered", "chunked"]
 CHUNK, _LEAST_CHUNK = 256, 16  # most and fewest routed queries scored at once: their keys end at the last of them
-
-
-@dataclass(frozen=True)
-class Routing:
-    """What the router said: `gate` (rows, width) in {0, 1}, 1 attends, with the straight-through gradient in training;
-    `logits` (rows, width), positive where attention is preferred. Padding has gate 0."""
-
-    gate: Tensor
-    logits: Tensor
-
-
-class Router(nn.Module):
-    """Linear, GELU, linear on [x ; moving average of x], per position: one logit, positive to attend.
-
-    One logit is the published two's difference. The moving average (decay 0.9, zero before the text) is linear and so
-    commutes with the first map; it is taken after it, on `width` numbers instead of the hidden size.
-    """
-
-    def __init__(self, hidden_size: int, width: int, decay: float = 0.9, initial_usage: float = 0.5) -> None:
-        super().__init__()
-        self.inputs = nn.Linear(hidden_size, 2 * width)  # for x and for the average, in one product
-        self.out = nn.Linear(width, 1)
-        self.decay, self.initial_usage = decay, initial_usage
-        self.start()
-
-    def start(self) -> None:
-        """Set the bias to `initial_usage`."""
-        with torch.no_grad():
-            self.out.bias.fill_(math.log(self.initial_usage / (1 - self.initial_usage)))
-
-    def forward(self, hidden: Tensor, mask: Tensor | None, average: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Logits (rows, width) and the moving average after the last position (rows, router width)."""
-        # Functions, not modules: for one token the calls of three modules take as long as what they compute.
-        now, past = F.linear(hidden, self.inputs.weight, self.inputs.bias).chunk(2, dim=-1)
-        if mask is not None:
-            past = past * mask[..., None]
-        past = moving_average(past, self.decay, average)
-        # Not the exact GELU: on a CPU that goes through oneDNN, a high price for the few numbers of one token.
-        inner = F.gelu(now + past, approximate="tanh")
-        return F.linear(inner, self.out.weight, self.out.bias)[..., 0], past[:, -1]
+FEW = 32  # inputs up to which a map is done by the operator for few tokens
 
 
 class RoutedAttention(nn.Module):
@@ -90,6 +51,7 @@ class RoutedAttention(nn.Module):
 
     Attributes:
         mixing: "routed", or "attention" or "convolution" everywhere, without asking the router.
+        prepared: single tokens are decoded by operators of their own; see `prepare`.
         kernel: how routed queries are scored; all give the same result. "dense" scores every position; "gathered" the
             routed ones against all keys; "chunked" in chunks, each against the keys up to its last query. "auto" is
             dense if everybody attends and chunked otherwise.
@@ -135,6 +97,7 @@ class RoutedAttention(nn.Module):
         self.mixing: Mixing = "routed"
         self.kernel: Kernel = "auto"
         self.chunk, self.blend, self.tau, self.soft = CHUNK, True, 1.0, False
+        self.prepared = False
         self._kept_weights: tuple[Any, Tensor] | None = None
         self.start_taps()
 
@@ -143,6 +106,20 @@ class RoutedAttention(nn.Module):
         reach = torch.logspace(0, 1, self.heads, base=max(2.0, self.kernel_size / 2))
         with torch.no_grad():
             self.conv_taps.copy_(-torch.arange(self.kernel_size) / reach[:, None])
+
+    def prepare(self, notify: Callable[[str], None] = lambda line: None) -> bool:
+        """Decode single tokens by operators made for that; False, and all stays as it is, without a compiler.
+
+        Of a small layer's token most of the time is the calls, not the work: some thirty become six.
+        """
+        self.prepared = False
+        if all(one.bias is None for one in (self.q_proj, self.k_proj, self.v_proj)) and self.head_dim % 16 == 0:
+            try:
+                load_operators(notify)
+                self.prepared = True
+            except (OSError, CalledProcessError) as error:
+                notify(f"single tokens are decoded without operators of their own ({type(error).__name__})")
+        return self.prepared
 
     def forward(
         self,
@@ -160,6 +137,8 @@ class RoutedAttention(nn.Module):
             cache: earlier positions of the same rows, continued in place.
             gate: (rows, width) who attends, instead of the router.
         """
+        if self.prepared and cache is not None and self._single(hidden, mask, cache):
+            return self._decode(hidden, cache, gate)
         routing = self._route(hidden, mask, cache, gate)
         if (self.soft or (self.training and self.blend)) and cache is None and self.mixing == "routed":
             return self._blend(hidden, mask, routing), routing
@@ -192,6 +171,44 @@ class RoutedAttention(nn.Module):
             else:
                 chosen = (logits > 0).to(hidden.dtype)
         return Routing(chosen if mask is None else chosen * mask, logits)
+
+    # -- one token by operators ----------------------------------------------------------------------------------
+
+    def _single(self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache) -> bool:
+        one = hidden.shape[0] == 1 and hidden.shape[1] == 1 and hidden.is_cpu
+        return one and mask is None and cache.starts is None and not torch.is_grad_enabled() and not self.soft
+
+    def _decode(self, hidden: Tensor, cache: RoutedLayerCache, gate: Tensor | None) -> tuple[Tensor, Routing]:
+        """`_route` and `_mix` of one token of one row."""
+        if self.mixing == "routed":
+            maps, last = self.router.inputs, self.router.out
+            logits, cache.average = torch.ops.layerwise.route_token(
+                hidden, maps.weight, maps.bias, last.weight, last.bias, cache.average, self.router.decay
+            )
+            gate = (logits > 0).to(hidden.dtype) if gate is None else gate
+        else:
+            gate = hidden.new_full((1, 1), float(self.mixing == "attention"))
+            logits = torch.zeros_like(gate)
+        cache.advance(hidden, None, keep=self.mixing != "convolution")
+        if gate.item() > 0:
+            if self.mixing == "routed":
+                cache.wait(hidden, self.kernel_size - 1)
+            places = None if self.rope_theta is None else cache.positions(1, hidden.device)
+            return self._attend_everywhere(hidden, places, cache), Routing(gate, logits)
+        inputs = torch.cat((*cache.waiting, hidden), dim=1) if cache.waiting else hidden
+        size = self.conv_value.out_features
+        buffer, filled = cache.append(inputs.shape[1], self.kernel_size - 1, size, hidden)
+        cache.waiting = []
+        output = torch.ops.layerwise.convolve_token(
+            inputs, self.conv_value.weight, self.conv_output.weight, buffer, filled, self._taps()
+        )
+        return output, Routing(gate, logits)
+
+    def _map(self, hidden: Tensor, *maps: nn.Module) -> list[Tensor]:
+        """What each of `maps` makes of `hidden`."""
+        if self.prepared and hidden.shape[0] * hidden.shape[1] <= FEW and not torch.is_grad_enabled():
+            return torch.ops.layerwise.few_token_linear(hidden, [one.weight for one in maps])
+        return [one(hidden) for one in maps]
 
     # -- both paths everywhere: the reference, and training ------------------------------------------------
 
@@ -258,7 +275,8 @@ class RoutedAttention(nn.Module):
         seen = None
         if 1 < width < length:
             seen = torch.ones(width, length, dtype=torch.bool, device=hidden.device).tril(length - width)
-        return self.o_proj(self._score(self._queries(hidden, places), keys, values, seen, causal=width == length))
+        mixed = self._score(self._queries(hidden, places), keys, values, seen, causal=width == length)
+        return self._map(mixed, self.o_proj)[0]
 
     def _attend(
         self,
@@ -303,13 +321,15 @@ class RoutedAttention(nn.Module):
 
     def _queries(self, hidden: Tensor, places: Tensor | None) -> Tensor:
         """Queries (rows, heads, width, head size) of `hidden`, which stands at the positions `places`."""
-        queries = self.q_proj(hidden).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        queries = self._map(hidden, self.q_proj)[0].unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return queries if self.rope_theta is None else rotate(queries, places, self.rope_theta)
 
     def project(self, hidden: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
         """Keys and values (rows, kv heads, width, head size) of `hidden`, at positions `places` (rows, width)."""
-        keys = self.k_proj(hidden).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
-        values = self.v_proj(hidden).unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+        keys, values = (
+            made.unflatten(-1, (self.kv_heads, -1)).transpose(1, 2)
+            for made in self._map(hidden, self.k_proj, self.v_proj)
+        )
         return (keys if self.rope_theta is None else rotate(keys, places, self.rope_theta)), values
 
     def _project_for(self, cache: RoutedLayerCache) -> Callable[[Tensor, int, int], tuple[Tensor, Tensor]]:
@@ -320,16 +340,15 @@ class RoutedAttention(nn.Module):
 
         return project
 
-    def _window_weights(self) -> Tensor:
-        """The weight of each channel in a window of the convolution (taps, hidden size), the oldest first.
+    def _taps(self) -> Tensor:
+        """The convolution's weights (heads, taps), float32, the newest first.
 
         Kept between the tokens of a text; made anew whenever the parameter was written to, moved or cast.
         """
         taps = self.conv_taps
         state = None if taps.is_inference() else (taps._version, taps.data_ptr(), taps.dtype)
         if state is None or self._kept_weights is None or self._kept_weights[0] != state:
-            weights = taps.detach().softmax(-1).flip(-1).T.repeat_interleave(self.hidden_size // self.heads, dim=1)
-            self._kept_weights = (state, weights.contiguous())
+            self._kept_weights = (state, taps.detach().float().softmax(-1))
         return self._kept_weights[1]
 
     def _convolve(self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache | None) -> Tensor:
@@ -346,23 +365,13 @@ class RoutedAttention(nn.Module):
             if values.shape[1] > reach + width:
                 values = values[:, -reach - width :]
             else:
-                values = torch.cat((window[:, values.shape[1] - width :], values), dim=1)
+                values = torch.cat((window[:, window.shape[1] - reach + values.shape[1] - width :], values), dim=1)
             window = values[:, width:]  # of a long text a copy, so that the text's values are not kept
             cache.window, cache.waiting = window.clone() if width > 1 else window, []
         if width == 1 and not torch.is_grad_enabled():
-            return (values * self._window_weights()).sum(1, keepdim=True)
+            oldest_first = self._taps().flip(-1).T[..., None].to(values.dtype)
+            return (values.unflatten(-1, (self.heads, -1)) * oldest_first).sum(1, keepdim=True).flatten(2)
         return causal_filter(values, self.conv_taps.softmax(-1))
-
-
-def gumbel_sigmoid(logits: Tensor, tau: float = 1.0) -> Tensor:
-    """1 with the probability sigmoid(logit), else 0; the gradient is that of the relaxed sample at temperature `tau`.
-
-    The hard Gumbel softmax (arXiv 1611.01144) of two logits, of which only the difference matters: two Gumbel
-    variables differ by a logistic one.
-    """
-    uniform = torch.rand_like(logits).clamp(1e-6, 1 - 1e-6)
-    soft = torch.sigmoid((logits + torch.logit(uniform)) / tau)
-    return (soft > 0.5).to(soft.dtype) - soft.detach() + soft
 
 
 # -- filters over time ---------------------------------------------------------------------------------------------

@@ -4,21 +4,25 @@ Of a converted layer everything stays as it was pretrained: projections, rotary 
 router and, for each head, the weights of a causal convolution over the last few *values*: attention whose scores are
 known before the text is, since distance alone decides. Both use the value and output projections that are there:
 
-    local[t]    = sum_j taps[head, j] value[t - j] + sink[head] value[0]        j = 0 .. taps - 1
-    attend[t]   = router([x[t] ; local[t]]) > 0
+    conv[t]     = sum_j taps[head, j] value[t - j] + sink[head] value[0]        j = 0 .. taps - 1
+    attend[t]   = router([x[t] ; conv[t]]) > 0
+    local[t]    = conv[t] + correction([x[t] ; conv[t]])                        of low rank, if there is one
     y[t]        = output(attention[t] if attend[t] else local[t])
+
+The first position has only itself to look at, so its attention is its value: it needs neither score nor correction.
 
 Keys and values are made and cached for every position, so whoever attends later sees all of them; positions that do not
 attend make no query and no score. All that a router and a convolution need of the past stands in the cache of values,
 so rollback, batches and slots work as for any layer.
 
-The sink is there because heads that find nothing look at the first token (arXiv 2309.17453). Taps and sink begin as the
-mean of what each head's attention gives to each distance and to the first token (`measure`).
+The sink is there because heads that find nothing look at the first token (arXiv 2309.17453). The correction says what a
+head's attention tends to bring to a position like this one. Taps and sink begin as the mean of what each head's
+attention gives to each distance and to the first token (`measure`), or everything is fitted (`training.routed_fit`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,7 +33,8 @@ from torch.nn import functional as F
 
 from layerwise.model.backbone import Backbone
 from layerwise.model.filters import causal_filter
-from layerwise.model.routed_attention import CHUNK, Mixing, Routing, gumbel_sigmoid
+from layerwise.model.position_router import Routing, gumbel_sigmoid
+from layerwise.model.routed_attention import CHUNK, Mixing
 
 FILE = "routed_layers.safetensors"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -43,12 +48,14 @@ class RoutedSelfAttention(nn.Module):
         mixing: "routed", or "attention" or "convolution" everywhere.
         routing: what the router said in the last call; see `Routing`.
         measuring: add up what attention gives to each distance, for `start`.
+        decide: who attends, given logits (rows, width): True or False for each.
+        sampled: in training, decide by chance with the router's probability; otherwise as in inference.
 
     Raises:
         ValueError: attention of another kind.
     """
 
-    def __init__(self, attention: nn.Module, taps: int = 16, router_width: int = 64) -> None:
+    def __init__(self, attention: nn.Module, taps: int = 16, router_width: int = 64, rank: int = 0) -> None:
         super().__init__()
         kind = type(attention).__name__
         if kind not in _FITTING or getattr(attention, "sliding_window", None):
@@ -63,9 +70,16 @@ class RoutedSelfAttention(nn.Module):
         self.router = nn.Sequential(
             nn.Linear(hidden + inner, router_width), nn.GELU("tanh"), nn.Linear(router_width, 1)
         )
+        self.correction: nn.Sequential | None = None
+        if rank:
+            self.correction = nn.Sequential(nn.Linear(hidden + inner, rank, bias=False), nn.Linear(rank, inner))
+            nn.init.zeros_(self.correction[-1].weight)
+            nn.init.zeros_(self.correction[-1].bias)
         nn.init.zeros_(self.router[-1].weight)
         nn.init.constant_(self.router[-1].bias, 1.0)  # three of four attend before training
         self.mixing: Mixing = "routed"
+        self.decide: Callable[[Tensor], Tensor] = _positive
+        self.sampled = True
         self.routing: Routing | None = None
         self.measuring: list[Tensor] | None = None
 
@@ -97,9 +111,11 @@ class RoutedSelfAttention(nn.Module):
             self.measuring.append(self._given_to_distances(seen))
         if self.mixing == "attention":
             return layer.o_proj(self._everywhere(seen)), None
-        mixed = self._local(seen)
+        mixed = self._convolved(seen)
+        features = torch.cat((hidden_states, mixed), -1).to(self.taps.dtype)
+        mixed = self._completed(seen, mixed, features)
         if self.mixing == "routed":
-            self.routing = routing = self._route(hidden_states, mixed)
+            self.routing = routing = self._route(features, mixed.dtype)
             if torch.is_grad_enabled():
                 gate = routing.gate[..., None]
                 mixed = (1 - gate) * mixed + gate * self._everywhere(seen)
@@ -107,20 +123,29 @@ class RoutedSelfAttention(nn.Module):
                 mixed = self._attend(seen, mixed, routing.gate > 0)
         return layer.o_proj(mixed), None
 
-    def _route(self, hidden: Tensor, local: Tensor) -> Routing:
-        weight = self.router[0].weight
-        logits = self.router(torch.cat((hidden, local), -1).to(weight.dtype))[..., 0]
-        gate = gumbel_sigmoid(logits) if self.training else (logits > 0).to(logits.dtype)
-        return Routing(gate.to(hidden.dtype), logits)
+    def _route(self, features: Tensor, dtype: torch.dtype) -> Routing:
+        logits = self.router(features)[..., 0]
+        gate = self.decide(logits).to(logits.dtype)
+        if self.training and self.sampled:
+            gate = gumbel_sigmoid(logits)
+        return Routing(gate.to(dtype), logits)
 
     # -- convolution -----------------------------------------------------------------------------------------
 
-    def _local(self, seen: _Seen) -> Tensor:
+    def _completed(self, seen: _Seen, mixed: Tensor, features: Tensor) -> Tensor:
+        """The convolution's output with its correction, and exact at the first position of a text."""
+        if self.correction is not None:
+            mixed = mixed + self.correction(features).to(mixed.dtype)
+        if seen.begins:
+            first = seen.values[:, :, :1].repeat_interleave(self.heads // self.kv_heads, dim=1)
+            mixed = torch.where(seen.places[..., None] == 0, first.transpose(1, 2).flatten(2), mixed)
+        return mixed
+
+    def _convolved(self, seen: _Seen) -> Tensor:
         """Values filtered by each head's taps, (rows, width, heads times head size)."""
-        starts = seen.places[:, 0].tolist()
-        if len(set(starts)) == 1:
-            return self._filtered(seen.values, starts[0], seen.width)
-        rows = (self._filtered(seen.values[row : row + 1], start, seen.width) for row, start in enumerate(starts))
+        if len(set(seen.starts)) == 1:
+            return self._filtered(seen.values, seen.starts[0], seen.width)
+        rows = (self._filtered(seen.values[row : row + 1], start, seen.width) for row, start in enumerate(seen.starts))
         return torch.cat(list(rows))
 
     def _filtered(self, values: Tensor, start: int, width: int) -> Tensor:
@@ -216,6 +241,8 @@ class _Seen:
     ) -> None:
         self.hidden, self.rotary, self.places, self.mask = hidden, rotary, places, mask
         self.keys, self.values, self.width = keys, values, hidden.shape[1]
+        self.starts = places[:, 0].tolist()
+        self.begins = 0 in self.starts
 
 
 def _heads(states: Tensor, size: int) -> Tensor:
@@ -227,6 +254,10 @@ def _rotated(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """Rotary positions in the rotate-half form; `cosine` and `sine` (1 or rows, width, head size)."""
     first, second = states.chunk(2, dim=-1)
     return states * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
+
+
+def _positive(logits: Tensor) -> Tensor:
+    return logits > 0
 
 
 def _picked(values: Tensor, columns: Tensor) -> Tensor:
@@ -245,14 +276,16 @@ class RoutedLayers(nn.Module):
         ValueError: there is no such layer, or its attention is of a kind that does not fit.
     """
 
-    def __init__(self, backbone: Backbone, layers: Iterable[int], taps: int = 16, router_width: int = 64) -> None:
+    def __init__(
+        self, backbone: Backbone, layers: Iterable[int], taps: int = 16, router_width: int = 64, rank: int = 0
+    ) -> None:
         super().__init__()
         self.numbers = tuple(sorted(set(layers)))
         if not self.numbers or not 0 <= self.numbers[0] <= self.numbers[-1] < backbone.depth:
             raise ValueError(f"layers to convert must be among 0-{backbone.depth - 1}: name one at least")
-        self.sizes = {"taps": taps, "router_width": router_width}
+        self.sizes = {"taps": taps, "router_width": router_width, "rank": rank}
         self.layers = nn.ModuleDict(
-            {str(n): RoutedSelfAttention(backbone.layers[n].self_attn, taps, router_width) for n in self.numbers}
+            {str(n): RoutedSelfAttention(backbone.layers[n].self_attn, **self.sizes) for n in self.numbers}
         ).to(backbone.device)
 
     def __iter__(self) -> Iterator[RoutedSelfAttention]:
@@ -279,6 +312,14 @@ class RoutedLayers(nn.Module):
         said = [layer.routing for layer in self]
         assert all(one is not None for one in said), "no pass was routed yet"
         return Routing(torch.stack([one.gate for one in said]), torch.stack([one.logits for one in said]))
+
+    @torch.no_grad()
+    def level(self, logits: Tensor, usage: float, share: float = 1.0) -> None:
+        """Move all routers' biases alike, `share` of the way to where `usage` of these `logits` would be positive."""
+        flat = logits.detach().float().flatten()
+        most = flat.kthvalue(max(1, round((1 - usage) * flat.numel()))).values
+        for layer in self:
+            layer.router[-1].bias -= share * most
 
     @contextmanager
     def measure(self) -> Iterator[None]:
@@ -322,7 +363,7 @@ class RoutedLayers(nn.Module):
                 about = file.metadata()
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             numbers = [int(number) for number in about["layers"].split()]
-            made = cls(backbone, numbers, int(about["taps"]), int(about["router_width"]))
+            made = cls(backbone, numbers, int(about["taps"]), int(about["router_width"]), int(about.get("rank", 0)))
             made.load_state_dict(tensors)
         except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -116,5 +116,28 @@ def routed_speed_figure(points: Sequence[Mapping[str, Any]], path: str | Path) -
     save(figure, path, "One layer's time")
 
 
+def routed_text_figure(result: Mapping[str, Any], path: str | Path) -> None:
+    """Draw the perplexity of a pretrained model with routed layers against their usage, and the controls.
+
+    Args:
+        result: of `layerwise train routed-text`.
+        path: a .png, .svg or .pdf file; overwritten.
+    """
+    figure = new_figure(6.4, 3.9)
+    panel = figure.subplots()
+    curve = [(one["usage"], one["perplexity"]) for one in result["curve"]]
+    draw_line(panel, [(0.0, result["convolution_perplexity"]), *curve], "routed", STYLES[1])
+    for (name, control), style in zip(result["controls"].items(), STYLES[2:], strict=False):
+        label = {"random": "positions by chance", "static": "whole layers"}[name]
+        draw_line(panel, [(control["usage"], control["perplexity"])], label, style)
+    panel.axhline(result["base_perplexity"], color=STYLES[0][0], ls=STYLES[0][2], lw=1.2, label="the base")
+    decorate(panel, None, counted=False)
+    panel.xaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    panel.set_xlabel(f"positions that attend, of {len(result['layers'])} layers")
+    panel.set_ylabel("perplexity")
+    panel.legend(frameon=False, labelcolor=INK)
+    save(figure, path, "Attention where it is needed, in a pretrained model")
+
+
 def _share(share: float) -> str:
     return f"{100 * share:g}%"

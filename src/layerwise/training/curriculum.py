@@ -33,6 +33,7 @@ TaskName = Literal["recall", "mqar"]
 Mode = Literal["curriculum", "joint", "attention", "convolution"]
 PenaltyOn = Literal["logits", "gate"]
 Order = Literal["spare-first", "lengthen-first"]
+Method = Literal["fit", "curriculum"]
 
 
 def stage_lengths(first: int, last: int) -> list[int]:
@@ -177,13 +178,13 @@ class CurriculumConfig(Resumable):
 
     def __post_init__(self) -> None:
         _choice("penalty-on", self.penalty_on, PenaltyOn)
-        kept = ("seed", "settle", "warmup")
+        kept = ("seed", "settle", "warmup", "rank")
         for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and one.name not in kept:
                 _require(value > 0, f"{one.name.replace('_', '-')} must be above 0, not {value}")
         for name in kept:
-            _require(0 <= getattr(self, name) < 2**24, f"{name} must be 0 or more, and below 2^24")
+            _require(0 <= getattr(self, name, 0) < 2**24, f"{name} must be 0 or more, and below 2^24")
         _require(self.floor <= self.solved <= 1, "floor must be at most solved, and solved at most 1")
         _require(self.usage_target is None or self.usage_target < 1, "usage-target is a share: give one below 1")
         _require(not Path(self.out).is_file(), f"'{self.out}' is a file: give a folder to write to")
@@ -287,30 +288,41 @@ class RoutedTextConfig(CurriculumConfig):
     model: str | None = field(
         default=None, metadata=_help("A name from 'layerwise models', a folder, or a Hugging Face id.")
     )
-    convert: str = field(default="", metadata=_help('Layers to convert, such as "4-29"; default: all.'))
+    convert: str = field(
+        default="", metadata=_help('Layers to convert, such as "4-29"; default: all. The first layers cost most.')
+    )
+    method: Method = field(
+        default="fit",
+        metadata=_help("fit: least squares first, then steps at the usage aimed at; curriculum: penalty once solved."),
+    )
+    fit_texts: int = field(default=64, metadata=_help("fit: texts of the least squares."))
+    rank: int = field(default=32, metadata=_help("Rank of the correction beside the convolution; 0: none."))
     taps: int = field(default=16, metadata=_help("Taps of the convolution."))
     router_width: int = field(default=64, metadata=_help("Inner width of a router."))
-    text_length: int = field(default=256, metadata=_help("Tokens of a text."))
-    rows: int = field(default=4, metadata=_help("Texts of a batch."))
+    text_length: int = field(default=512, metadata=_help("Tokens of a text."))
+    rows: int = field(default=1, metadata=_help("Texts of a batch."))
     precision: Precision = field(default="bfloat16", metadata=_help("Numbers of the base; what is trained is float32."))
-    steps: int = field(default=400, metadata=_help("Most steps; training ends before if the curriculum does."))
-    penalty: float = field(default=4.0, metadata=_help("Highest weight of the penalty on usage."))
-    rises: int = field(default=8, metadata=_help("Evaluations over which the penalty doubles up to its highest."))
+    learning_rate: float = field(default=2e-4, metadata=_help("Learning rate of AdamW, after the warm-up."))
+    warmup: int = field(default=10, metadata=_help("Steps over which the learning rate rises."))
+    steps: int = field(default=60, metadata=_help("Most steps; a curriculum may end before."))
+    penalty: float = field(default=4.0, metadata=_help("curriculum: highest weight of the penalty on usage."))
+    rises: int = field(default=8, metadata=_help("curriculum: evaluations over which the penalty doubles."))
     usage_target: float = field(
-        default=0.45, metadata=_help("Raise the penalty until this share of slots of the converted layers attends.")
+        default=0.49, metadata=_help("Share of the slots of the converted layers that shall attend.")
     )
     solved: float = field(
-        default=0.98, metadata=_help("Quality (base's perplexity / perplexity) at which the penalty rises.")
+        default=0.97, metadata=_help("Quality (base's perplexity / perplexity) at which the penalty rises.")
     )
-    floor: float = field(default=0.96, metadata=_help("Quality below which the penalty is halved."))
+    floor: float = field(default=0.95, metadata=_help("Quality below which the penalty is halved."))
     eval_every: int = field(default=20, metadata=_help("Steps between evaluations, at which the curriculum moves."))
-    eval_rows: int = field(default=24, metadata=_help("Texts of an evaluation."))
-    test_rows: int = field(default=64, metadata=_help("Texts of the test at the end."))
-    save_every: int = field(default=100, metadata=_help("Steps between checkpoints."))
+    eval_rows: int = field(default=8, metadata=_help("Texts of an evaluation."))
+    test_rows: int = field(default=24, metadata=_help("Texts of the test at the end."))
+    save_every: int = field(default=20, metadata=_help("Steps between checkpoints."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
         _choice("precision", self.precision, Precision)
+        _choice("method", self.method, Method)
         layers_of(self.convert)
 
     def rules(self) -> Rules:

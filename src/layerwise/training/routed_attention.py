@@ -174,6 +174,12 @@ class CurriculumRun:
         if not self.curriculum.done or seen["accuracy"] < held:
             self.curriculum.update(seen["accuracy"], seen["usage_per_layer"], self.questions)
 
+    def rate(self) -> float:
+        """The learning rate of the next step."""
+        rate = self.config.learning_rate * min(1.0, (self.number + 1) / max(1, self.config.warmup))
+        # What is kept should be settled: the rate falls over the last evaluations.
+        return rate * (1 - self.settled / (self.config.settle + 1)) if self.curriculum.done else rate
+
     # -- a step ------------------------------------------------------------------------------------------
 
     @property

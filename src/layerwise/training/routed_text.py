@@ -1,12 +1,18 @@
-"""Teaches a pretrained model where it needs its attention: routed attention on real text, by the same curriculum.
+"""Teaches a pretrained model where it needs its attention: routed attention on real text.
 
-The base is frozen. Of each converted layer a router and the taps of a convolution are trained (`model.routed_layers`),
-to say what the base says: the loss is the Kullback-Leibler divergence from the base's own next-token distribution, on
-running text, which wants fewer texts than cross entropy. Teacher and pupil are one model, its layers set to "attention"
-or to "routed". The penalty comes when the model is as good as the base, within tolerance, and rises while it stays so.
+The base is frozen. Of each converted layer a router and what stands in for attention are trained
+(`model.routed_layers`), to say what the base says: the loss is the Kullback-Leibler divergence from the base's own
+next-token distribution, on running text, which wants fewer texts than cross entropy. Teacher and pupil are one model,
+its layers set to "attention" or to "routed". There are two methods:
 
-What is reported is measured as it is used: hard routing, queries of the others really left out, on articles that
-neither training nor the curriculum saw.
+- *fit*: least squares on the base's states first (`routed_fit`), which does most of it; then steps of gradient descent
+  for convolutions and corrections, while the threshold, one for all routers, is moved so that usage stays where it was
+  aimed at. No penalty.
+- *curriculum*: from mean attention, with sampled gates; the penalty comes when the model is as good as the base, within
+  tolerance, and rises while it stays so. It wants many more steps.
+
+What is reported is measured as it is used (`routed_text_report`): hard routing, queries of the others really left out,
+on articles that neither training nor the curriculum saw.
 """
 
 from __future__ import annotations
@@ -15,27 +21,29 @@ import json
 import math
 import random
 from collections.abc import Callable
-from functools import partial
-from statistics import median
-from time import perf_counter
+from statistics import mean
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from layerwise.benchmarks.timing import rounds
 from layerwise.data import text
+from layerwise.evaluation.routed_text import generate_times, loss_on, report, usages
 from layerwise.hub import save_adapter
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
-from layerwise.model.routed_attention import Mixing
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.sources import load_base, load_tokenizer
+from layerwise.training import routed_fit
 from layerwise.training.config import layers_of
 from layerwise.training.curriculum import Curriculum, RoutedTextConfig
 from layerwise.training.routed_attention import RESULT, CurriculumRun
 
-_MEASURED = 8  # texts from which the taps begin
+COSTS = "costs.json"  # of each layer without attention, as the fit found them
+CONTEXTS = (512, 2048)  # tokens of text before what is generated and timed
+_MEASURED = 8  # texts from which the taps begin, without a fit
+_FOLLOWS = 0.5  # of the way to the aimed usage, that a step moves the threshold
+_MARGIN = 0.05  # below the usage aimed at, since articles differ: among ours, from 44% to 55% at one threshold
 
 
 def train(
@@ -43,9 +51,8 @@ def train(
 ) -> dict[str, Any]:
     """Run a training; writes an adapter and `result.json` to `config.out` and returns what is in the latter.
 
-    The result holds, on held-out text: `perplexity`, `base_perplexity` and their ratio `accuracy`; `usage` over the
-    converted layers and `usage_per_layer`; `convolution_perplexity`, of attention nowhere; `generate`, its times;
-    steps, history and so on.
+    The result holds, on held-out text, what `evaluation.routed_text.report` measures: perplexities, usage over the
+    converted layers, controls, a curve; `generate`, its times for two lengths of context; steps, history and so on.
 
     Raises:
         ValueError: the folder holds a training already, or none to resume, or one with other options; no such model.
@@ -74,11 +81,13 @@ def cut(pieces: list[list[int]], length: int) -> Tensor:
     return torch.tensor(rows)
 
 
-def convert(model: LayerwiseForCausalLM, layers: tuple[int, ...], taps: int, router_width: int) -> RoutedLayers:
+def convert(
+    model: LayerwiseForCausalLM, layers: tuple[int, ...], taps: int, router_width: int, rank: int = 0
+) -> RoutedLayers:
     """Give `model` routed layers (all if none are named), in float32, and freeze everything else."""
     backbone = model.runtime.backbone
     model.requires_grad_(False)
-    model.routed_layers = RoutedLayers(backbone, layers or range(backbone.depth), taps, router_width)
+    model.routed_layers = RoutedLayers(backbone, layers or range(backbone.depth), taps, router_width, rank)
     model.routed_layers.attach(backbone)
     return model.routed_layers
 
@@ -96,23 +105,54 @@ class TextRun(CurriculumRun):
         torch.manual_seed(config.seed)
         chosen = layers_of(config.convert, model.depth)
         self.model, self.texts = model.eval(), texts
-        self.routed = convert(model, chosen, config.taps, config.router_width)
+        self.routed = convert(model, chosen, config.taps, config.router_width, config.rank)
         layers = len(self.routed.numbers)
         self.title = f"{layers} of {model.depth} layers, {len(texts['train'])} texts of {config.text_length} tokens"
-        with torch.no_grad(), self.routed.measure():
-            for row in texts["train"][:_MEASURED]:
-                model(row[None])
-        super().__init__(config, self.routed.train(), Curriculum(config.rules(), layers), notify)
-        validation = texts["validation"][: config.eval_rows]
-        with self.routed.mixing("attention"):
-            self.base_loss = self._loss_on(validation)
+        self.fitted = config.method == "fit"
+        if self.fitted:  # what routers learn from so few steps is worse than what they were fitted to
+            for layer in self.routed:
+                layer.sampled = False
+                layer.router.requires_grad_(False)
+        super().__init__(config, self.routed, Curriculum(config.rules(), layers), notify)
+        with self.routed.eval().mixing("attention"):
+            self.base_loss = mean(loss_on(model, texts["validation"][: config.eval_rows]))
+
+        self.routed.train()
+
+    def begin(self, resume: bool) -> None:
+        super().begin(resume)
+        if resume:
+            return
+        texts = self.texts["train"]
+        if self.fitted:
+            step = max(1, len(texts) // self.config.fit_texts)
+            texts = texts[::step][: self.config.fit_texts]
+            costs = routed_fit.fit(
+                self.model, self.routed, texts, self.config.usage_target, self.config.seed, self.notify
+            )
+            (self.out / COSTS).write_text(json.dumps(costs) + "\n", encoding="utf-8")
+            self._save()  # what was fitted need not be fitted again
+            seen = self.measure()
+            self.notify(f"fitted: accuracy {seen['accuracy']:.1%}, usage {seen['usage']:.1%}")
+            self.history.append({"step": 0, "phase": "fit", **seen})
+        else:
+            with torch.no_grad(), self.routed.measure():
+                for row in texts[:_MEASURED]:
+                    self.model(row[None])
+
+    def rate(self) -> float:
+        return super().rate() * (1 - self.number / self.config.steps if self.fitted else 1.0)
+
+    def advance(self, seen: dict[str, Any]) -> None:
+        if not self.fitted:
+            super().advance(seen)
 
     @property
     def questions(self) -> int:
         return self.texts["train"].shape[1] * len(self.routed.numbers)
 
     def enough(self) -> float:
-        return self.config.usage_target
+        return 1.0 if self.fitted else self.config.usage_target  # a fit's is set in the end: accuracy alone ranks
 
     def loss(self) -> tuple[Tensor, Tensor, Tensor]:
         rows = random.Random(self.config.seed * 2**31 + self.number).sample(
@@ -124,65 +164,47 @@ class TextRun(CurriculumRun):
         found = self.model(ids).logits.float().log_softmax(-1)
         loss = F.kl_div(found, wanted, log_target=True, reduction="sum") / ids.numel()
         said = self.routed.routing()
+        if self.fitted:
+            self.routed.level(said.logits, self.config.usage_target, _FOLLOWS)
         return loss, said.logits, said.gate
 
     def measure(self) -> dict[str, Any]:
-        return self._quality(self.texts["validation"][: self.config.eval_rows], self.base_loss)
-
-    def _quality(self, texts: Tensor, base_loss: float) -> dict[str, Any]:
-        used = torch.zeros(len(self.routed.numbers))
-        loss = self._loss_on(texts, used)
-        usage = (used / len(texts)).tolist()
+        texts = self.texts["validation"][: self.config.eval_rows]
+        used: list[Tensor] = []
+        self.routed.eval()
+        loss = mean(loss_on(self.model, texts, lambda: used.append(usages(self.routed))))
+        self.routed.train()
+        usage = torch.stack(used).mean(0).tolist()
         return {
-            "accuracy": min(1.0, math.exp(base_loss - loss)),
+            "accuracy": min(1.0, math.exp(self.base_loss - loss)),
             "perplexity": math.exp(loss),
-            "base_perplexity": math.exp(base_loss),
-            "usage": sum(usage) / len(usage),
+            "base_perplexity": math.exp(self.base_loss),
+            "usage": mean(usage),
             "usage_per_layer": usage,
         }
 
-    def _loss_on(self, texts: Tensor, used: Tensor | None = None) -> float:
-        """Mean cross entropy of texts (texts, length); adds each text's usage per layer to `used`."""
-        was, total = self.routed.training, 0.0
-        self.routed.eval()
-        with torch.no_grad():
-            for row in texts:
-                logits = self.model(row[None]).logits[0, :-1].float()
-                total += F.cross_entropy(logits, row[1:].to(logits.device)).item()
-                if used is not None:
-                    used += self.routed.routing().gate.float().mean((1, 2)).cpu()
-        self.routed.train(was)
-        return total / len(texts)
-
-    def _generate_times(self, prompt: Tensor, new_tokens: int = 32, count: int = 3) -> dict[str, float]:
-        """Median seconds of `generate` with attention where it is routed and with it everywhere, by these modules."""
-        options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
-
-        def timed(mixing: Mixing) -> float:
-            began = perf_counter()
-            with self.routed.mixing(mixing):
-                self.model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-            return perf_counter() - began
-
-        seconds: dict[str, list[float]] = {"routed": [], "attention": []}
-        for _, mixing, taken in rounds({mixing: partial(timed, mixing) for mixing in seconds}, count):
-            seconds[mixing].append(taken)
-        medians = {f"{mixing}_seconds": median(taken) for mixing, taken in seconds.items()}
-        return {"prompt_tokens": prompt.shape[1], "new_tokens": new_tokens, **medians}
+    def level(self, usage: float, texts: int = 8, times: int = 1) -> None:
+        """Set the threshold so that about `usage` of all positions attend, by so many validation texts."""
+        held = self.texts["validation"]
+        spread = held[:: max(1, len(held) // texts)][:texts]
+        routed_fit.settle(self.model, self.routed, spread, usage, times)
 
     def finish(self) -> dict[str, Any]:
         """Test on held-out articles, save the adapter and its result; returns the latter."""
-        config, texts = self.config, self.texts["test"][: self.config.test_rows]
-        losses = {}
-        for mixing in ("attention", "convolution"):
-            with self.routed.mixing(mixing):
-                losses[mixing] = self._loss_on(texts)
-        tested = self._quality(texts, losses["attention"])
-        told = {"task": "text", "seed": config.seed, "layers": list(self.routed.numbers)}
-        tested["convolution_perplexity"] = math.exp(losses["convolution"])
+        config, file = self.config, self.out / COSTS
         self.routed.eval()
-        result = {**told, **tested, "generate": self._generate_times(texts[:1]), **self.result()}
+        if self.fitted:
+            self.level(max(config.usage_target - _MARGIN, config.usage_target / 2), texts=16, times=2)
         save_adapter(self.model, self.out)
+        costs = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+        texts = self.texts["test"]
+        self.notify(f"testing on {len(texts[: config.test_rows])} texts")
+        tested = report(self.model, self.routed, texts[: config.test_rows], self.level, costs, config.seed)
+        times = []
+        for length in dict.fromkeys(min(wanted, texts.numel()) for wanted in CONTEXTS):
+            times.append(generate_times(self.model, self.routed, texts.flatten()[None, :length]))
+        told = {"task": "text", "seed": config.seed, "layers": list(self.routed.numbers)}
+        result = {**told, **tested, "generate": times, **self.result()}
         (self.out / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         self.notify(
             f"test: perplexity {tested['perplexity']:.2f} at {tested['usage']:.1%} attention, "

@@ -36,9 +36,7 @@ CHECKPOINT = "checkpoint.pt"
 _EVAL_TOKENS = 2**15  # of one evaluation batch
 _SPARSE, _LONG = 0.02, 256  # usage below which, and tokens from which, gathering is faster than scoring everything
 _FIXED: tuple[Mixing, Mixing] = ("convolution", "attention")  # of even and of odd layers, while routes are fixed
-_LET_GO = (
-    1 / 3
-)  # of the learning rate, once routers decide: at the full rate they are thrown about, and accuracy with them
+_LET_GO = 1 / 3  # of the learning rate, once routers decide: at the full rate they and accuracy are thrown about
 _SURE = 4.0  # logit with which the routers begin that are let go from fixed routes: 1.8% are sampled otherwise
 
 
@@ -173,12 +171,6 @@ class CurriculumRun:
         held = self.config.solved if self.curriculum.rules.eases else self.config.floor
         if not self.curriculum.done or seen["accuracy"] < held:
             self.curriculum.update(seen["accuracy"], seen["usage_per_layer"], self.questions)
-
-    def rate(self) -> float:
-        """The learning rate of the next step."""
-        rate = self.config.learning_rate * min(1.0, (self.number + 1) / max(1, self.config.warmup))
-        # What is kept should be settled: the rate falls over the last evaluations.
-        return rate * (1 - self.settled / (self.config.settle + 1)) if self.curriculum.done else rate
 
     # -- a step ------------------------------------------------------------------------------------------
 

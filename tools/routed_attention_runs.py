@@ -16,7 +16,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "results" / "routed_attention.json"
 SEEDS = (0, 1, 2)
-BASELINE_STEPS = 1000  # twice what the curriculum needs to learn the task
+BASELINE_STEPS = 1000  # more than the curriculum needs to learn the task
 
 
 @dataclass(frozen=True)

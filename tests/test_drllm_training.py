@@ -223,6 +223,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config(given: Path, out: Path, **changes: Any) -> DrLLMConfig:
     options: dict[str, Any] = {"units": 8, "epochs": 3, "precision": "float32", "held_out": 0.3, "saved": 0.05}
+    options |= {"questions": 0, "screen": 8}
     options |= {"labels": str(given / "labels.jsonl"), "model": str(given / "base"), "out": str(out), **changes}
     return DrLLMConfig(**options)
 
@@ -230,7 +231,7 @@ def config(given: Path, out: Path, **changes: Any) -> DrLLMConfig:
 @pytest.mark.parametrize("form", ["per-layer", "menu"])
 def test_a_training_is_saved_with_what_it_chose(form: str, given: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    chosen = config(given, tmp_path / "out", form=form, menu_size=3)
+    chosen = config(given, tmp_path / "out", form=form)
     drllm.train(chosen, lines.append)
     model = from_pretrained(adapter=tmp_path / "out", engine="eager")
     record = json.loads((tmp_path / "out" / "training.json").read_text())
@@ -273,44 +274,25 @@ def test_the_path_to_imitate_is_the_shortest_robust_one_that_is_right(given: Pat
     assert found(tried("3-4*2"), base_right=False) is None and found(base_right=False) is None
 
 
-def test_the_menu_serves_tasks_and_not_lucky_questions() -> None:
-    model = attach(tiny.model("llama"))
-    plans = [FULL, *map(Plan.parse, ("0-4", "0-2 4-5", "0-3 5", "0*2 1-5"))]
-    asked = [drllm.Question("ab"[at % 2], str(at), "w9", " w3", (" w3", " w4")) for at in range(40)]
-    held_out = torch.arange(40) >= 20
-    given = drllm.Material(model, word_tokenizer(), asked, [], [], held_out, Path(), silent)
-    rewards = torch.full((40, 5), 0.5)
-    rewards[::2, 1], rewards[1::2, 2] = 0.6, 0.7  # each serves a task
-    rewards[:, 3] = 0.2
-    rewards[:5, 3] = 1.0  # right for a few questions, wrong for most
-    rewards[20:, 4] = 1.0  # only where it must not be seen
-    assert drllm.serving(rewards, plans, given, 4) == [0, 2, 1]
-    assert drllm.serving(rewards, plans, given, 1) == [0, 2]
-    one_line(lambda: drllm.serving(torch.tensor([[0.9, 0.0]] * 40), [FULL, Plan.parse("0*2 1-5")], given, 1), "better")
-
-
-def test_candidates_begin_with_the_first_layer_and_half_are_short(given: Path) -> None:
-    labels = drllm.read_labels(given / "labels.jsonl")[1]
-    found = drllm.candidate_plans(labels, FULL, RouterRecipe(candidates=4, saved=0.1))
-    assert FULL not in found and all(plan.visits[0].layer == 0 for plan in found) and len(set(found)) == len(found) == 4
-    assert all(plan.depth <= 5 for plan in found[:2]) and any(plan.depth > 5 for plan in found)
-    with pytest.raises(ValueError, match="search more"):
-        drllm.candidate_plans([label | {"paths": []} for label in labels], FULL, RouterRecipe())
-
-
-def test_static_plans_are_better_than_all_shorter_ones(given: Path) -> None:
-    labels = drllm.read_labels(given / "labels.jsonl")[1]
-    paths = [{"plan": "0-3", "right": False}, {"plan": "0-4", "right": True}]
-    made = [label | {"base": {"right": number % 2 == 0}, "paths": paths} for number, label in enumerate(labels)]
-    found = drllm.static_plans(made, LAYERS)
-    assert found == {"4": "0-3", "5": "0-4"}  # the full plan is no better than the second
-
-
 @pytest.mark.parametrize("form", ["per-layer", "menu"])
 def test_two_steps_from_the_command_line(form: str, given: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     options = ["drllm", "--labels", str(given / "labels.jsonl"), "--out", str(out), "--model", str(given / "base")]
-    options += ["--form", form, "--units", "4", "--epochs", "1", "--batch", "30", "--held-out", "0.3", "--json"]
+    options += [
+        "--form",
+        form,
+        "--units",
+        "4",
+        "--epochs",
+        "1",
+        "--batch",
+        "30",
+        "--held-out",
+        "0.3",
+        "--questions",
+        "0",
+        "--json",
+    ]
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["adapter"] == str(out)
@@ -320,7 +302,15 @@ def test_two_steps_from_the_command_line(form: str, given: Path, tmp_path: Path)
 
 def test_mistakes_are_one_line(given: Path, tmp_path: Path) -> None:
     changes: dict[str, Any] = {"form": "tree", "units": 0, "epochs": 0, "beta": 1.5, "saved": 1.0, "held_out": 0.0}
-    changes |= {"gamma": -1.0, "menu_size": 0, "precision": "int8", "labels": "no-such-file", "seed": -1}
+    changes |= {
+        "gamma": -1.0,
+        "screen": 0,
+        "threshold": 1.5,
+        "questions": -1,
+        "precision": "int8",
+        "labels": "no-such-file",
+        "seed": -1,
+    }
     for name, value in changes.items():
         one_line(lambda name=name, value=value: config(given, tmp_path, **{name: value}), str(value))
     empty = tmp_path / "labels.jsonl"

@@ -1,0 +1,205 @@
+"""Dr.LLM's menu: a plan for each kind of prompt, and a router that tells the kinds apart.
+
+What turns one question right is often luck, and no router can know for whom; what helps on a hundred questions of a
+task helps on the next ones. So plans are chosen for tasks, in three rounds, each on questions that the ones before did
+not see, for the best of many is always partly lucky:
+
+1. Single edits that did well in the searched labels are tried on a few questions of each task. A task's gain from an
+   edit is drawn towards the mean over all tasks, the more the less its few questions can tell.
+2. The best edits of a task are joined, two, three and more of them, at several prices of a layer.
+3. What is left of these is tried on many questions.
+
+Each task then gets the plan whose gain, less its standard error, is highest at the price of a layer that saves enough
+over all tasks; layers count by the tokens that run them. The router learns to recognise the tasks' prompts by what it
+reads early on. Where it is unsure, as with prompts of another kind, the full plan runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from layerwise.plan import Plan
+from layerwise.policies.router import MenuPolicy, classes_of, shared_visits
+from layerwise.search.labels import Record
+from layerwise.search.tree import Edit, Kind
+from layerwise.training.config import DrLLMConfig
+from layerwise.training.features import kept_features, menu_reads
+from layerwise.training.routers import fit_menu
+
+if TYPE_CHECKING:
+    from layerwise.training.drllm import Material
+
+LEAST_TRIED = 50  # paths in the labels that hold an edit: the search's prior passes hopeless ones over
+RIDGE = 30.0  # of the edits' effects, in paths: as many without effect are added
+SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 14)  # edits joined
+JOIN_PRICES = (0.0, 0.5, 100.0)  # of all layers: gains alone, both, skips alone
+SECOND = 40  # questions of a task in the second round
+FINALISTS = 6
+PRICES = tuple(0.02 * 1.25**step for step in range(24))  # of all layers, in units of reward
+
+
+@dataclass(frozen=True)
+class Tried:
+    """Plans of a task, the full one first; what each gains over that, in reward, and its standard error."""
+
+    plans: list[Plan]
+    gains: Tensor
+    errors: Tensor
+
+    @classmethod
+    def on(cls, given: Material, rows: Sequence[int], plans: Sequence[Plan]) -> Tried:
+        """Try plans (the full one is put first) on the questions `rows`, which are of one task."""
+        every = list(dict.fromkeys([given.full, *plans]))
+        rewards = given.rewards(rows, [every] * len(rows))
+        gains = rewards - rewards[:, :1]
+        return cls(every, gains.mean(0), gains.std(0) / len(rows) ** 0.5)
+
+
+def effects(labels: Sequence[Record], layers: int) -> dict[Edit, float]:
+    """What skipping and repeating each layer adds to a path's score, in the labels' questions: ridge regression.
+
+    The score is the sigmoid of the margin, less the full plan's. Edits on fewer than LEAST_TRIED paths are left out.
+    """
+    inputs, gains = [], []
+    for label in labels:
+        base = torch.sigmoid(torch.tensor(label["base"]["score"]))
+        for path in label["paths"]:
+            classes = classes_of(Plan.parse(path["plan"], layers), layers)
+            if classes is not None:
+                inputs.append([float(one == 0) for one in classes] + [float(one == 2) for one in classes])
+                gains.append(torch.sigmoid(torch.tensor(path["score"])) - base)
+    if not inputs:
+        return {}
+    edits, found = torch.tensor(inputs, dtype=torch.float64), torch.stack(gains).double()
+    weights = torch.linalg.solve(edits.T @ edits + RIDGE * torch.eye(2 * layers, dtype=torch.float64), edits.T @ found)
+    kinds = [Edit(kind, layer) for kind in (Kind.SKIP, Kind.REPEAT) for layer in range(layers)]
+    least = min(LEAST_TRIED, len(inputs) / 10)
+    tried = edits.sum(0) >= least
+    return {kind: float(weights[at]) for at, kind in enumerate(kinds) if tried[at] and kind != Edit(Kind.SKIP, 0)}
+
+
+def best_edits(known: dict[Edit, float], count: int) -> list[Edit]:
+    """The `count` edits of most effect, half of them skips as far as there are so many."""
+    ordered = sorted(known, key=lambda edit: -known[edit])
+    kinds = [[edit for edit in ordered if edit.kind is kind] for kind in (Kind.SKIP, Kind.REPEAT)]
+    return [edit for those in kinds for edit in those[: count // 2]]
+
+
+def drawn_to_mean(gains: Tensor, errors: Tensor) -> Tensor:
+    """Gains (tasks, plans) drawn to their mean over tasks, by how much of their spread the errors explain."""
+    mean = gains.mean(0)
+    spread = (gains - mean).square().mean(0) if len(gains) > 1 else torch.zeros_like(mean)
+    kept = (1 - errors.square() / spread.clamp(min=1e-12)).clamp(min=0)
+    return mean + kept * (gains - mean)
+
+
+def joined(edits: Sequence[Edit], gains: Sequence[float], full: Plan) -> list[Plan]:
+    """Plans of the edits that promise most at each price, as if gains of edits added up."""
+    found: dict[Plan, None] = {}
+    for price in JOIN_PRICES:
+        worth = {
+            edit: gain + price / full.depth * (1 if edit.kind is Kind.SKIP else -1)
+            for edit, gain in zip(edits, gains, strict=True)
+        }
+        order = [edit for edit in sorted(worth, key=lambda edit: -worth[edit]) if worth[edit] > 0]
+        for size in SIZES:
+            plan = full
+            # A layer is skipped or repeated, not both: the edit that promises more comes first.
+            for edit in order[:size]:
+                plan = edit.apply(plan) if plan.counts(len(full))[edit.first] == 1 else plan
+            if size <= len(order) and len(plan) > 1:
+                found[plan] = None
+    return list(found)
+
+
+def finalists(tried: Tried, weight: float) -> list[Plan]:
+    """The best plan at each price, from the middle one outwards, up to FINALISTS; `weight` is the task's tokens."""
+    found: dict[Plan, None] = {}
+    for margin in (0.0, 1.0):
+        for price in PRICES[::3]:
+            found[tried.plans[best_at(tried, price * weight, margin)]] = None
+    return [plan for plan in found if plan != tried.plans[0]][:FINALISTS]
+
+
+def best_at(tried: Tried, price: float, doubt: float = 1.0) -> int:
+    """The number of the plan of most gain, less `doubt` standard errors, at a price of all layers."""
+    depths = torch.tensor([plan.depth for plan in tried.plans]) / tried.plans[0].depth
+    return int((tried.gains - doubt * tried.errors - price * depths).argmax())
+
+
+def race(config: DrLLMConfig, labels: Sequence[Record], given: Material) -> dict[str, Tried]:
+    """The last round's plans of each task, with what they gain on the questions of the last two rounds."""
+    rows = given.rows_of_tasks()
+    edits = best_edits(effects(labels, given.model.depth), config.candidates)
+    if not edits:
+        raise ValueError("the labels hold no paths to make a menu of: search more questions, or longer")
+    given.notify(f"{len(edits)} edits for {len(rows)} tasks: {', '.join(map(str, edits))}")
+    single = [edit.apply(given.full) for edit in edits]
+    first = {task: Tried.on(given, own[: config.screen], single) for task, own in rows.items()}
+    gains, errors = (torch.stack([getattr(one, name) for one in first.values()]) for name in ("gains", "errors"))
+    drawn = drawn_to_mean(gains, errors)
+    mean = sum(map(given.tokens, rows.values())) / len(rows)
+    found = {}
+    for (task, own), promised in zip(rows.items(), drawn[:, 1:].tolist(), strict=True):
+        rest = own[config.screen :] or own  # too few questions: the same again
+        second = Tried.on(given, rest[:SECOND], joined(edits, promised, given.full))
+        found[task] = Tried.on(given, rest, finalists(second, given.tokens(own) / mean))
+        given.notify(f"{task}: " + "; ".join(_shown(found[task])))
+    return found
+
+
+def _shown(tried: Tried) -> list[str]:
+    return [f"{plan} {100 * gain:+.1f} ({100 * error:.1f})" for plan, gain, error in _rows(tried)]
+
+
+def _rows(tried: Tried) -> list[tuple[Plan, float, float]]:
+    """Plans but the full one, with gains and errors."""
+    return list(zip(tried.plans, tried.gains.tolist(), tried.errors.tolist(), strict=True))[1:]
+
+
+def served(found: dict[str, Tried], tokens: dict[str, float], saved: float) -> tuple[float, dict[str, Plan]]:
+    """The lowest price at which the tasks' best plans save that share of the layers; and these plans.
+
+    Args:
+        tokens: the mean length of each task's prompts.
+    """
+    mean, share = sum(tokens.values()) / len(tokens), 0.0
+    for price in PRICES:
+        picked = {task: one.plans[best_at(one, price * tokens[task] / mean)] for task, one in found.items()}
+        depth = next(iter(found.values())).plans[0].depth
+        share = 1 - sum(tokens[task] * plan.depth for task, plan in picked.items()) / (sum(tokens.values()) * depth)
+        if share >= saved:
+            break
+    return price, picked
+
+
+def train_menu(
+    config: DrLLMConfig, labels: Sequence[Record], given: Material
+) -> tuple[MenuPolicy, list[Plan], dict[str, Any]]:
+    """The policy, what it decides for the questions held out, and what was found out on the way."""
+    found = race(config, labels, given)
+    tokens = {task: given.tokens(rows) for task, rows in given.rows_of_tasks().items()}
+    price, picked = served(found, tokens, config.saved)
+    plans = tuple(dict.fromkeys([given.full, *picked.values()]))
+    if len(plans) == 1:
+        raise ValueError("no plan serves any task better than the full one: search more questions")
+    given.notify(f"price {price:.3f}: " + "; ".join(f"{task} {plan}" for task, plan in picked.items()))
+    shared = plans[0][: shared_visits(plans)]
+
+    def compute(prompts: list[list[int]], paths: list[str]) -> dict[str, Tensor]:
+        return {"read": menu_reads(given.model, prompts, shared)}
+
+    prefixes = [str(shared)] * len(given.prompts)
+    read = kept_features(given.folder, given.model, given.prompts, prefixes, compute, given.notify)["read"].float()
+    wanted = [plans.index(picked[one.task]) if one.task in picked else 0 for one in given.questions]
+    routers = fit_menu(read, torch.eye(len(plans))[wanted], given.held_out, config, given.notify)
+    policy = MenuPolicy(plans, routers, config.threshold)
+    own = {task: [[str(plan), gain, error] for plan, gain, error in _rows(one)] for task, one in found.items()}
+    record = {"threshold": config.threshold, "price": price, "menu": [str(plan) for plan in plans]}
+    record |= {"chosen": {task: str(plan) for task, plan in picked.items()}, "finalists": own}
+    return policy, list(policy.pick(read[given.held])), record

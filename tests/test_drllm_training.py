@@ -31,7 +31,6 @@ from layerwise.training.routers import (
     focal_loss,
     layer_logits,
     macro_f1,
-    menu_loss,
     schedule_of,
 )
 
@@ -68,16 +67,6 @@ def test_class_weights_have_mean_one_and_do_not_saturate() -> None:
         effective = [n if beta == 1 else (1 - beta**n) / (1 - beta) for n in (400, 95_000, 100)]
         assert (weights[2] / weights[1]).item() == pytest.approx(effective[1] / effective[2], rel=1e-4)
     assert class_weights(torch.tensor([1, 1, 0]), 1.0).tolist() == pytest.approx([4 / 3, 2 / 3, 0])
-
-
-def test_the_menus_loss_is_least_at_soft_targets() -> None:
-    utility = torch.tensor([[0.9, 0.4, 0.7]])
-    best = menu_loss(utility / 0.1, utility, 0.1)
-    for seed in range(5):
-        torch.manual_seed(seed)
-        assert menu_loss(utility / 0.1 + 0.3 * torch.randn(1, 3), utility, 0.1) > best
-    certain = torch.tensor([[0.0, 0.0, 50.0]])
-    assert menu_loss(certain, utility, 0.0).item() == pytest.approx(-0.7)
 
 
 def test_macro_f1_counts_every_class_alike() -> None:
@@ -175,22 +164,14 @@ def test_layers_learn_what_can_be_read() -> None:
     assert (found.argmax(-1) == classes)[held_out].float().mean() > 0.95
 
 
-def test_a_menu_learns_who_needs_which_plan_and_what_layers_cost() -> None:
+def test_a_menu_learns_who_needs_which_plan() -> None:
     torch.manual_seed(2)
-    kind = torch.randint(0, 2, (200,))
-    read = 0.3 * torch.randn(200, 8)
-    read[:, 3] += kind
-    rewards = torch.stack([torch.full((200,), 0.8), torch.where(kind == 1, 0.9, 0.5)], 1)
+    kind = torch.randint(0, 3, (200,))
+    read = 0.3 * torch.randn(200, 8) + 5
+    read[torch.arange(200), 2 * kind] += 1.5
     held_out = torch.arange(200) < 50
-    share = torch.tensor([1.0, 0.8])
-
-    def right(price: float, expected: torch.Tensor) -> float:
-        picked = fit_menu(read, rewards - price * share, held_out, RECIPE, silent).logits(0, read).argmax(-1)
-        return (picked == expected)[held_out].float().mean().item()
-
-    assert right(0.0, kind) > 0.9
-    assert right(3.0, torch.ones_like(kind)) == 1
-    assert right(-1.0, torch.zeros_like(kind)) == 1
+    picked = fit_menu(read, kind, held_out, RECIPE, silent).logits(0, read).argmax(-1)
+    assert (picked == kind)[held_out].float().mean() > 0.9
 
 
 # -- whole trainings -----------------------------------------------------------------------------------------

@@ -36,10 +36,11 @@ if TYPE_CHECKING:
 
 LEAST_TRIED = 50  # paths in the labels that hold an edit: the search's prior passes hopeless ones over
 RIDGE = 30.0  # of the edits' effects, in paths: as many without effect are added
-SIZES = (1, 2, 3, 4, 6, 8, 10, 12, 14)  # edits joined
-JOIN_PRICES = (0.0, 0.5, 100.0)  # of all layers: gains alone, both, skips alone
+JOINED = {0.0: (1, 2, 3), 0.5: (2, 3, 4, 6), 100.0: (2, 4, 6, 8, 10, 14)}  # by price of all layers, how many edits
 SECOND = 40  # questions of a task in the second round
 FINALISTS = 6
+AT_PRICES = (0.0, 0.2, 0.4, 0.8)  # of all layers: what finalists are best at
+DOUBT = 1.0  # standard errors that are taken off a gain
 PRICES = tuple(0.02 * 1.25**step for step in range(24))  # of all layers, in units of reward
 
 
@@ -58,6 +59,10 @@ class Tried:
         rewards = given.rewards(rows, [every] * len(rows))
         gains = rewards - rewards[:, :1]
         return cls(every, gains.mean(0), gains.std(0) / len(rows) ** 0.5)
+
+    def utility(self, price: float) -> Tensor:
+        """Gains less a price of all layers, for those that a plan runs."""
+        return self.gains - price * torch.tensor([plan.depth for plan in self.plans]) / self.plans[0].depth
 
 
 def effects(labels: Sequence[Record], layers: int) -> dict[Edit, float]:
@@ -101,13 +106,13 @@ def drawn_to_mean(gains: Tensor, errors: Tensor) -> Tensor:
 def joined(edits: Sequence[Edit], gains: Sequence[float], full: Plan) -> list[Plan]:
     """Plans of the edits that promise most at each price, as if gains of edits added up."""
     found: dict[Plan, None] = {}
-    for price in JOIN_PRICES:
+    for price, sizes in JOINED.items():
         worth = {
             edit: gain + price / full.depth * (1 if edit.kind is Kind.SKIP else -1)
             for edit, gain in zip(edits, gains, strict=True)
         }
         order = [edit for edit in sorted(worth, key=lambda edit: -worth[edit]) if worth[edit] > 0]
-        for size in SIZES:
+        for size in sizes:
             plan = full
             # A layer is skipped or repeated, not both: the edit that promises more comes first.
             for edit in order[:size]:
@@ -118,18 +123,15 @@ def joined(edits: Sequence[Edit], gains: Sequence[float], full: Plan) -> list[Pl
 
 
 def finalists(tried: Tried, weight: float) -> list[Plan]:
-    """The best plan at each price, from the middle one outwards, up to FINALISTS; `weight` is the task's tokens."""
-    found: dict[Plan, None] = {}
-    for margin in (0.0, 1.0):
-        for price in PRICES[::3]:
-            found[tried.plans[best_at(tried, price * weight, margin)]] = None
+    """The best plans at several prices, then the second best; `weight` is the task's share of tokens, mean 1."""
+    ranked = [tried.utility(price * weight).argsort(descending=True).tolist() for price in AT_PRICES]
+    found = dict.fromkeys(tried.plans[order[rank]] for rank in (0, 1) for order in ranked)
     return [plan for plan in found if plan != tried.plans[0]][:FINALISTS]
 
 
-def best_at(tried: Tried, price: float, doubt: float = 1.0) -> int:
-    """The number of the plan of most gain, less `doubt` standard errors, at a price of all layers."""
-    depths = torch.tensor([plan.depth for plan in tried.plans]) / tried.plans[0].depth
-    return int((tried.gains - doubt * tried.errors - price * depths).argmax())
+def best_at(tried: Tried, price: float) -> int:
+    """The number of the plan of most utility after a standard error is taken off its gain."""
+    return int((tried.utility(price) - DOUBT * tried.errors).argmax())
 
 
 def race(config: DrLLMConfig, labels: Sequence[Record], given: Material) -> dict[str, Tried]:
@@ -196,8 +198,8 @@ def train_menu(
 
     prefixes = [str(shared)] * len(given.prompts)
     read = kept_features(given.folder, given.model, given.prompts, prefixes, compute, given.notify)["read"].float()
-    wanted = [plans.index(picked[one.task]) if one.task in picked else 0 for one in given.questions]
-    routers = fit_menu(read, torch.eye(len(plans))[wanted], given.held_out, config, given.notify)
+    wanted = torch.tensor([plans.index(picked.get(one.task, given.full)) for one in given.questions])
+    routers = fit_menu(read, wanted, given.held_out, config, given.notify)
     policy = MenuPolicy(plans, routers, config.threshold)
     own = {task: [[str(plan), gain, error] for plan, gain, error in _rows(one)] for task, one in found.items()}
     record = {"threshold": config.threshold, "price": price, "menu": [str(plan) for plan in plans]}

@@ -6,7 +6,8 @@ single questions, see `training.menu`; it also tries plans on questions that wer
 
 A share of the questions, picked by their text, trains nothing. On these are chosen the epoch and, for the per-layer
 form, the threshold of confidence: the highest reward among the choices that save enough layers.
-The reward of a plan is a soft "right": sigmoid(margin / scale), where scale is a share of the task's usual margin.
+The reward of a plan is half what counts, 1 if it is right, and half a soft "right" that tells more of a single
+question: sigmoid(margin / scale), where scale is a share of the task's usual margin.
 
 Everything that takes long (features, margins) is kept in the output folder, so the same command goes on where a
 stopped one was; fitting itself takes seconds.
@@ -219,7 +220,7 @@ def soft_rewards(margins: Tensor, tasks: Sequence[str]) -> Tensor:
     for task, margin in zip(tasks, margins[:, 0].abs().tolist(), strict=True):
         of_task[task].append(margin)
     scale = torch.tensor([max(1e-6, SOFTNESS * median(of_task[task])) for task in tasks])
-    return torch.sigmoid(margins / scale[:, None])
+    return (torch.sigmoid(margins / scale[:, None]) + (margins > 0)) / 2
 
 
 def _saved(plans: Sequence[Plan], full: Plan) -> float:

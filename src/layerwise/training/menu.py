@@ -1,13 +1,14 @@
 """Dr.LLM's menu: a plan for each kind of prompt, and a router that tells the kinds apart.
 
 What turns one question right is often luck, and no router can know for whom; what helps on a hundred questions of a
-task helps on the next ones. So plans are chosen for tasks, in three rounds, each on questions that the ones before did
-not see, for the best of many is always partly lucky:
+task helps on the next ones. So plans are chosen for tasks, in rounds, each on other questions than the ones before,
+for the best of many is always partly lucky:
 
 1. Single edits that did well in the searched labels are tried on a few questions of each task. A task's gain from an
    edit is drawn towards the mean over all tasks, the more the less its few questions can tell.
 2. The best edits of a task are joined, two, three and more of them, at several prices of a layer.
-3. What is left of these is tried on many questions.
+3. The best of these are tried with one edit more.
+4. What did best in either round is tried on all questions but those of the first.
 
 Each task then gets the plan whose gain, less its standard error, is highest at the price of a layer that saves enough
 over all tasks; layers count by the tokens that run them. The router learns to recognise the tasks' prompts by what it
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from layerwise.plan import Plan
+from layerwise.plan import Plan, Visit
 from layerwise.policies.router import MenuPolicy, classes_of, shared_visits
 from layerwise.search.labels import Record
 from layerwise.search.tree import Edit, Kind
@@ -37,9 +38,11 @@ if TYPE_CHECKING:
 LEAST_TRIED = 50  # paths in the labels that hold an edit: the search's prior passes hopeless ones over
 RIDGE = 30.0  # of the edits' effects, in paths: as many without effect are added
 JOINED = {0.0: (1, 2, 3), 0.5: (2, 3, 4, 6), 100.0: (2, 4, 6, 8, 10, 14)}  # by price of all layers, how many edits
-SECOND = 40  # questions of a task in the second round
-FINALISTS = 6
+ROUND = 40  # questions of a task in the second round and in the third
+FINALISTS = 4  # of each round
 AT_PRICES = (0.0, 0.2, 0.4, 0.8)  # of all layers: what finalists are best at
+START_PRICES = (0.1, 0.5)  # what the plans are best at that the third round goes on from
+FURTHER = 14  # edits that are tried there
 DOUBT = 1.0  # standard errors that are taken off a gain
 PRICES = tuple(0.02 * 1.25**step for step in range(24))  # of all layers, in units of reward
 
@@ -107,26 +110,39 @@ def joined(edits: Sequence[Edit], gains: Sequence[float], full: Plan) -> list[Pl
     """Plans of the edits that promise most at each price, as if gains of edits added up."""
     found: dict[Plan, None] = {}
     for price, sizes in JOINED.items():
-        worth = {
-            edit: gain + price / full.depth * (1 if edit.kind is Kind.SKIP else -1)
-            for edit, gain in zip(edits, gains, strict=True)
-        }
+        worth = {edit: gain + _cheaper(edit) * price / full.depth for edit, gain in zip(edits, gains, strict=True)}
         order = [edit for edit in sorted(worth, key=lambda edit: -worth[edit]) if worth[edit] > 0]
         for size in sizes:
             plan = full
-            # A layer is skipped or repeated, not both: the edit that promises more comes first.
             for edit in order[:size]:
-                plan = edit.apply(plan) if plan.counts(len(full))[edit.first] == 1 else plan
-            if size <= len(order) and len(plan) > 1:
+                plan = _with(plan, edit)
+            if size <= len(order):
                 found[plan] = None
     return list(found)
 
 
-def finalists(tried: Tried, weight: float) -> list[Plan]:
+def further(starts: Sequence[Plan], edits: Sequence[Edit], gains: Sequence[float], price: float) -> list[Plan]:
+    """`starts` with one edit more, each of those FURTHER that promise most at a price of all layers."""
+    worth = [gain + _cheaper(edit) * price for edit, gain in zip(edits, gains, strict=True)]
+    order = sorted(range(len(edits)), key=lambda at: -worth[at])[:FURTHER]
+    return [plan for start in starts for at in order if (plan := _with(start, edits[at])) != start]
+
+
+def _cheaper(edit: Edit) -> int:
+    """Layers that the edit saves."""
+    return 1 if edit.kind is Kind.SKIP else -1
+
+
+def _with(plan: Plan, edit: Edit) -> Plan:
+    """The plan with the edit, or as it is if its layer is skipped or repeated already, or would be the last one."""
+    alone = plan.visits.count(Visit(edit.first)) == 1 and (edit.kind is Kind.REPEAT or len(plan) > 1)
+    return edit.apply(plan) if alone else plan
+
+
+def finalists(tried: Tried, weight: float, prices: Sequence[float] = AT_PRICES, ranks: int = 2) -> list[Plan]:
     """The best plans at several prices, then the second best; `weight` is the task's share of tokens, mean 1."""
-    ranked = [tried.utility(price * weight).argsort(descending=True).tolist() for price in AT_PRICES]
-    found = dict.fromkeys(tried.plans[order[rank]] for rank in (0, 1) for order in ranked)
-    return [plan for plan in found if plan != tried.plans[0]][:FINALISTS]
+    ranked = [tried.utility(price * weight).argsort(descending=True).tolist() for price in prices]
+    return list(dict.fromkeys(tried.plans[order[rank]] for rank in range(ranks) for order in ranked))
 
 
 def best_at(tried: Tried, price: float) -> int:
@@ -149,8 +165,13 @@ def race(config: DrLLMConfig, labels: Sequence[Record], given: Material) -> dict
     found = {}
     for (task, own), promised in zip(rows.items(), drawn[:, 1:].tolist(), strict=True):
         rest = own[config.screen :] or own  # too few questions: the same again
-        second = Tried.on(given, rest[:SECOND], joined(edits, promised, given.full))
-        found[task] = Tried.on(given, rest, finalists(second, given.tokens(own) / mean))
+        weight = given.tokens(own) / mean
+        second = Tried.on(given, rest[:ROUND], joined(edits, promised, given.full))
+        starts = finalists(second, weight, START_PRICES, ranks=1)
+        one_more = further(starts, edits, promised, weight * sum(START_PRICES) / 2 / given.full.depth)
+        third = Tried.on(given, rest[ROUND : 2 * ROUND] or rest, one_more)
+        best = [one for those in (second, third) for one in finalists(those, weight)[:FINALISTS]]
+        found[task] = Tried.on(given, rest, best)
         given.notify(f"{task}: " + "; ".join(_shown(found[task])))
     return found
 

@@ -16,7 +16,7 @@ from layerwise.search.tree import Edit, Kind
 from layerwise.training import menu
 from layerwise.training.config import RouterRecipe
 from layerwise.training.drllm import static_plans
-from layerwise.training.menu import Tried, best_at, best_edits, drawn_to_mean, effects, finalists, joined, served
+from layerwise.training.menu import Tried, best_edits, drawn_to_mean, effects, finalists, joined, served
 
 SKIP = [Edit(Kind.SKIP, layer) for layer in range(LAYERS)]
 REPEAT = [Edit(Kind.REPEAT, layer) for layer in range(LAYERS)]
@@ -73,7 +73,7 @@ def planted(gain: dict[str, dict[int, float]], noise: float, questions: int = 60
         return torch.tensor(found)
 
     given = SimpleNamespace(full=FULL, model=SimpleNamespace(depth=LAYERS), notify=lambda line: None, asked=asked)
-    given.rows_of_tasks, given.rewards, given.tokens = lambda: rows, rewards, lambda own: 10.0
+    given.rows, given.rewards, given.tokens = rows, rewards, lambda own: 10.0
     return given
 
 
@@ -88,14 +88,14 @@ def test_the_race_finds_what_serves_each_task_on_questions_of_its_own(monkeypatc
     edits = {**{SKIP[layer]: 0.0 for layer in range(1, 6)}, **{REPEAT[layer]: 0.0 for layer in range(6)}}
     monkeypatch.setattr(menu, "effects", lambda labels, layers: edits)
     given = planted({"a": {3: 0.1, 2: 0.05}, "b": {5: 0.1}}, noise=0.05)
-    found = menu.race(RouterRecipe(screen=10, candidates=12), [], given)  # type: ignore[arg-type]
-    best = {task: str(tried.plans[best_at(tried, 0.2)]) for task, tried in found.items()}
+    found = menu.race(RouterRecipe(screen=10, candidates=12), [], given, given.rows)  # type: ignore[arg-type]
+    best = {task: str(tried.plans[int(tried.utility(0.2).argmax())]) for task, tried in found.items()}
     assert best == {"a": "0-1 4-5", "b": "0-4"}
     assert given.asked == [*[tuple(range(at, at + 10)) for at in (0, 60)]] + [
         tuple(range(at + begin, at + end)) for at in (0, 60) for begin, end in ((10, 25), (25, 40), (10, 60))
     ]
     monkeypatch.setattr(menu, "effects", lambda labels, layers: {})
-    one_line(lambda: menu.race(RouterRecipe(), [], given), "search more")  # type: ignore[arg-type]
+    one_line(lambda: menu.race(RouterRecipe(), [], given, given.rows), "search more")  # type: ignore[arg-type]
 
 
 def tried(*each: tuple[str, float, float]) -> Tried:
@@ -104,18 +104,24 @@ def tried(*each: tuple[str, float, float]) -> Tried:
     return Tried(plans, values[:, 0], values[:, 1])
 
 
-def test_a_doubtful_gain_does_not_count() -> None:
-    one = tried(("0-4", 0.05, 0.06), ("0-3", -0.05, 0.0))
-    assert [best_at(one, price) for price in (0.0, 0.1, 0.4)] == [0, 1, 2]
+def test_finalists_are_best_at_some_price() -> None:
+    one = tried(("0-4", 0.05, 0.06), ("0-3", -0.05, 0.0), ("0-3 4*2 5", -0.4, 0.0))
     assert finalists(one, 1.0) == [one.plans[1], one.plans[2], FULL]
 
 
 def test_layers_are_saved_where_they_cost_least_by_the_tokens_that_run_them() -> None:
-    both = {"short": tried(("0-2", -0.04, 0.0)), "long": tried(("0-2", -0.04, 0.0))}
+    each = (("0-3", -0.02, 0.0), ("0-2", -0.05, 0.0))
+    both = {"short": tried(*each), "long": tried(*each, ("0*2 1-5", 0.04, 0.05))}
     tokens = {"short": 10.0, "long": 90.0}
-    for saved, expected in ((0.2, ["0-5", "0-2"]), (0.46, ["0-2", "0-2"])):
-        price, picked = served(both, tokens, saved)
-        assert [str(plan) for plan in picked.values()] == expected and price > 0.04 / 0.5 / 1.8 * 0.99
+    for saved, expected in (
+        (0.0, ["0-5", "0-5"]),  # a gain within its error is none
+        (0.2, ["0-5", "0-3"]),
+        (0.31, ["0-3", "0-3"]),
+        (0.34, ["0-5", "0-2"]),  # less loss than by the next plan of each
+        (0.46, ["0-3", "0-2"]),
+        (0.9, ["0-2", "0-2"]),
+    ):
+        assert [str(plan) for plan in served(both, dict.fromkeys(both, 1), tokens, saved).values()] == expected, saved
 
 
 def test_static_plans_join_the_skips_of_most_effect() -> None:

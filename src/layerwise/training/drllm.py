@@ -163,7 +163,9 @@ def unsearched(searched: Sequence[Question], count: int) -> list[Question]:
     """More training questions of the built-in tasks among those searched, so that each has `count` if there are."""
     known = {one.id for one in searched}
     tasks = [task for task in dict.fromkeys(one.task for one in searched) if task in IN_DOMAIN]
-    return [one for task in tasks for one in questions(task, "train")[:count] if one.id not in known]
+    found = [questions(task, "train")[:count] for task in tasks]  # taken in turns, as a search does
+    turns = [those[at] for at in range(count) for those in found if at < len(those)]
+    return [one for one in turns if one.id not in known]
 
 
 def is_held_out(question: Question, share: float) -> bool:

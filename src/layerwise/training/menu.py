@@ -1,8 +1,9 @@
 """Dr.LLM's menu: a plan for each kind of prompt, and a router that tells the kinds apart.
 
 What turns one question right is often luck, and no router can know for whom; what helps on a hundred questions of a
-task helps on the next ones. So plans are chosen for tasks, in rounds, each on other questions than the ones before,
-for the best of many is always partly lucky:
+task helps on the next ones. So plans are chosen for kinds of prompts: tasks, where those count as one that a router
+which reads the first layer takes for each other. They are chosen in rounds, each on other questions than the ones
+before, for the best of many is always partly lucky:
 
 1. Single edits that did well in the searched labels are tried on a few questions of each task. A task's gain from an
    edit is drawn towards the mean over all tasks, the more the less its few questions can tell.
@@ -10,13 +11,14 @@ for the best of many is always partly lucky:
 3. The best of these are tried with one edit more.
 4. What did best in either round is tried on all questions but those of the first.
 
-Each task then gets the plan whose gain, less its standard error, is highest at the price of a layer that saves enough
-over all tasks; layers count by the tokens that run them. The router learns to recognise the tasks' prompts by what it
+Each task then gets a plan such that together they save enough and gain most; a gain counts less its standard error,
+layers count by the tokens that run them. The router learns to recognise the tasks' prompts by what it
 reads early on. Where it is unsure, as with prompts of another kind, the full plan runs.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -43,8 +45,8 @@ FINALISTS = 4  # of each round
 AT_PRICES = (0.0, 0.2, 0.4, 0.8)  # of all layers: what finalists are best at
 START_PRICES = (0.1, 0.5)  # what the plans are best at that the third round goes on from
 FURTHER = 14  # edits that are tried there
+CONFUSED = 0.2  # mean probability of another task, on questions held out, from which on two tasks are one kind
 DOUBT = 1.0  # standard errors that are taken off a gain
-PRICES = tuple(0.02 * 1.25**step for step in range(24))  # of all layers, in units of reward
 
 
 @dataclass(frozen=True)
@@ -145,25 +147,53 @@ def finalists(tried: Tried, weight: float, prices: Sequence[float] = AT_PRICES, 
     return list(dict.fromkeys(tried.plans[order[rank]] for rank in range(ranks) for order in ranked))
 
 
-def best_at(tried: Tried, price: float) -> int:
-    """The number of the plan of most utility after a standard error is taken off its gain."""
-    return int((tried.utility(price) - DOUBT * tried.errors).argmax())
+def kinds(config: DrLLMConfig, given: Material) -> dict[str, str]:
+    """The kind of each task, named after its tasks."""
+    tasks = list(given.rows_of_tasks())
+    read = _read(given, given.full[:1])
+    wanted = torch.tensor([tasks.index(one.task) if one.task in tasks else 0 for one in given.questions])
+    routers = fit_menu(read, wanted, given.held_out, config, lambda line: None)
+    taken = routers.logits(0, read[given.held_out]).softmax(-1)
+    own = wanted[given.held_out]
+    found = {task: [task] for task in tasks}
+    for number, task in enumerate(tasks):
+        means = taken[own == number].mean(0)
+        for other, mean in zip(tasks, means.tolist(), strict=True):
+            if mean > CONFUSED and found[other] is not found[task]:
+                found[task] += found[other]
+                found |= dict.fromkeys(found[other], found[task])
+    return {task: " + ".join(those) for task, those in found.items()}
 
 
-def race(config: DrLLMConfig, labels: Sequence[Record], given: Material) -> dict[str, Tried]:
-    """The last round's plans of each task, with what they gain on the questions of the last two rounds."""
-    rows = given.rows_of_tasks()
+def _read(given: Material, shared: Plan) -> Tensor:
+    """What a menu reads of every prompt after the visits `shared`."""
+
+    def compute(prompts: list[list[int]], paths: list[str]) -> dict[str, Tensor]:
+        return {"read": menu_reads(given.model, prompts, shared)}
+
+    prefixes = [str(shared)] * len(given.prompts)
+    return kept_features(given.folder, given.model, given.prompts, prefixes, compute, given.notify)["read"].float()
+
+
+def race(
+    config: DrLLMConfig, labels: Sequence[Record], given: Material, rows: dict[str, list[int]]
+) -> dict[str, Tried]:
+    """The last round's plans of each kind, with what they gain on all questions but those of the first round.
+
+    Args:
+        rows: the numbers of each kind's questions.
+    """
     edits = best_edits(effects(labels, given.model.depth), config.candidates)
     if not edits:
         raise ValueError("the labels hold no paths to make a menu of: search more questions, or longer")
-    given.notify(f"{len(edits)} edits for {len(rows)} tasks: {', '.join(map(str, edits))}")
+    given.notify(f"{len(edits)} edits for {len(rows)} kinds of prompts: {', '.join(map(str, edits))}")
     single = [edit.apply(given.full) for edit in edits]
-    first = {task: Tried.on(given, own[: config.screen], single) for task, own in rows.items()}
+    first = {kind: Tried.on(given, own[: config.screen], single) for kind, own in rows.items()}
     gains, errors = (torch.stack([getattr(one, name) for one in first.values()]) for name in ("gains", "errors"))
     drawn = drawn_to_mean(gains, errors)
     mean = sum(map(given.tokens, rows.values())) / len(rows)
     found = {}
-    for (task, own), promised in zip(rows.items(), drawn[:, 1:].tolist(), strict=True):
+    for (kind, own), promised in zip(rows.items(), drawn[:, 1:].tolist(), strict=True):
         rest = own[config.screen :] or own  # too few questions: the same again
         weight = given.tokens(own) / mean
         second = Tried.on(given, rest[:ROUND], joined(edits, promised, given.full))
@@ -171,8 +201,8 @@ def race(config: DrLLMConfig, labels: Sequence[Record], given: Material) -> dict
         one_more = further(starts, edits, promised, weight * sum(START_PRICES) / 2 / given.full.depth)
         third = Tried.on(given, rest[ROUND : 2 * ROUND] or rest, one_more)
         best = [one for those in (second, third) for one in finalists(those, weight)[:FINALISTS]]
-        found[task] = Tried.on(given, rest, best)
-        given.notify(f"{task}: " + "; ".join(_shown(found[task])))
+        found[kind] = Tried.on(given, rest, best)
+        given.notify(f"{kind}: " + "; ".join(_shown(found[kind])))
     return found
 
 
@@ -185,44 +215,58 @@ def _rows(tried: Tried) -> list[tuple[Plan, float, float]]:
     return list(zip(tried.plans, tried.gains.tolist(), tried.errors.tolist(), strict=True))[1:]
 
 
-def served(found: dict[str, Tried], tokens: dict[str, float], saved: float) -> tuple[float, dict[str, Plan]]:
-    """The lowest price at which the tasks' best plans save that share of the layers; and these plans.
+def served(found: dict[str, Tried], tasks: dict[str, int], tokens: dict[str, float], saved: float) -> dict[str, Plan]:
+    """The plan of each kind: of those choices that save enough, the one of most gain, less DOUBT standard errors.
 
     Args:
-        tokens: the mean length of each task's prompts.
+        tasks: of each kind, which its gain counts for.
+        tokens: the mean length of each kind's prompts; with the number of its tasks, what its layers weigh.
+        saved: share of the layers; if no choice saves so much, the one that saves most is taken.
     """
-    mean, share = sum(tokens.values()) / len(tokens), 0.0
-    for price in PRICES:
-        picked = {task: one.plans[best_at(one, price * tokens[task] / mean)] for task, one in found.items()}
-        depth = next(iter(found.values())).plans[0].depth
-        share = 1 - sum(tokens[task] * plan.depth for task, plan in picked.items()) / (sum(tokens.values()) * depth)
-        if share >= saved:
-            break
-    return price, picked
+    total = sum(tokens[kind] * tasks[kind] for kind in found)
+    choices: list[tuple[float, float, dict[str, Plan]]] = [(0.0, 0.0, {})]  # saved, gained, plans
+    for kind, tried in found.items():
+        gains = (tasks[kind] * (tried.gains - DOUBT * tried.errors)).tolist()
+        weight = tokens[kind] * tasks[kind] / total
+        shares = [(1 - plan.depth / tried.plans[0].depth) * weight for plan in tried.plans]
+        every = [
+            (share + more, gain + own, picked | {kind: plan})
+            for share, gain, picked in choices
+            for plan, more, own in zip(tried.plans, shares, gains, strict=True)
+        ]
+        choices, most = [], float("-inf")
+        for one in sorted(every, key=lambda one: one[:2], reverse=True):  # those that nothing beats in both
+            if one[1] > most:
+                choices.append(one)
+                most = one[1]
+    enough = [one for one in choices if one[0] >= saved]
+    return max(enough, key=lambda one: one[1])[2] if enough else choices[0][2]
 
 
 def train_menu(
     config: DrLLMConfig, labels: Sequence[Record], given: Material
 ) -> tuple[MenuPolicy, list[Plan], dict[str, Any]]:
     """The policy, what it decides for the questions held out, and what was found out on the way."""
-    found = race(config, labels, given)
-    tokens = {task: given.tokens(rows) for task, rows in given.rows_of_tasks().items()}
-    price, picked = served(found, tokens, config.saved)
+    kind_of = kinds(config, given)
+    rows: dict[str, list[int]] = {kind: [] for kind in kind_of.values()}
+    for task, own in given.rows_of_tasks().items():
+        rows[kind_of[task]] += own
+    rows = {kind: sorted(own) for kind, own in rows.items()}  # tasks in turns
+    found = race(config, labels, given, rows)
+    tokens = {kind: given.tokens(own) for kind, own in rows.items()}
+    picked = served(found, Counter(kind_of.values()), tokens, config.saved)
     plans = tuple(dict.fromkeys([given.full, *picked.values()]))
     if len(plans) == 1:
         raise ValueError("no plan serves any task better than the full one: search more questions")
-    given.notify(f"price {price:.3f}: " + "; ".join(f"{task} {plan}" for task, plan in picked.items()))
+    given.notify("chosen: " + "; ".join(f"{kind} {plan}" for kind, plan in picked.items()))
     shared = plans[0][: shared_visits(plans)]
-
-    def compute(prompts: list[list[int]], paths: list[str]) -> dict[str, Tensor]:
-        return {"read": menu_reads(given.model, prompts, shared)}
-
-    prefixes = [str(shared)] * len(given.prompts)
-    read = kept_features(given.folder, given.model, given.prompts, prefixes, compute, given.notify)["read"].float()
-    wanted = torch.tensor([plans.index(picked.get(one.task, given.full)) for one in given.questions])
+    read = _read(given, shared)
+    wanted = torch.tensor(
+        [plans.index(picked[kind_of[one.task]] if one.task in kind_of else given.full) for one in given.questions]
+    )
     routers = fit_menu(read, wanted, given.held_out, config, given.notify)
     policy = MenuPolicy(plans, routers, config.threshold)
-    own = {task: [[str(plan), gain, error] for plan, gain, error in _rows(one)] for task, one in found.items()}
-    record = {"threshold": config.threshold, "price": price, "menu": [str(plan) for plan in plans]}
-    record |= {"chosen": {task: str(plan) for task, plan in picked.items()}, "finalists": own}
+    last = {kind: [[str(plan), gain, error] for plan, gain, error in _rows(one)] for kind, one in found.items()}
+    record = {"threshold": config.threshold, "menu": [str(plan) for plan in plans]}
+    record |= {"chosen": {kind: str(plan) for kind, plan in picked.items()}, "finalists": last}
     return policy, list(policy.pick(read[given.held])), record

@@ -88,9 +88,9 @@ def gated(work: Path) -> Path:
 
 
 def routed(work: Path) -> Path:
-    """A router that picks from a menu, after a short search of 20 training questions of each task."""
+    """A router that picks from a menu, after a short search of 21 training questions of each task."""
     labels = work / "drllm-labels.jsonl"
-    search = ["search", "--out", str(labels), "--simulations", "32", "--width", "2", "--limit", "20"]
+    search = ["search", "--out", str(labels), "--simulations", "32", "--width", "2", "--limit", "21"]
     subprocess.run([sys.executable, "-m", "layerwise", *search], check=True)
     return drllm.train(DrLLMConfig(labels=str(labels), out=str(work / "drllm"), form="menu", saved=0.155), note)
 

@@ -92,7 +92,7 @@ def routed(work: Path) -> Path:
     labels = work / "drllm-labels.jsonl"
     search = ["search", "--out", str(labels), "--simulations", "32", "--width", "2", "--limit", "21"]
     subprocess.run([sys.executable, "-m", "layerwise", *search], check=True)
-    return drllm.train(DrLLMConfig(labels=str(labels), out=str(work / "drllm"), form="menu", saved=0.155), note)
+    return drllm.train(DrLLMConfig(labels=str(labels), out=str(work / "drllm"), form="menu", saved=0.105), note)
 
 
 def _begun(out: Path) -> bool:

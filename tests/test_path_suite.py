@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from layerwise import Plan, attach, from_pretrained
 from layerwise.data.short_answers import Question
 from layerwise.evaluation import path_time, paths, verdicts
+from layerwise.evaluation.margins import plan_margins
 from layerwise.evaluation.verdicts import written
 from layerwise.hub import save_adapter
 from layerwise.model import causal_lm
@@ -92,6 +93,40 @@ def test_verdicts_are_those_of_plain_passes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(verdicts, "written", lambda *_: pytest.fail("asked again"))
     assert verdicts.verdicts(model, tokenizer, those, plans, tmp_path) == found
     assert any("questions scored" in line for line in lines) and any("answers written" in line for line in lines)
+
+
+def test_a_written_answers_margin_says_whether_it_is_written() -> None:
+    """By the logits of plain passes; answers of two tokens, one of which is at times only the second likeliest."""
+    model, tokenizer = attach(tiny.model("llama")), number_tokenizer()
+    signs = []
+    for number, one in enumerate(asked("sums", 9)):
+        plan, ids = [FULL, *MENU][number % 4], tokenizer(one.prompt)["input_ids"]
+        margins, said = [], []
+        for place in (int(number % 3 == 1), int(number % 3 == 2)):
+            with torch.no_grad():
+                logits = model(torch.tensor([ids + said]), plans=[plan]).logits[0, -1]
+            said.append(int(logits[2:].topk(2).indices[place]) + 2)  # no special token
+            own, logits[said[-1]] = logits[said[-1]].item(), float("-inf")
+            margins.append(own - logits.max().item())
+        answer = f" {tokenizer.decode(said)}\n"
+        question = Question("sums", str(number), one.prompt, answer, (answer, " 50\n"))
+        found = PathEvaluator(model, tokenizer, question, written=True).margins([plan])[0]
+        assert found == pytest.approx(min(margins), abs=2e-4)
+        signs.append(found > 0)
+    assert not any(signs[1::3] + signs[2::3]) and sum(signs) > 1
+
+
+def test_margins_are_kept_by_question_and_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, those = attach(tiny.model("llama")), number_tokenizer(), asked("names", 3)
+    first = plan_margins(model, tokenizer, those, [[FULL], [FULL, MENU[1]], []], tmp_path)
+    (file,) = tmp_path.iterdir()
+    file.write_text(file.read_text() + '["half a li')  # a run was killed
+    new: list[list[Plan]] = []
+    real = PathEvaluator.margins
+    monkeypatch.setattr(PathEvaluator, "margins", lambda self, plans: new.append(list(plans)) or real(self, plans))
+    found = plan_margins(model, tokenizer, those[::-1], [[MENU[1]], [MENU[1], FULL], [MENU[1], FULL]], tmp_path)
+    assert new == [[MENU[1]], [MENU[1]]]
+    assert found[1] == first[1][::-1] and found[2][1] == first[0][0]
 
 
 def test_a_batch_of_answers_is_each_answer(tmp_path: Path) -> None:

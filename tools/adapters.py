@@ -116,10 +116,11 @@ def gated(work: Path) -> Path:
 
 
 def routed(work: Path) -> Path:
-    """Routers that pick from a menu, taught by a search of the training questions."""
+    """A router that picks from a menu, after a short search of 21 training questions of each task."""
     labels = work / "drllm-labels.jsonl"
-    subprocess.run([sys.executable, "-m", "layerwise", "search", "--out", str(labels)], check=True)
-    return drllm.train(DrLLMConfig(labels=str(labels), out=str(work / "drllm"), form="menu"), note)
+    search = ["search", "--out", str(labels), "--simulations", "32", "--width", "2", "--limit", "21"]
+    subprocess.run([sys.executable, "-m", "layerwise", *search], check=True)
+    return drllm.train(DrLLMConfig(labels=str(labels), out=str(work / "drllm"), form="menu", saved=0.105), note)
 
 
 def routed_text(work: Path) -> Path:

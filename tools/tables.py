@@ -122,7 +122,9 @@ def drllm_table(result: dict[str, Any]) -> str:
         f"{name.replace('_', ' ')} {one['accuracy']:.1%} ({one['layers_saved']:.1%} saved)"
         for name, one in result["controls"].items()
     )
-    realised = "not measured" if result["time_realised"] is None else f"{result['time_realised']:.0%} of it as time"
+    time = result["time"]
+    busy = f" (on a busy machine, load {time['load']:.1f})" if time["load"] > time["cpus"] else ""
+    realised = "not measured" if time["realised"] is None else f"{time['realised']:.0%} of it as time{busy}"
     where = result["environment"]
     lines += [
         "",

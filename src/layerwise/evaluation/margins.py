@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,22 +30,31 @@ def plan_margins(
     folder: Path,
     notify: Callable[[str], None] = lambda line: None,
 ) -> list[list[float]]:
-    """The margin of the right choice, in nats (positive if it is the likeliest), of each question along its plans.
+    """The margin of the right answer, in nats, positive if it is given, of each question along its plans.
+
+    Answers that are generated must be what the model writes; see `PathEvaluator`.
 
     Args:
         plans: of each question, any number.
-        folder: keeps what is known, a line a question; the file's name is made of all that margins depend on.
+        folder: keeps what is known in a file, a line for each question and the plans that were new to it.
         notify: gets a line of progress every few seconds.
     """
-    asked = [
-        [one.task, one.id, one.prompt, one.answer, one.choices, [str(plan) for plan in own]]
-        for one, own in zip(questions, plans, strict=True)
-    ]
-
-    def compute(number: int) -> list[float]:
-        return PathEvaluator(model, tokenizer, questions[number]).margins(plans[number])
-
-    return kept_lines(folder, "margins", model, asked, compute, "questions scored", notify)
+    file = _file(folder, "margins", model, [])
+    known: dict[str, dict[str, float]] = defaultdict(dict)
+    for key, found in _complete_lines(file):
+        known[key] |= found
+    keys = [_digest([one.task, one.prompt, one.answer, one.choices]) for one in questions]
+    pairs = list(zip(keys, plans, strict=True))
+    new = [[plan for plan in dict.fromkeys(own) if str(plan) not in known[key]] for key, own in pairs]
+    left = [at for at, those in enumerate(new) if those]
+    with file.open("a", encoding="utf-8") as out:
+        for at in _announced(left, "questions scored", notify):
+            margins = PathEvaluator(model, tokenizer, questions[at], written=True).margins(new[at])
+            found = dict(zip(map(str, new[at]), margins, strict=True))
+            known[keys[at]] |= found
+            out.write(json.dumps([keys[at], found]) + "\n")
+            out.flush()
+    return [[known[key][str(plan)] for plan in own] for key, own in pairs]
 
 
 def kept_lines(
@@ -60,23 +70,37 @@ def kept_lines(
 
     A run that was stopped goes on after its last complete line.
     """
-    about = json.dumps([fingerprint(model.runtime.backbone.model), str(model.runtime.backbone.dtype), asked])
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / f"{name}-{hashlib.sha256(about.encode()).hexdigest()[:12]}.jsonl"
+    file = _file(folder, name, model, asked)
     known = _complete_lines(file)
-    first = len(known)
-    began = said = time.perf_counter()
     with file.open("a", encoding="utf-8") as out:
-        for number in range(first, len(asked)):
+        for number in _announced(range(len(known), len(asked)), doing, notify):
             known.append(compute(number))
             out.write(json.dumps(known[-1]) + "\n")
             out.flush()
-            done, now = number + 1, time.perf_counter()
-            if now - said > SAID_EVERY or done == len(asked):
-                left = (now - began) / (done - first) * (len(asked) - done)
-                notify(f"{done} of {len(asked)} {doing} ({left / 60:.0f} min left)")
-                said = now
     return known
+
+
+def _file(folder: Path, name: str, model: LayerwiseForCausalLM, about: Any) -> Path:
+    """The file in `folder` for what depends on the model and on `about`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept_of = [fingerprint(model.runtime.backbone.model), str(model.runtime.backbone.dtype), about]
+    return folder / f"{name}-{_digest(kept_of)}.jsonl"
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
+
+
+def _announced(numbers: Sequence[int], doing: str, notify: Callable[[str], None]) -> Iterator[int]:
+    """`numbers`, with a line of progress every few seconds and after the last."""
+    began = said = time.perf_counter()
+    for done, number in enumerate(numbers, 1):
+        yield number
+        now = time.perf_counter()
+        if now - said > SAID_EVERY or done == len(numbers):
+            left = (now - began) / done * (len(numbers) - done)
+            notify(f"{done} of {len(numbers)} {doing} ({left / 60:.0f} min left)")
+            said = now
 
 
 def _complete_lines(file: Path) -> list[Any]:

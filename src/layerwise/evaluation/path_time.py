@@ -7,6 +7,7 @@ decoding by the bytes read, and the LM head is in both.
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -49,8 +50,9 @@ def timing(
 
     Returns:
         `realised`, the time saved as a share of what could be saved at best, None if no timed plan saves a layer; and
-        the seconds it is made of.
+        the seconds it is made of. If `load`, the load average before, is above `cpus`, others took part of the time.
     """
+    load = os.getloadavg()[0]
     picked = random.Random(seed).sample(range(len(asked)), min(PROMPTS, len(asked)))
     full, shape = Plan.full(model.depth), model.runtime.backbone.shape
     sums = {name: [0.0, 0.0] for name in ("full", "routed", "ideal")}
@@ -86,6 +88,8 @@ def timing(
         "new_tokens": NEW_TOKENS,
         "rounds": count,
         "engine": model.runtime.engine.name,
+        "load": load,
+        "cpus": os.cpu_count(),
     }
 
 

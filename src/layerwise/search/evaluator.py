@@ -45,6 +45,8 @@ class PathEvaluator:
     Args:
         model: in evaluation mode; layers are run eagerly, whatever engine it decodes with.
         prompt: one of the question's variants, instead of its own prompt.
+        written: of a question whose answer is generated, what counts is whether the model writes it, greedily; its
+            choices are not looked at. The row is shorter, too.
 
     Raises:
         ValueError: prompt and choices are longer than the model's context.
@@ -56,9 +58,12 @@ class PathEvaluator:
         tokenizer: PreTrainedTokenizerBase,
         question: Question,
         prompt: str | None = None,
+        written: bool = False,
     ) -> None:
         self.question = question
-        rows, prompt_tokens = choice_rows(tokenizer, question.prompt if prompt is None else prompt, question.choices)
+        self.written = written and question.generated
+        choices = (question.answer,) if self.written else question.choices
+        rows, prompt_tokens = choice_rows(tokenizer, question.prompt if prompt is None else prompt, choices)
         self.packed = PackedChoices.of(rows, prompt_tokens)
         backbone = model.runtime.backbone
         longest = max(map(len, rows))
@@ -76,15 +81,17 @@ class PathEvaluator:
 
     @torch.inference_mode()
     def margins(self, plans: Sequence[Plan]) -> list[float]:
-        """The margin of the right choice, in nats (see `packed.margin`), along each plan."""
+        """The margin of the right choice, in nats (see `packed.margin`), along each plan.
+
+        Of a written answer: the least margin of a token of it over all others, positive if greedy decoding gives it.
+        """
         new = [plan for plan in dict.fromkeys(plans) if plan not in self._known]
         if new:
             states = self._walk(new)
             size = max(1, BATCH_LOGITS // (len(self.packed.targets) * self.runtime.backbone.head.weight.shape[0]))
             for at in range(0, len(new), size):
-                likelihoods = self._log_likelihoods(torch.stack([state.hidden for state in states[at : at + size]]))
-                for plan, those in zip(new[at : at + size], likelihoods, strict=True):
-                    self._known[plan] = margin(those, self.question)
+                found = self._margins(torch.stack([state.hidden for state in states[at : at + size]]))
+                self._known.update(zip(new[at : at + size], found, strict=True))
         return [self._known[plan] for plan in plans]
 
     def _walk(self, plans: Sequence[Plan]) -> list[_State]:
@@ -121,13 +128,17 @@ class PathEvaluator:
                 self._kept += after.hidden.nbytes
         return afters
 
-    def _log_likelihoods(self, hidden: Tensor) -> list[list[float]]:
-        """Log-likelihood of each choice, in nats, from last states (plans, width, hidden size)."""
+    def _margins(self, hidden: Tensor) -> list[float]:
+        """The margin of each plan, from last states (plans, width, hidden size)."""
         packed, device = self.packed, hidden.device
         columns, at = torch.tensor(packed.predictors, device=device).unique(return_inverse=True)
         logits = self.runtime.backbone.logits(hidden[:, columns]).float()
-        normaliser = logits.logsumexp(-1)
         targets = torch.tensor(packed.targets, device=device)
-        found = logits[:, at, targets] - normaliser[:, at]
+        found = logits[:, at, targets]
+        if self.written:
+            others = logits[:, at].scatter(2, targets.expand(len(hidden), 1, -1).mT, float("-inf")).amax(-1)
+            return (found - others).amin(-1).tolist()
+        likelihoods = found - logits.logsumexp(-1)[:, at]
         sums = found.new_zeros(len(hidden), len(self.question.choices))
-        return sums.index_add_(1, torch.tensor(packed.scored, device=device), found).tolist()
+        sums.index_add_(1, torch.tensor(packed.scored, device=device), likelihoods)
+        return [margin(those, self.question) for those in sums.tolist()]

@@ -293,8 +293,14 @@ class RouterRecipe:
     beta: float = field(
         default=0.9999, metadata=_help("Per layer: of the class weights; 1 is inverse frequency, the paper has 0.999.")
     )
-    menu_size: int = field(default=8, metadata=_help("Menu: the most plans beside the full one."))
-    candidates: int = field(default=24, metadata=_help("Menu: plans out of the labels that it is chosen from."))
+    questions: int = field(
+        default=128, metadata=_help("Menu: training questions of each built-in task that plans are tried on.")
+    )
+    screen: int = field(default=24, metadata=_help("Menu: the first of these, that choose single edits."))
+    candidates: int = field(default=28, metadata=_help("Menu: single edits that are tried."))
+    threshold: float = field(
+        default=0.5, metadata=_help("Menu: least probability of a plan; what is less sure runs all layers.")
+    )
     saved: float = field(
         default=0.1, metadata=_help("Share of the layers that held-out questions must save; decides the threshold.")
     )
@@ -303,11 +309,12 @@ class RouterRecipe:
 
     def __post_init__(self) -> None:
         _choice("form", self.form, Form)
-        for name in ("units", "epochs", "batch", "learning_rate", "menu_size", "candidates"):
+        for name in ("units", "epochs", "batch", "learning_rate", "screen", "candidates"):
             _require(getattr(self, name) > 0, f"{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "gamma"):
+        for name in ("warmup", "weight_decay", "gamma", "questions"):
             value = getattr(self, name)
             _require(value >= 0, f"{name.replace('_', '-')} must be 0 or more, not {value}")
+        _require(0 <= self.threshold <= 1, f"threshold must be between 0 and 1, not {self.threshold}")
         _require(0 <= self.beta <= 1, f"beta must be between 0 and 1, not {self.beta}")
         _require(0 <= self.saved < 1, f"saved must be at least 0 and below 1, not {self.saved}")
         _require(0 < self.held_out < 1, f"held-out must be between 0 and 1, not {self.held_out}")

@@ -6,11 +6,7 @@ computed once (`training.features`), and the 25 epochs of the paper run over sma
 *Per layer*: focal loss on the classes of the labelled path, weighted by class (arXiv 2510.12773, section 3.3). Almost
 every label says execute, so the weights matter; with beta = 0.999, as published, they saturate at a thousand labels.
 
-*Menu*: with pi the router's distribution over the plans and u their utility, reward less a price for each layer,
-
-    loss = - sum pi u + temperature * sum pi log pi
-
-whose minimum is pi = softmax(u / temperature): soft targets, and at a low temperature the highest expected utility.
+*Menu*: cross entropy of the plan that the question's task gets, see `training.menu`.
 """
 
 from __future__ import annotations
@@ -21,12 +17,11 @@ from math import cos, pi
 
 import torch
 from torch import Tensor
-from torch.nn.functional import gelu, log_softmax
+from torch.nn.functional import cross_entropy, gelu, log_softmax
 
 from layerwise.policies.router import CLASSES, Routers
 from layerwise.training.config import RouterRecipe
 
-TEMPERATURE = 0.02  # of the menu's soft targets, in units of reward
 SMALLEST = 1e-3  # standard deviation below which an input counts as constant
 
 
@@ -45,12 +40,6 @@ def focal_loss(logits: Tensor, classes: Tensor, weights: Tensor, gamma: float = 
     """Mean of - w_c (1 - p_c)^gamma log p_c, c the label: logits (..., classes), labels (...)."""
     log_p = log_softmax(logits, -1).gather(-1, classes[..., None]).squeeze(-1)
     return -(weights[classes] * (1 - log_p.exp()) ** gamma * log_p).mean()
-
-
-def menu_loss(logits: Tensor, utility: Tensor, temperature: float = TEMPERATURE) -> Tensor:
-    """The loss at the top of this file, mean over rows: logits and utility (rows, plans)."""
-    log_pi = log_softmax(logits, -1)
-    return (log_pi.exp() * (temperature * log_pi - utility)).sum(-1).mean()
 
 
 def macro_f1(found: Tensor, expected: Tensor) -> float:
@@ -96,18 +85,18 @@ def layer_logits(routers: Routers, means: Tensor, share: Tensor) -> Tensor:
 
 
 def fit_menu(
-    read: Tensor, utility: Tensor, held_out: Tensor, recipe: RouterRecipe, notify: Callable[[str], None]
+    read: Tensor, wanted: Tensor, held_out: Tensor, recipe: RouterRecipe, notify: Callable[[str], None]
 ) -> Routers:
-    """The router of a menu, from what it reads (questions, 2 d) and the plans' utilities (questions, plans)."""
+    """The router of a menu, from what it reads (questions, 2 d) and the numbers of the wanted plans (questions,)."""
     inputs = read[:, None, None]
     centre, scale = _moments(inputs[~held_out], torch.ones(len(inputs), 1)[~held_out])
-    routers = Routers.random(1, read.shape[1], utility.shape[1], recipe.units, recipe.seed)
+    routers = Routers.random(1, read.shape[1], int(wanted.max()) + 1, recipe.units, recipe.seed)
     # Nothing is known at first: all plans begin alike, and not by what random weights say.
     routers = replace(routers, outer_weight=torch.zeros_like(routers.outer_weight))
     standard = ((inputs - centre) / scale)[:, 0, 0]
 
     def loss(those: Routers, rows: Tensor) -> Tensor:
-        return menu_loss(those.logits(0, standard[rows]), utility[rows])
+        return cross_entropy(those.logits(0, standard[rows]), wanted[rows])
 
     return _folded(_fit(routers, loss, held_out, recipe, notify), centre.squeeze(1), scale.squeeze(1))
 

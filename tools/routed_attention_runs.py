@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "results" / "routed_attention.json"
+WORK = Path("build/routed-attention")
 SEEDS = (0, 1, 2)
 BASELINE_STEPS = 1000  # more than the curriculum needs to learn the task
 
@@ -63,6 +65,8 @@ def add(result: dict[str, Any]) -> None:
         {name: entry[name] for name in ("step", "length", "phase", "accuracy", "usage")} for entry in result["history"]
     ]
     run["pairs"] = result["config"]["pairs"] if result["task"] == "mqar" else 1
+    # Wherever it was trained, it is repeated in the usual folder.
+    run["command"] = re.sub(r"--out \S+/", f"--out {WORK}/", run["command"])
     order = [one.name for one in planned()]
     named = {Run(one["task"], one["distance"], one["mode"], one["seed"]).name: one for one in (*kept(), run)}
     runs = [named[name] for name in sorted(named, key=order.index)]
@@ -74,7 +78,7 @@ def add(result: dict[str, Any]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[""], help="runs whose names begin with one of these")
-    parser.add_argument("--work", type=Path, default=Path("build/routed-attention"), help="folder for checkpoints")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder for checkpoints")
     parser.add_argument("--list", action="store_true", help="only say which runs are left")
     given = parser.parse_args()
     there = {Run(one["task"], one["distance"], one["mode"], one["seed"]) for one in kept()}

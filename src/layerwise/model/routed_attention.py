@@ -58,7 +58,6 @@ class RoutedAttention(nn.Module):
         blend: compute both paths everywhere while training, for an exact straight-through gradient. Without it the
             routed path is used, and only positions that attend teach the router.
         tau: temperature of the Gumbel softmax in training.
-        soft: mix by the probability of attending, in training and inference: the first phase of a curriculum.
 
     Raises:
         ValueError: sizes do not divide.
@@ -96,7 +95,7 @@ class RoutedAttention(nn.Module):
         self.router = Router(hidden_size, router_width or hidden_size, initial_usage=initial_usage)
         self.mixing: Mixing = "routed"
         self.kernel: Kernel = "auto"
-        self.chunk, self.blend, self.tau, self.soft = CHUNK, True, 1.0, False
+        self.chunk, self.blend, self.tau = CHUNK, True, 1.0
         self.prepared = False
         self._kept_weights: tuple[Any, Tensor] | None = None
         self.start_taps()
@@ -140,7 +139,7 @@ class RoutedAttention(nn.Module):
         if self.prepared and cache is not None and self._single(hidden, mask, cache):
             return self._decode(hidden, cache, gate)
         routing = self._route(hidden, mask, cache, gate)
-        if (self.soft or (self.training and self.blend)) and cache is None and self.mixing == "routed":
+        if self.training and self.blend and cache is None and self.mixing == "routed":
             return self._blend(hidden, mask, routing), routing
         return self._mix(hidden, mask, cache, routing.gate), routing
 
@@ -164,8 +163,6 @@ class RoutedAttention(nn.Module):
                 cache.average = average
             if gate is not None:
                 chosen = gate.to(hidden.dtype)
-            elif self.soft:
-                chosen = torch.sigmoid(logits)
             elif self.training:
                 chosen = gumbel_sigmoid(logits, self.tau)
             else:
@@ -176,7 +173,7 @@ class RoutedAttention(nn.Module):
 
     def _single(self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache) -> bool:
         one = hidden.shape[0] == 1 and hidden.shape[1] == 1 and hidden.is_cpu
-        return one and mask is None and cache.starts is None and not torch.is_grad_enabled() and not self.soft
+        return one and mask is None and cache.starts is None and not torch.is_grad_enabled()
 
     def _decode(self, hidden: Tensor, cache: RoutedLayerCache, gate: Tensor | None) -> tuple[Tensor, Routing]:
         """`_route` and `_mix` of one token of one row."""

@@ -98,6 +98,19 @@ def test_the_race_finds_what_serves_each_task_on_questions_of_its_own(monkeypatc
     one_line(lambda: menu.race(RouterRecipe(), [], given, given.rows), "search more")  # type: ignore[arg-type]
 
 
+def test_tasks_that_look_alike_are_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    tasks = [("easy", "sums", "hard")[at % 3] for at in range(300)]
+    read = torch.randn(300, 6)
+    read[1::3] += 4  # sums are asked in another way, easy and hard questions are not
+    rows = {task: [at for at in range(60, 300) if tasks[at] == task] for task in ("easy", "sums", "hard")}
+    given = SimpleNamespace(full=FULL, questions=[SimpleNamespace(task=task) for task in tasks])
+    given.held_out, given.rows_of_tasks = torch.arange(300) < 60, lambda: rows
+    monkeypatch.setattr(menu, "_read", lambda given, shared: read)
+    found = menu.kinds(RouterRecipe(units=8), given)  # type: ignore[arg-type]
+    assert found == {"easy": "easy + hard", "hard": "easy + hard", "sums": "sums"}
+
+
 def tried(*each: tuple[str, float, float]) -> Tried:
     plans = [FULL, *(Plan.parse(text) for text, _, _ in each)]
     values = torch.tensor([(0.0, 0.0), *((gain, error) for _, gain, error in each)])
@@ -111,7 +124,7 @@ def test_finalists_are_best_at_some_price() -> None:
 
 def test_layers_are_saved_where_they_cost_least_by_the_tokens_that_run_them() -> None:
     each = (("0-3", -0.02, 0.0), ("0-2", -0.05, 0.0))
-    both = {"short": tried(*each), "long": tried(*each, ("0*2 1-5", 0.04, 0.05))}
+    both = {"short": tried(*each), "long": tried(*each, ("0-3 4*2", 0.04, 0.05))}
     tokens = {"short": 10.0, "long": 90.0}
     for saved, expected in (
         (0.0, ["0-5", "0-5"]),  # a gain within its error is none

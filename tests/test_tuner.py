@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from layerwise.decoding.tuner import REMEASURE, REST, Tuner
+from layerwise.decoding.tuner import HOPE, REMEASURE, REST, Tuner
 
 STEP = 0.010  # seconds of a plain step in the simulations
 MORE = 0.0003  # what each further token adds to a verification
@@ -63,9 +63,21 @@ def test_a_guess_at_the_acceptance_decides_until_it_is_measured() -> None:
     prices = {"likely": 0.002, "unlikely": 0.002}
     assert tuner.choose(prices, 4, hopes={"likely": 0.9, "unlikely": 0.1})[0] == "likely"
     for _ in range(20):
-        tuner.note("likely", 2, 0.0, 0.0, 3, STEP + 2 * MORE)
-        tuner.note("unlikely", 2, 2.0, 0.0, 3, STEP + 2 * MORE)
+        tuner.note("likely", 2, 0.0, 0.0, 3, STEP + 2 * MORE, hope=0.9)
+        tuner.note("unlikely", 2, 2.0, 0.0, 3, STEP + 2 * MORE, hope=0.1)
     assert tuner.choose(prices, 4, hopes={"likely": 0.9, "unlikely": 0.1})[0] == "unlikely"
+
+
+def test_how_much_of_its_hopes_comes_true_holds_for_all_hopes_of_a_way() -> None:
+    tuner, draw = Tuner(), random.Random(1)
+    for _ in range(400):
+        hope = draw.choice((0.2, 0.9))
+        tuner.note("corpus", 1, float(draw.random() < 0.5 * hope), 0.0, 2, STEP, hope)
+    assert tuner.ways["corpus"].acceptance(0.9) == pytest.approx(0.45, abs=0.1)
+    assert tuner.ways["corpus"].acceptance(0.2) == pytest.approx(0.10, abs=0.03)
+    for _ in range(200):
+        tuner.note("corpus", 2, 2.0, 0.0, 3, STEP, 0.2)
+    assert tuner.ways["corpus"].acceptance(0.9) == 0.99  # a probability still
 
 
 def test_a_draft_that_failed_is_taken_up_when_it_has_become_good() -> None:
@@ -130,7 +142,7 @@ def test_one_more_token_is_worth_its_time_only() -> None:
         thresholds.append(threshold(worth))
         # A token more is worth it if what it gives in the time it takes is no less than the best rate.
         best = max(tuner.rate("exit", length) for length in range(1, 16))
-        assert thresholds[-1] == pytest.approx(price * STEP * best / tuner.ways["exit"].acceptance, rel=1e-3)
+        assert thresholds[-1] == pytest.approx(price * STEP * best / tuner.ways["exit"].acceptance(), rel=1e-3)
     assert thresholds == sorted(thresholds) and thresholds[0] < 0.3 < thresholds[-1]
 
 
@@ -154,27 +166,27 @@ def test_what_is_noted() -> None:
     assert tuner.plain == 0.02 and not tuner.ways  # drafting nothing is no way to draft
     tuner.note("plan:0-5", 4, 2.0, 0.008, 5, 0.03)  # a name that was never offered to choose from
     way = tuner.ways["plan:0-5"]
-    assert (way.stood, way.fell, way.seconds, way.idle) == (2.0, 1.0, 0.002, 0)
+    assert (way.stood, way.hoped, way.seconds, way.idle) == (2.0, pytest.approx(3 * HOPE), 0.002, 0)
     assert tuner.round_seconds(5) == 0.03 and tuner.plain == 0.02
-    before = way.acceptance
+    before = way.acceptance()
     tuner.note("plan:0-5", 4, 4.0, 0.008, 5, 0.05)
-    assert way.acceptance > before and way.stood > 5 and way.fell < 1.0
+    assert way.acceptance() > before and way.stood > 5 and way.hoped > 6 * HOPE
     assert tuner.round_seconds(5) == pytest.approx(0.04)
     tuner.note("ngram2", 3, 0.0, 0.0001, 4, 0.03)
-    assert way.idle == 1 and tuner.ways["ngram2"].acceptance < way.acceptance
+    assert way.idle == 1 and tuner.ways["ngram2"].acceptance() < way.acceptance()
 
 
 def test_failures_fade_while_a_way_rests() -> None:
     tuner = Tuner()
     for _ in range(20):
         tuner.note("exit", 2, 0.0, 0.001, 3, STEP)
-    failed = tuner.ways["exit"].acceptance
+    failed = tuner.ways["exit"].acceptance()
     fresh = Tuner()
     fresh.choose({"exit": 0.1}, 5)
-    hope = fresh.ways["exit"].acceptance
+    hope = fresh.ways["exit"].acceptance()
     for _ in range(int(20 * REST)):
         tuner.note("off", 0, 0.0, 0.0, 1, STEP)
-    assert failed < 0.25 and tuner.ways["exit"].acceptance == pytest.approx(hope, abs=1e-3)
+    assert failed < 0.25 and tuner.ways["exit"].acceptance() == pytest.approx(hope, abs=1e-3)
 
 
 def test_times_between_measured_widths_are_read_off_their_neighbours() -> None:

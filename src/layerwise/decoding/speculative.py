@@ -34,7 +34,7 @@ from layerwise.decoding.drafts import MOST, Draft
 from layerwise.decoding.judge import Judge
 from layerwise.decoding.ngrams import CorpusDrafter, NGramDrafter
 from layerwise.decoding.target import Read, Target, Watched
-from layerwise.decoding.tuner import Tuner
+from layerwise.decoding.tuner import HOPE, Tuner
 from layerwise.model.cache import Cache
 from layerwise.model.packing import last_of
 from layerwise.plan import Plan, Route
@@ -44,7 +44,8 @@ if TYPE_CHECKING:
     from layerwise.model.causal_lm import LayerwiseForCausalLM
 
 NGRAM_PRICE = 0.002  # of a plain step, for a token
-GRADES = 5  # ways that drafts from a corpus count as, by how sure their first token is
+NGRAM_HOPES = {2: 0.5, 3: 0.6, 4: 0.75}  # by the length of the match: how often what followed follows again
+HEAD_HOPE = 0.45
 SURPLUS = 4  # tokens that a confident draft may go on beyond the best length
 
 
@@ -56,6 +57,7 @@ class Crew:
         self.tuner: Tuner = model.tuner(draft, target.rows)
         self.drafters: dict[str, Drafter] = {}
         self.prices: dict[str, float] = {}
+        self.hopes: dict[str, float] = {}  # of this round, where a draft knows
         self.ngram: NGramDrafter | None = None
         if draft.kind in ("auto", "ngram") or draft.lookup:
             self.ngram = NGramDrafter(target)
@@ -101,34 +103,30 @@ class Crew:
         name, length, worth = self._turn(last, min(most, MOST))
         if not length:
             return "off", Proposal([[] for _ in range(len(last))])
-        if name.startswith("ngram"):
-            return name, self.drafters["ngram"].propose(last, length, worth)
-        if worth is not _always:  # a confident draft may go on beyond what is best on average
+        if worth is not _always and name != "ngram":  # a confident draft may go on beyond what is best on average
             length = min(length + SURPLUS, most, MOST)
-        drafter = self.drafters["corpus" if name.startswith("corpus") else name]
-        return name, drafter.propose(last, length, worth)
+        return name, self.drafters[name].propose(last, length, worth)
 
     def _turn(self, last: Tensor, most: int) -> tuple[str, int, Worth]:
         if most < 1:
             return "off", 0, _never
-        prices, hopes = dict(self.prices), {}
+        prices, self.hopes = dict(self.prices), {"head": HEAD_HOPE}
         match = self.ngram.match(last) if self.ngram is not None else 0
         if match:
-            prices[f"ngram{match}"] = NGRAM_PRICE
+            prices["ngram"], self.hopes["ngram"] = NGRAM_PRICE, NGRAM_HOPES[match]
         sure = self.corpus.sure(last) if self.corpus is not None else 0.0
         if sure:
-            grade = min(int(sure * GRADES), GRADES - 1)
-            prices[f"corpus{grade}"], hopes[f"corpus{grade}"] = NGRAM_PRICE, (grade + 0.5) / GRADES
+            prices["corpus"], self.hopes["corpus"] = NGRAM_PRICE, sure
         if self.draft.kind == "auto":
-            return self.tuner.choose(prices, most, hopes=hopes)
+            return self.tuner.choose(prices, most, hopes=self.hopes)
         if match and self.draft.lookup:
-            prices = {f"ngram{match}": NGRAM_PRICE}
+            prices = {"ngram": NGRAM_PRICE}
         if not prices:
             return "off", 0, _never
         if self.draft.length is not None:
             (name,) = prices
             return name, min(self.draft.length, most), _always
-        return self.tuner.choose(prices, most, rest=False, hopes=hopes)
+        return self.tuner.choose(prices, most, rest=False, hopes=self.hopes)
 
     def learn(self, read: Read) -> None:
         for drafter in self.drafters.values():
@@ -273,7 +271,8 @@ def _round(
     crew.learn(read)
     mean = sum(stood) / len(stood)
     seconds = drafted_at - began
-    crew.tuner.note(name, max(counts) - 1, mean, seconds, max(counts), perf_counter() - drafted_at)
+    hope = crew.hopes.get(name, HOPE)
+    crew.tuner.note(name, max(counts) - 1, mean, seconds, max(counts), perf_counter() - drafted_at, hope)
     if trace is not None:
         trace.drafts[name] += 1
         trace.drafted += sum(counts) - len(counts)

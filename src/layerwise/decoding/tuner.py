@@ -1,12 +1,12 @@
 """Which draft, and how many tokens: chosen while running, from what was measured so far.
 
-For each way to draft the tuner keeps two numbers, how often a drafted token stands and how long it takes to draft one,
-and it keeps how long a verification of so many tokens takes. If a drafted token stands with probability a, then d of
-them give 1 + a + ... + a^d tokens a round, at the price of drafting d and verifying d + 1. The best way is the one that
-gives most tokens a second; drafting nothing at all is one of the ways. Within a round drafting goes on as long as one
-more token is expected to give more than its time would elsewhere: the draft's own confidence says how likely it is that
-those before it stand (Kangaroo, arXiv 2404.18911, stops below a fixed confidence; DEL, arXiv 2504.05598, chooses exit
-and length from measured acceptance).
+For each way to draft the tuner keeps two numbers, how often a drafted token stands (of a way that says how sure it is,
+how much of that comes true) and how long it takes to draft one, and it keeps how long a verification of so many takes.
+If a drafted token stands with probability a, then d of them give 1 + a + ... + a^d tokens a round, at the price of
+drafting d and verifying d + 1. The best way is the one that gives most tokens a second; drafting nothing at all is one
+of the ways. Within a round drafting goes on as long as one more token is expected to give more than its time would
+elsewhere: the draft's own confidence says how likely it is that those before it stand (Kangaroo, arXiv 2404.18911,
+stops below a fixed confidence; DEL, arXiv 2504.05598, chooses exit and length from measured acceptance).
 
 Old rounds are forgotten slowly, so a way that failed is tried again when the text may have changed.
 """
@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 MEMORY = 0.98  # what a round's counts weigh one round later
-HOPE = 0.6  # acceptance of a way that has not been tried, if nothing is known of it
-STARTING_WEIGHT = 2.0  # drafted tokens that this hope is worth
+HOPE = 0.6  # acceptance of a way that has not been tried, if it says nothing of itself
+STARTING_WEIGHT = 1.2  # tokens that were hoped for and stood, before there are any
 ONE_MORE = 0.05  # of a plain step, to verify one more token, where nothing is known
 REMEASURE = 64  # rounds after which a plain one is timed again
 _NONE: Mapping[str, float] = MappingProxyType({})
@@ -28,24 +28,22 @@ REST = 100.0  # rounds after which half of a failure is forgotten, if the way wa
 
 @dataclass(slots=True)
 class Way:
-    """One way to draft: its counts and its time.
+    """One way to draft: its counts and its time; `price` is a guess at the time, as a share of a plain step.
 
-    `price` is a guess at the time, as a share of a plain step, and `hope` one at the acceptance.
+    A way may say what it hopes for, round by round: a long match more than a short one. What is learnt is how much of
+    that comes true.
     """
 
     price: float
-    hope: float = HOPE
     stood: float = 0.0
-    fell: float = 0.0
+    hoped: float = 0.0  # the hopes for all tokens that stood, or were the first to fall
     seconds: float | None = None  # to draft one token
     idle: int = 0
 
-    @property
-    def acceptance(self) -> float:
+    def acceptance(self, hope: float = HOPE) -> float:
         """Probability that a drafted token stands, given that those before it do."""
         fade = 0.5 ** (self.idle / REST)
-        stood, fell = self.stood * fade, self.fell * fade
-        return (stood + self.hope * STARTING_WEIGHT) / (stood + fell + STARTING_WEIGHT)
+        return min(0.99, hope * (self.stood * fade + STARTING_WEIGHT) / (self.hoped * fade + STARTING_WEIGHT))
 
 
 @dataclass
@@ -82,10 +80,10 @@ class Tuner:
         low, high = self.widths[below][0], self.widths[above][0]
         return low + (high - low) * (width - below) / (above - below)
 
-    def rate(self, name: str, length: int) -> float:
+    def rate(self, name: str, length: int, hope: float = HOPE) -> float:
         """Expected tokens a second of rounds with `length` tokens drafted by `name`."""
         way = self.ways[name]
-        a, tokens = way.acceptance, 1.0
+        a, tokens = way.acceptance(hope), 1.0
         for number in range(length):
             tokens += a ** (number + 1)
         return tokens / (self._draft_seconds(way) * length + self.round_seconds(length + 1))
@@ -99,13 +97,17 @@ class Tuner:
             prices: the ways there are now, each with a guess at the time of drafting a token, as a share of a step.
             most: no more tokens than this.
             rest: whether drafting nothing may be chosen; its name is "off".
-            hopes: guesses at the acceptance of some ways.
+            hopes: what the ways say their acceptance is in this round, where they know.
         """
         for name, price in prices.items():
-            self.ways.setdefault(name, Way(price, hopes.get(name, HOPE)))
+            self.ways.setdefault(name, Way(price))
         if rest and (1 not in self.widths or self.since_plain >= REMEASURE):
             return "off", 0, lambda trust: False
-        options = [(self.rate(name, length), name, length) for name in prices for length in range(1, most + 1)]
+        options = [
+            (self.rate(name, length, hopes.get(name, HOPE)), name, length)
+            for name in prices
+            for length in range(1, most + 1)
+        ]
         plain = 1 / self.round_seconds(1)
         best, name, length = max(options, default=(0.0, "off", 0))
         if not options or (rest and plain >= best):
@@ -113,10 +115,19 @@ class Tuner:
         way = self.ways[name]
         more = self.round_seconds(length + 1) - self.round_seconds(max(1, length - 3))
         cost = self._draft_seconds(way) + max(0.0, more / min(4, length))
-        threshold = cost * best / max(way.acceptance, 1e-3)
+        threshold = cost * best / max(way.acceptance(hopes.get(name, HOPE)), 1e-3)
         return name, length, lambda trust: trust >= threshold
 
-    def note(self, name: str, drafted: int, stood: float, draft_seconds: float, width: int, seconds: float) -> None:
+    def note(
+        self,
+        name: str,
+        drafted: int,
+        stood: float,
+        draft_seconds: float,
+        width: int,
+        seconds: float,
+        hope: float = HOPE,
+    ) -> None:
         """Learn from a round: `stood` of `drafted` tokens a row stood, on average over rows."""
         for other in self.ways.values():
             other.idle += 1
@@ -129,7 +140,7 @@ class Tuner:
         way = self.ways.setdefault(name, Way(seconds / drafted))
         fade = MEMORY * 0.5 ** ((way.idle - 1) / REST)
         way.stood = way.stood * fade + stood
-        way.fell = way.fell * fade + (1.0 if stood < drafted else 0.0)
+        way.hoped = way.hoped * fade + hope * (stood + (1.0 if stood < drafted else 0.0))
         way.idle = 0
         each = draft_seconds / drafted
         way.seconds = each if way.seconds is None else way.seconds + 0.1 * (each - way.seconds)

@@ -73,10 +73,10 @@ def test_other_libraries_decode_the_same_weights_each_at_its_fastest_setting(mon
 
 
 def test_a_sweep_holds_only_what_the_model_can_draft() -> None:
-    bare = static_drafts(SimpleNamespace(exit_head=None, exits=()))
-    assert bare and not any("head" in one for one in bare)
-    full = static_drafts(SimpleNamespace(exit_head=object(), exits=(4, 8)))
-    assert {"head,4", "exit:4,2", "exit:8,4"} <= set(full)
+    bare = static_drafts(SimpleNamespace(exit_head=None, ngrams=None, exits=()))
+    assert bare and not any("head" in one or "corpus" in one for one in bare)
+    full = static_drafts(SimpleNamespace(exit_head=object(), ngrams=object(), exits=(4, 8)))
+    assert {"head,4", "corpus,4", "exit:4,2", "exit:8,4"} <= set(full)
 
 
 def result(task: str, speedup: float, adapter: str | None = None) -> dict[str, Any]:

@@ -189,6 +189,17 @@ def test_failures_fade_while_a_way_rests() -> None:
     assert failed < 0.25 and tuner.ways["exit"].acceptance() == pytest.approx(hope, abs=1e-3)
 
 
+def test_chance_in_the_times_does_not_choose_the_length() -> None:
+    tuner = Tuner()
+    for width, seconds in ((1, 0.0105), (2, 0.0110), (3, 0.0108), (4, 0.0103), (5, 0.0120)):
+        tuner.note("off", 0, 0.0, 0.0, width, seconds)
+    times = [tuner.round_seconds(width) for width in range(1, 6)]
+    assert times == sorted(times) and times[4] == 0.0120
+    assert times[1] == times[2] == times[3] == pytest.approx((0.0110 + 0.0108 + 0.0103) / 3)
+    tuner.note("off", 0, 0.0, 0.0, 4, 0.0150)  # measured again: 0.01265 on average
+    assert tuner.round_seconds(4) == pytest.approx((0.01265 * 2 + 0.0120) / 3) == tuner.round_seconds(5)
+
+
 def test_times_between_measured_widths_are_read_off_their_neighbours() -> None:
     tuner = Tuner()
     assert tuner.round_seconds(1) == 1.0  # nothing is known: in units of a step

@@ -72,6 +72,7 @@ class Judge:
         self.processors = processors
         self.trusting = trusting  # every drafted token stands: early exit without verification
         self.sampling = config.do_sample
+        self.temperature = (config.temperature or 1.0) if config.do_sample else 0.0
         self.vocabulary = vocabulary
         self.warpers = LogitsProcessorList([one for one in processors if isinstance(one, _WARPERS)])
         self.rows = rows

@@ -54,7 +54,7 @@ class Crew:
 
     def __init__(self, model: LayerwiseForCausalLM, target: Target, draft: Draft, judge: Judge) -> None:
         self.target, self.draft = target, draft
-        self.tuner: Tuner = model.tuner(draft, target.rows)
+        self.tuner: Tuner = model.tuner(draft, target.rows, judge.temperature)
         self.drafters: dict[str, Drafter] = {}
         self.prices: dict[str, float] = {}
         self.hopes: dict[str, float] = {}  # of this round, where a draft knows

@@ -53,32 +53,50 @@ class Tuner:
     ways: dict[str, Way] = field(default_factory=dict)
     widths: dict[int, tuple[float, float]] = field(default_factory=dict)  # tokens verified: seconds, weight
     since_plain: int = 0  # rounds since one verified a single token
+    _smooth: dict[int, float] | None = None  # see `_times`
 
     @property
     def plain(self) -> float:
         """Seconds of a round without a draft: as measured, else a guess, else 1."""
-        if 1 in self.widths:
-            return self.widths[1][0]
-        return min((seconds for seconds, _ in self.widths.values()), default=1.1) / 1.1
+        times = self._times()
+        return times[1] if 1 in times else min(times.values(), default=1.1) / 1.1
 
     def round_seconds(self, width: int) -> float:
         """A round that verifies `width` tokens, drafting left out: as measured, or read off its neighbours."""
-        if width in self.widths:
-            return self.widths[width][0]
-        unit = self.plain * ONE_MORE
-        known = [w for w in self.widths if w > 1]
+        times, plain = self._times(), self.plain
+        if width in times:
+            return times[width]
+        unit = plain * ONE_MORE
+        known = [w for w in times if w > 1]
         below, above = (
             max((w for w in known if w < width), default=None),
             min((w for w in known if w > width), default=None),
         )
         if width == 1 or not known:
-            return self.plain * (1.0 if width == 1 else 1.1) + unit * (width - 1)
+            return plain * (1.0 if width == 1 else 1.1) + unit * (width - 1)
         if below is None:
-            return max(self.widths[above][0] - unit * (above - width), self.plain)
+            return max(times[above] - unit * (above - width), plain)
         if above is None:
-            return self.widths[below][0] + unit * (width - below)
-        low, high = self.widths[below][0], self.widths[above][0]
-        return low + (high - low) * (width - below) / (above - below)
+            return times[below] + unit * (width - below)
+        return times[below] + (times[above] - times[below]) * (width - below) / (above - below)
+
+    def _times(self) -> dict[int, float]:
+        """Seconds of a round by its width, smoothed: more tokens never take less time (isotonic regression).
+
+        Widths differ by a few percent, single measurements by more: unsmoothed, chance would choose the length.
+        """
+        if self._smooth is None:
+            pools: list[tuple[float, float, list[int]]] = []  # seconds, weight, widths
+            for width in sorted(self.widths):
+                pool = (*self.widths[width], [width])
+                while pools and pools[-1][0] > pool[0]:
+                    before = pools.pop()
+                    weight = before[1] + pool[1]
+                    mean = (before[0] * before[1] + pool[0] * pool[1]) / weight
+                    pool = (mean, weight, before[2] + pool[2])
+                pools.append(pool)
+            self._smooth = {width: seconds for seconds, _, widths in pools for width in widths}
+        return self._smooth
 
     def rate(self, name: str, length: int, hope: float = HOPE) -> float:
         """Expected tokens a second of rounds with `length` tokens drafted by `name`."""
@@ -135,6 +153,7 @@ class Tuner:
         known, weight = self.widths.get(width, (seconds, 0.0))
         weight = min(weight + 1.0, 10.0)
         self.widths[width] = (known + (seconds - known) / weight, weight)
+        self._smooth = None
         if not drafted:
             return
         way = self.ways.setdefault(name, Way(seconds / drafted))

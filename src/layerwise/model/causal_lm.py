@@ -147,9 +147,9 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             draft.plan.check(self.depth)
         return draft if draft.trust is not None else Draft.parse(str(draft), self.depth)
 
-    def tuner(self, draft: Draft, rows: int) -> Tuner:
-        """What was measured of `draft` for batches of so many rows; kept from answer to answer."""
-        return self._tuners.setdefault(f"{draft} {rows}", Tuner())
+    def tuner(self, draft: Draft, rows: int, temperature: float = 0.0) -> Tuner:
+        """What was measured of `draft` for batches of so many rows at a temperature; kept from answer to answer."""
+        return self._tuners.setdefault(f"{draft} {rows} {temperature:g}", Tuner())
 
     @property
     def head_runtime(self) -> Runtime | None:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 NGRAM_PRICE = 0.002  # of a plain step, for a token
 NGRAM_HOPES = {2: 0.5, 3: 0.6, 4: 0.75}  # by the length of the match: how often what followed follows again
-HEAD_HOPE = 0.45
+HEAD_HOPE, HEAD_LAYERS = 0.35, 5.5  # the head's own layer is one; what its calls take besides is worth some more
 SURPLUS = 4  # tokens that a confident draft may go on beyond the best length
 
 
@@ -75,7 +75,7 @@ class Crew:
                 "use one such plan, or another draft"
             )
         if draft.kind in ("head", "auto") and fits:
-            self._add("head", HeadDrafter("head", target, head, runtime, judge.pick), 1.5 + head.exit)
+            self._add("head", HeadDrafter("head", target, head, runtime, judge.pick), HEAD_LAYERS + head.exit)
         for plan in _plans(model, draft, target.plans[0]):
             name = f"plan:{plan}"
             logits, vocabulary = model.draft_logits() if draft.trust is None else (model.runtime.engine.logits, None)

@@ -37,7 +37,10 @@ def small_model() -> LayerwiseForCausalLM:
         base.lm_head.weight *= 3
     model = attach(base, engine="eager")
     model.exit_head = ExitHead(model.runtime.backbone, 0, [0, 2, 3, 5]).eval()
-    model.ngrams = NGramModel.fit([([], [word, (word + 2) % WORDS]) for word in range(WORDS)], 1)
+    ids = PROMPT.expand(64, -1)
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": NEW + 1, "eos_token_id": None}
+    said = model.generate(ids, do_sample=True, top_k=0, **options)[:, PROMPT.shape[1] :].tolist()
+    model.ngrams = NGramModel.fit([(PROMPT[0].tolist(), answer) for answer in said], 2)
     return model
 
 

@@ -97,6 +97,7 @@ def untouched(work: Path) -> Path:
         warmup=20,
         max_length=600,
         save_every=100,
+        ngrams=0,  # counted below, of more answers
     )
     frozen.train(config, note, _begun(out))
     tokenizer, model, answers = load_tokenizer(), from_pretrained(out), work / "corpus-answers.jsonl"

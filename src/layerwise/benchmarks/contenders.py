@@ -54,10 +54,11 @@ def other_libraries(model: PreTrainedModel, ids: torch.Tensor, new_tokens: int) 
     }
     best: dict[str, tuple[Call, int | None]] = {}
     for name, calls in choices.items():
-        if calls:
-            times = {at: call(ids, new_tokens).decoding for at, call in calls.items()} if len(calls) > 1 else {}
-            setting = min(times or calls, key=lambda at: times.get(at, 0.0))
-            best[name] = calls[setting], setting
+        settings = list(calls)
+        if len(settings) > 1:
+            settings.sort(key=lambda at, calls=calls: calls[at](ids, new_tokens).decoding)
+        if settings:
+            best[name] = calls[settings[0]], settings[0]
     return best
 
 

@@ -20,13 +20,13 @@ from pathlib import Path
 from layerroute_runs import trained
 
 from layerwise import from_pretrained
-from layerwise.data import Example, load, prompt_ids, read_jsonl, write_jsonl
+from layerwise.data import Example, load, prompt_ids, read_jsonl, tokenize, write_jsonl
 from layerwise.decoding.ngram_model import NGramModel
 from layerwise.sources import load_tokenizer
-from layerwise.training import drllm, frozen
+from layerwise.training import drllm, frozen, layerskip
 from layerwise.training import routed_text as text_training
 from layerwise.training.answers import write_answers
-from layerwise.training.config import DrLLMConfig, FrozenConfig
+from layerwise.training.config import DrLLMConfig, FrozenConfig, LayerSkipConfig
 from layerwise.training.curriculum import RoutedTextConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,8 +100,55 @@ def untouched(work: Path) -> Path:
         ngrams=0,  # counted below, of more answers
     )
     frozen.train(config, note, _begun(out))
-    tokenizer, model, answers = load_tokenizer(), from_pretrained(out), work / "corpus-answers.jsonl"
-    for done in write_answers(model, tokenizer, prompts(work) + others(work, OTHERS), answers):
+    return count_ngrams(out, work / "corpus-answers.jsonl", prompts(work) + others(work, OTHERS))
+
+
+def early(work: Path) -> Path:
+    """The paper's recipe by LoRA on four tasks, and n-grams of what the trained model answers."""
+    data, out = work / "layerskip-examples.jsonl", work / "layerskip"
+    if not data.exists():
+        write_jsonl(data, fitting_examples())
+    config = LayerSkipConfig(
+        data=str(data),
+        out=str(out),
+        steps=280,
+        tokens_per_batch=2048,
+        gradient_accumulation=1,
+        learning_rate=4e-4,
+        warmup=15,
+        max_length=400,
+        save_every=20,
+        rank=12,
+        p_max=0.1,
+        e_scale=0.2,
+        every=15,
+    )
+    if not (out / "layerwise.json").is_file():
+        layerskip.train(config, note, _begun(out))
+    return count_ngrams(out, work / "layerskip-answers.jsonl", answerable(work))
+
+
+def fitting_examples() -> list[Example]:
+    """Training examples of tool calls, parses (few, so twice), summaries and code, at most 400 tokens each."""
+    tokenizer, chosen = load_tokenizer(), []
+    for task, most in {"tools": 700, "parsing": 414, "summarization": 500, "code": 420}.items():
+        examples = load(task, "train")
+        random.Random(0).shuffle(examples)
+        fitting = [one for one in examples[: 3 * most] if tokenize(one, tokenizer, 400) is not None]
+        chosen += fitting[:most] * (2 if task == "parsing" else 1)
+    random.Random(1).shuffle(chosen)
+    return chosen
+
+
+def answerable(work: Path) -> list[Example]:
+    """Prompts whose answers are counted: of every task, in the proportions of `SHARES`."""
+    return [one for one in prompts(work) if GROUPS.get(one.kind) != "h"]
+
+
+def count_ngrams(out: Path, answers: Path, asked: list[Example]) -> Path:
+    """Have the model in `out` answer, and save the n-grams of its answers with it."""
+    tokenizer, model = load_tokenizer(), from_pretrained(out)
+    for done in write_answers(model, tokenizer, asked, answers):
         note(f"{done} answers written")
     lines = answers.read_text(encoding="utf-8").splitlines()
     model.ngrams = NGramModel.fit((one["prompt"], one["answer"]) for one in map(json.loads, lines))
@@ -169,7 +216,19 @@ def _without_folders(file: Path, part: str | None, names: dict[str, str | None])
 
 FILES = ("layerwise.json", "adapter_config.json", "adapter_model.safetensors", "training.json")
 FILES += ("exit_head.safetensors", "ngrams.safetensors", "routers.safetensors", "routed_layers.safetensors")
-MAKERS = {"layerskip-frozen": untouched, "layerroute": gated, "drllm": routed, "routed-text": routed_text}
+MAKERS = {
+    "layerskip-frozen": untouched,
+    "layerskip": early,
+    "layerroute": gated,
+    "drllm": routed,
+    "routed-text": routed_text,
+}
+    "layerskip-frozen": untouched,
+    "layerskip": early,
+    "layerroute": gated,
+    "drllm": routed,
+    "routed-text": routed_text,
+}
 
 
 def main() -> int:

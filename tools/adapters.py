@@ -223,12 +223,6 @@ MAKERS = {
     "drllm": routed,
     "routed-text": routed_text,
 }
-    "layerskip-frozen": untouched,
-    "layerskip": early,
-    "layerroute": gated,
-    "drllm": routed,
-    "routed-text": routed_text,
-}
 
 
 def main() -> int:

@@ -2,8 +2,8 @@
 //
 // Linear maps, y = x W^T: x (tokens, k), W (n, k), both row-major.
 // A general matrix product is made for large x; for 2 to 32 tokens it reaches a fraction of the memory bandwidth.
-// Here W is streamed once, in tiles of ROWS rows. A tile stays in the first-level cache while it meets all tokens,
-// GROUP of them at a time, so that ROWS x GROUP sums live in registers; meanwhile the next tile is prefetched.
+// Here W is streamed once, in tiles of a few rows. A tile stays in the first-level cache while it meets all tokens, a
+// group of them at a time, so that rows x group sums live in registers; meanwhile the next tile is prefetched.
 // Sums are kept in float32. Vectors are the compiler's own (GCC and Clang), so no instruction set is named, except
 // for bfloat16 dot products where the processor has them.
 //
@@ -27,8 +27,6 @@
 
 namespace {
 
-constexpr int ROWS = 4;
-constexpr int GROUP = 6;
 constexpr int LANES = 16;
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
@@ -64,6 +62,48 @@ inline float total(const Floats& sums) {
   return (first[0] + first[1]) + (first[2] + first[3]);
 }
 
+// The first half of every run of 2 * `width` lanes of a and b, plus the second half: `width` lanes of a, then b.
+template <int width>
+inline Floats halved(const Floats& a, const Floats& b) {
+  using Ints = int32_t __attribute__((vector_size(4 * LANES)));
+  Ints first;
+  for (int lane = 0; lane < LANES; ++lane) first[lane] = lane / width * 2 * width + lane % width;
+#ifdef __clang__
+  Floats low, high;
+  for (int lane = 0; lane < LANES; ++lane) {
+    const int at = first[lane];
+    low[lane] = at < LANES ? a[at] : b[at - LANES];
+    high[lane] = at < LANES ? a[at + width] : b[at + width - LANES];
+  }
+  return low + high;
+#else
+  return __builtin_shuffle(a, b, first) + __builtin_shuffle(a, b, first + width);
+#endif
+}
+
+// The totals of LANES vectors, in order: four rounds of halving instead of one reduction each.
+inline Floats totals(const Floats* sums) {
+  Floats eight[8], four[4], two[2];
+  for (int i = 0; i < 8; ++i) eight[i] = halved<8>(sums[2 * i], sums[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) four[i] = halved<4>(eight[2 * i], eight[2 * i + 1]);
+  for (int i = 0; i < 2; ++i) two[i] = halved<2>(four[2 * i], four[2 * i + 1]);
+  return halved<1>(two[0], two[1]);
+}
+
+// y[t][r] = total(sums[r][t]).
+template <int rows, int tokens, typename Y>
+inline void store(const Floats (&sums)[rows][tokens], Y* y, int64_t n) {
+  constexpr int each = LANES / 4;  // tokens of a vector of totals
+  for (int begin = 0; begin < tokens; begin += each) {
+    Floats chosen[LANES] = {};
+    for (int t = begin; t < std::min(tokens, begin + each); ++t)
+      for (int r = 0; r < rows; ++r) chosen[4 * (t - begin) + r] = sums[r][t];
+    const Floats found = totals(chosen);
+    for (int t = begin; t < std::min(tokens, begin + each); ++t)
+      for (int r = 0; r < rows; ++r) y[t * n + r] = static_cast<Y>(found[4 * (t - begin) + r]);
+  }
+}
+
 // One tile of `rows` rows of W with `tokens` tokens of x. k is a multiple of LANES.
 template <int rows, int tokens, typename W, typename Y>
 inline void tile(const W* w, const float* x, Y* y, int64_t k, int64_t n, bool fetch) {
@@ -83,17 +123,14 @@ inline void tile(const W* w, const float* x, Y* y, int64_t k, int64_t n, bool fe
       for (int r = 0; r < rows; ++r) sums[r][t] += weights[r] * inputs;
     }
   }
-  for (int t = 0; t < tokens; ++t)
-    for (int r = 0; r < rows; ++r) y[t * n + r] = static_cast<Y>(total(sums[r][t]));
+  store(sums, y, n);
 }
 
 #ifdef __AVX512BF16__
 // The same with bfloat16 products of 32 lanes, summed in float32. k is a multiple of 2 * LANES.
 template <int rows, int tokens, typename Y>
 inline void tile(const at::BFloat16* w, const at::BFloat16* x, Y* y, int64_t k, int64_t n, bool fetch) {
-  __m512 sums[rows][tokens];
-  for (int r = 0; r < rows; ++r)
-    for (int t = 0; t < tokens; ++t) sums[r][t] = _mm512_setzero_ps();
+  Floats sums[rows][tokens] = {};
   for (int64_t i = 0; i < k; i += 2 * LANES) {
     __m512bh weights[rows];
     if (fetch) {
@@ -106,48 +143,50 @@ inline void tile(const at::BFloat16* w, const at::BFloat16* x, Y* y, int64_t k, 
     for (int t = 0; t < tokens; ++t) {
       const __m512bh inputs = (__m512bh)_mm512_loadu_si512(x + t * k + i);
 #pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) sums[r][t] = _mm512_dpbf16_ps(sums[r][t], weights[r], inputs);
+      for (int r = 0; r < rows; ++r) sums[r][t] = (Floats)_mm512_dpbf16_ps((__m512)sums[r][t], weights[r], inputs);
     }
   }
-  for (int t = 0; t < tokens; ++t)
-    for (int r = 0; r < rows; ++r) y[t * n + r] = static_cast<Y>(_mm512_reduce_add_ps(sums[r][t]));
+  store(sums, y, n);
 }
 #endif
 
-template <int rows, typename W, typename X, typename Y>
+// `rows` rows of W with all tokens, `group` of them at a time.
+template <int rows, int group, typename W, typename X, typename Y>
 inline void all_tokens(const W* w, const X* x, Y* y, int64_t tokens, int64_t k, int64_t n) {
-  for (int64_t t = 0; t < tokens; t += GROUP) {
-    const W* const from = w;
+  static_assert(group <= 8);
+  for (int64_t t = 0; t < tokens; t += group) {
     const X* const in = x + t * k;
     Y* const out = y + t * n;
     const bool fetch = t == 0;
-    switch (tokens - t) {
-      case 1: tile<rows, 1>(from, in, out, k, n, fetch); break;
-      case 2: tile<rows, 2>(from, in, out, k, n, fetch); break;
-      case 3: tile<rows, 3>(from, in, out, k, n, fetch); break;
-      case 4: tile<rows, 4>(from, in, out, k, n, fetch); break;
-      case 5: tile<rows, 5>(from, in, out, k, n, fetch); break;
-      default: tile<rows, GROUP>(from, in, out, k, n, fetch);
+    switch (std::min<int64_t>(tokens - t, group)) {
+      case 1: tile<rows, 1>(w, in, out, k, n, fetch); break;
+      case 2: tile<rows, 2>(w, in, out, k, n, fetch); break;
+      case 3: tile<rows, 3>(w, in, out, k, n, fetch); break;
+      case 4: tile<rows, 4>(w, in, out, k, n, fetch); break;
+      case 5: tile<rows, 5>(w, in, out, k, n, fetch); break;
+      case 6: tile<rows, 6>(w, in, out, k, n, fetch); break;
+      case 7: tile<rows, std::min(7, group)>(w, in, out, k, n, fetch); break;
+      default: tile<rows, group>(w, in, out, k, n, fetch);
     }
   }
 }
 
-// The maps of one input, W_0 ... W_g, in one parallel region: blocks of rows are dealt out over all of them.
-template <typename W, typename X>
+// The maps of one input, W_0 ... W_g, in one parallel region: blocks of `rows` rows are dealt out over all of them.
+template <int rows, int group, typename W, typename X>
 void multiply(const std::vector<const W*>& weights, const std::vector<W*>& outputs, const std::vector<int64_t>& sizes,
               const X* x, int64_t tokens, int64_t k) {
   std::vector<int64_t> first(sizes.size() + 1, 0);  // number of the first block of each map
-  for (size_t map = 0; map < sizes.size(); ++map) first[map + 1] = first[map] + sizes[map] / ROWS;
+  for (size_t map = 0; map < sizes.size(); ++map) first[map + 1] = first[map] + sizes[map] / rows;
   at::parallel_for(0, first.back(), 8, [&](int64_t begin, int64_t end) {
     for (size_t map = 0; map < sizes.size(); ++map) {
       const int64_t stop = std::min(end, first[map + 1]) - first[map];
       for (int64_t block = std::max(begin, first[map]) - first[map]; block < stop; ++block)
-        all_tokens<ROWS>(weights[map] + block * ROWS * k, x, outputs[map] + block * ROWS, tokens, k, sizes[map]);
+        all_tokens<rows, group>(weights[map] + block * rows * k, x, outputs[map] + block * rows, tokens, k, sizes[map]);
     }
   });
   for (size_t map = 0; map < sizes.size(); ++map)
-    for (int64_t row = sizes[map] / ROWS * ROWS; row < sizes[map]; ++row)
-      all_tokens<1>(weights[map] + row * k, x, outputs[map] + row, tokens, k, sizes[map]);
+    for (int64_t row = sizes[map] / rows * rows; row < sizes[map]; ++row)
+      all_tokens<1, 8>(weights[map] + row * k, x, outputs[map] + row, tokens, k, sizes[map]);
 }
 
 template <typename W, typename X>
@@ -160,7 +199,11 @@ void multiply(const at::Tensor& x, at::TensorList weights, const std::vector<at:
     to.push_back(outputs[map].mutable_data_ptr<W>());
     sizes.push_back(weights[map].size(0));
   }
-  multiply(from, to, sizes, x.const_data_ptr<X>(), x.numel() / k, k);
+  const int64_t tokens = x.numel() / k;
+  if (tokens <= 6)  // 24 sums either way, as many as registers hold
+    multiply<4, 6>(from, to, sizes, x.const_data_ptr<X>(), tokens, k);
+  else
+    multiply<3, 8>(from, to, sizes, x.const_data_ptr<X>(), tokens, k);
 }
 
 std::vector<at::Tensor> few_token_linear(const at::Tensor& input, at::TensorList weights) {
@@ -211,21 +254,59 @@ inline Floats exponential(Floats x) {
   return p * power;
 }
 
+// scores[t][key] = query[t] . keys[key], query (tokens, size) and keys (length, size); a row of scores has room for
+// `stride` of them, a multiple of LANES no less than length.
+template <typename T>
+void score(const float* query, const T* keys, float* scores, int64_t tokens, int64_t length, int64_t size,
+           int64_t stride, std::vector<float>& spare) {
+  for (int64_t key = 0; key < length; key += LANES) {
+    const T* const from = keys + key * size;
+    const float* block = reinterpret_cast<const float*>(from);
+    const int64_t count = std::min<int64_t>(LANES, length - key);
+    if (count < LANES || !std::is_same_v<T, float>) {
+      spare.resize(LANES * size);
+      for (int64_t i = 0; i < count * size; i += LANES) {
+        const Floats loaded = load(from + i);
+        std::memcpy(spare.data() + i, &loaded, sizeof loaded);
+      }
+      block = spare.data();
+    }
+    for (int64_t t = 0; t < tokens; ++t) {
+      Floats sums[LANES] = {};
+      for (int64_t i = 0; i < size; i += LANES) {
+        const Floats inputs = load(query + t * size + i);
+#pragma GCC unroll 16
+        for (int k = 0; k < LANES; ++k) sums[k] += load(block + k * size + i) * inputs;
+      }
+      const Floats found = totals(sums);
+      std::memcpy(scores + t * stride + key, &found, sizeof found);
+    }
+  }
+}
+
 // Softmax of scores (scaled, plus mask) in place; the row has room up to a multiple of LANES. Returns 1 / sum.
 inline float soften(float* scores, const float* mask, int64_t keys, float scale) {
+  Floats bests = Floats{} - INFINITY;
+  int64_t i = 0;
+  for (; i + LANES <= keys; i += LANES) {
+    const Floats scaled = load(scores + i) * scale + load(mask + i);
+    std::memcpy(scores + i, &scaled, sizeof scaled);
+    bests = scaled > bests ? scaled : bests;
+  }
   float most = -INFINITY;
-  for (int64_t i = 0; i < keys; ++i) {
+  for (int lane = 0; lane < LANES; ++lane) most = std::max(most, bests[lane]);
+  for (; i < keys; ++i) {
     scores[i] = scores[i] * scale + mask[i];
     most = std::max(most, scores[i]);
   }
-  for (int64_t i = keys; i % LANES; ++i) scores[i] = -INFINITY;
+  for (; i % LANES; ++i) scores[i] = -INFINITY;
   Floats sum = {};
-  for (int64_t i = 0; i < keys; i += LANES) {
+  for (i = 0; i < keys; i += LANES) {
     const Floats e = exponential(load(scores + i) - most);
     std::memcpy(scores + i, &e, sizeof e);
     sum += e;
   }
-  for (int64_t i = keys; i % LANES; ++i) sum[0] -= scores[i];  // exp(-87) each, at most
+  for (i = keys; i % LANES; ++i) sum[0] -= scores[i];  // exp(-87) each, at most
   return 1.f / total(sum);
 }
 
@@ -241,15 +322,13 @@ inline void mix(const float* weights, int64_t stride, const V* values, int64_t k
   for (int t = 0; t < tokens; ++t) out[t] = sums[t];
 }
 
-template <typename T, typename X>
-void attend_head(const X* query, const T* keys, const T* values, const float* mask, T* out, int64_t tokens,
-                 int64_t length, int64_t size, int64_t out_stride, float scale, std::vector<float>& scores) {
+template <typename T>
+void attend_head(const float* query, const T* keys, const T* values, const float* mask, T* out, int64_t tokens,
+                 int64_t length, int64_t size, int64_t out_stride, float scale, std::vector<float>& scores,
+                 std::vector<float>& spare) {
   const int64_t stride = (length + LANES - 1) / LANES * LANES;
   scores.resize(tokens * stride);
-  int64_t key = 0;
-  for (; key + ROWS <= length; key += ROWS)
-    all_tokens<ROWS>(keys + key * size, query, scores.data() + key, tokens, size, stride);
-  for (; key < length; ++key) all_tokens<1>(keys + key * size, query, scores.data() + key, tokens, size, stride);
+  score(query, keys, scores.data(), tokens, length, size, stride, spare);
   std::vector<float> norms(tokens);
   for (int64_t t = 0; t < tokens; ++t) norms[t] = soften(scores.data() + t * stride, mask + t * length, length, scale);
   for (int64_t at = 0; at < size; at += LANES) {
@@ -288,36 +367,25 @@ at::Tensor few_token_attention(const at::Tensor& query, const at::Tensor& keys, 
     const auto v = values.narrow(2, 0, length).repeat_interleave(shared, 1);
     return at::scaled_dot_product_attention(query, k, v, mask.to(type), 0.0, false, scale).transpose(1, 2).contiguous();
   }
-  const auto q = query.contiguous(), m = mask.contiguous();
-#ifdef __AVX512BF16__
-  const auto x = q;
-#else
-  const auto x = q.to(at::kFloat);
-#endif
+  const auto q = query.to(at::kFloat).contiguous(), m = mask.contiguous();
   auto out = at::empty({rows, tokens, heads, size}, query.options());
-  const auto run = [&](auto* result, const auto* k, const auto* v, const auto* inputs) {
+  const auto run = [&](auto* result, const auto* k, const auto* v) {
+    const float* const inputs = q.const_data_ptr<float>();
     at::parallel_for(0, rows * heads, 1, [&](int64_t begin, int64_t end) {
-      std::vector<float> scores;
+      std::vector<float> scores, spare;
       for (int64_t item = begin; item < end; ++item) {
         const int64_t row = item / heads, head = item % heads, group = row * groups + head / shared;
         attend_head(inputs + item * tokens * size, k + group * capacity * size, v + group * capacity * size,
                     m.const_data_ptr<float>() + row * tokens * length, result + (row * tokens * heads + head) * size,
-                    tokens, length, size, heads * size, static_cast<float>(scale), scores);
+                    tokens, length, size, heads * size, static_cast<float>(scale), scores, spare);
       }
     });
   };
-  if (type == at::kFloat) {
-    run(out.mutable_data_ptr<float>(), keys.const_data_ptr<float>(), values.const_data_ptr<float>(),
-        q.const_data_ptr<float>());
-  } else {
-#ifdef __AVX512BF16__
-    const auto* const inputs = x.const_data_ptr<at::BFloat16>();
-#else
-    const auto* const inputs = x.const_data_ptr<float>();
-#endif
+  if (type == at::kFloat)
+    run(out.mutable_data_ptr<float>(), keys.const_data_ptr<float>(), values.const_data_ptr<float>());
+  else
     run(out.mutable_data_ptr<at::BFloat16>(), keys.const_data_ptr<at::BFloat16>(),
-        values.const_data_ptr<at::BFloat16>(), inputs);
-  }
+        values.const_data_ptr<at::BFloat16>());
   return out;
 }
 

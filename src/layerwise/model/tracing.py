@@ -39,6 +39,9 @@ _INDUCTOR = {
     "realize_reads_threshold": 0,
     "cpp.enable_floating_point_contract_flag": "fast",  # fused multiply-adds
 }
+# For a few tokens the products are operators with threads of their own; what stands between them is a few thousand
+# numbers, done sooner by one thread than two threads can agree that it is done.
+_INDUCTOR_OF = {ONE: _INDUCTOR, FEW: _INDUCTOR | {"cpp.threads": 1}}
 _TITLES = {ONE: "one token", FEW: "a few tokens"}
 
 
@@ -339,6 +342,6 @@ def package(source: LayerSource | HeadSource, path: Path) -> None:
         warnings.simplefilter("ignore")
         program = torch.export.export(source.traced(), arguments, dynamic_shapes=varies, strict=False)
         made = torch._inductor.aoti_compile_and_package(
-            program, package_path=os.path.join(folder, path.name), inductor_configs=_INDUCTOR
+            program, package_path=os.path.join(folder, path.name), inductor_configs=_INDUCTOR_OF[source.form]
         )
         os.replace(made, path)

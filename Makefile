@@ -11,8 +11,9 @@ setup: $(READY)
 demo: $(READY)
 	.venv/bin/layerwise demo
 
+# Two processes of one thread each: tiny models gain nothing from a second thread.
 test: $(READY)
-	.venv/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(READY)
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .

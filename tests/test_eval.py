@@ -22,6 +22,7 @@ from layerwise.cli import eval as command
 from layerwise.data import Example, Tokens
 from layerwise.evaluation import quality
 from layerwise.evaluation.exits import exit_quality
+from layerwise.evaluation.intervals import wilson
 from layerwise.evaluation.quality import Question
 from layerwise.report.exit_figures import acceptance_figure, exit_figure
 
@@ -97,7 +98,7 @@ def test_the_option_the_model_would_say_is_picked() -> None:
     assert quality.accuracy(scores, questions)["accuracy"] == 1.0
     wrong = [Question(one.context, one.options, (one.right + 1) % 4) for one in questions[:2]] + questions[2:]
     found = quality.accuracy(scores, wrong)
-    assert found["accuracy"] == 0.75 and found["n"] == 8 and found["interval"] == list(quality.wilson(6, 8))
+    assert found["accuracy"] == 0.75 and found["n"] == 8 and found["interval"] == list(wilson(6, 8))
 
 
 def test_questions_are_read_from_rows_of_options(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,20 +117,6 @@ def test_questions_are_read_from_rows_of_options(monkeypatch: pytest.MonkeyPatch
     assert len(quality.common_knowledge()) == 2
     monkeypatch.setattr(quality, "split_of", lambda key: "train")
     assert quality.common_knowledge() == []
-
-
-@pytest.mark.parametrize(
-    ("right", "n", "low", "high"),
-    [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (75, 150, 0.4209, 0.5791)],
-)
-def test_wilson_interval(right: int, n: int, low: float, high: float) -> None:
-    assert quality.wilson(right, n) == pytest.approx((low, high), abs=1e-4)
-
-
-def test_wilson_needs_trials() -> None:
-    for right, n in ((0, 0), (3, 2), (-1, 2)):
-        with pytest.raises(ValueError, match="needs"):
-            quality.wilson(right, n)
 
 
 # -- the suite ---------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import tiny
 import torch
@@ -147,14 +146,6 @@ def test_random_plans_run_as_many_layers() -> None:
         classes = Counter(classes_of(plan, LAYERS)[1:])
         assert all(Counter(classes_of(one, LAYERS)[1:]) == classes and one.visits[0].layer == 0 for one in drawn)
         assert len(drawn) > 3 or classes[1] == LAYERS - 1
-
-
-def test_the_bootstrap_is_the_interval_of_a_mean() -> None:
-    chance = np.random.default_rng(0)
-    differences = np.array([1.0] * 30 + [-1.0] * 10 + [0.0] * 160)
-    low, high = paths._ends(paths.bootstrap(differences, chance))
-    deviation = differences.std() / 200**0.5
-    assert (low, high) == pytest.approx((0.1 - 1.96 * deviation, 0.1 + 1.96 * deviation), abs=0.01)
 
 
 # -- the suite -----------------------------------------------------------------------------------------------

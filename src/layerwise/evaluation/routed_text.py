@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerwise.benchmarks.timing import Stopwatch, rounds
-from layerwise.evaluation.paths import bootstrap
+from layerwise.evaluation.intervals import bootstrap, ends
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.routed_attention import Mixing
 from layerwise.model.routed_layers import RoutedLayers
@@ -69,7 +69,7 @@ def report(
         "base_perplexity": math.exp(base.mean()),
         "convolution_perplexity": math.exp(without),
         **point,
-        "interval": [math.exp(end) for end in np.quantile(draws, (0.025, 0.975))],
+        "interval": [math.exp(end) for end in ends(draws)],
         "usage_per_layer": of_layers,
         "controls": _controls(routed, of_layers, costs, seed, lambda: measured()[1]),
         "curve": [],

@@ -31,7 +31,7 @@ from layerwise.benchmarks.environment import environment
 from layerwise.cost import Cost, decode_cost
 from layerwise.data import collate, length_sorted_batches, load, tokenize
 from layerwise.data.routing import side
-from layerwise.evaluation.quality import bootstrap
+from layerwise.evaluation.intervals import interval
 from layerwise.evaluation.routed_answers import Asked, answer_quality, timed
 from layerwise.hub import from_pretrained
 from layerwise.plan import Plan
@@ -140,7 +140,7 @@ def controls(
             "layers_run": sum(plan.depth for plan in other) / len(other),
             "ppl": math.exp(sum(theirs) / len(theirs)),
             "ce_above_routed": sum(worse) / len(worse),
-            "interval": list(bootstrap(worse)),
+            "interval": interval(worse),
         }
     return found
 

@@ -36,6 +36,8 @@ class Part(StrEnum):
     ATTENTION = "a"
     MLP = "m"
 
+    __hash__ = str.__hash__  # an enum's own is Python, and visits are keys that every layer call looks up
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Visit:

@@ -16,6 +16,7 @@ import logging
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ from layerwise.paths import cache_dir
 from layerwise.plan import Plan, Step, Visit
 
 log = logging.getLogger("layerwise")
+_UNKNOWN: Any = object()  # None is a layer that cannot be compiled
 FEW_TOKENS = 64  # so many tokens of a pass, over all rows, count as few; beyond, matrix products are better
 
 
@@ -80,9 +82,8 @@ class CompiledEngine:
         if slot is None:
             return kernel.run([hidden, *kernel.weights])[0]
         store, layer = cache.slots[slot], step.visit.layer
-        cosine, sine = frame.rotary(layer, None)
         if kernel.form == ONE:
-            state = [hidden, store.keys, store.values, self._upto(frame.stop), cosine, sine]
+            state = [hidden, store.keys, store.values, self._upto(frame.stop), *frame.rotary(layer, None)]
         else:
             # Columns of padding are written too: beyond the row's end, where nothing is attended to.
             state = [hidden.contiguous(), store.keys, store.values, *frame.few(layer)]
@@ -102,8 +103,8 @@ class CompiledEngine:
             if store is None or store.seen is not None or store.ends != frame.starts:
                 return None
         form = ONE if rows == width == 1 else FEW
-        key = (step.visit, form)
-        return self._layers[key] if key in self._layers else self._build(*key)
+        known = self._layers.get((step.visit, form), _UNKNOWN)
+        return self._build(step.visit, form) if known is _UNKNOWN else known
 
     def _is_replaced(self, visit: Visit) -> bool:
         """Whether something else than the layer's attention runs, which kernels do not know of."""

@@ -20,6 +20,7 @@ from layerwise.model.cache import Cache
 from layerwise.plan import Slot
 
 Rows = tuple[int, ...] | None  # a subset of the batch; None is every row
+_UNKNOWN = object()  # None is a mask
 
 
 @dataclass
@@ -147,9 +148,10 @@ class Frame:
         return SlotView(self, slot, rows) if self.cache and slot else None
 
     def _once(self, key: Any, make: Any) -> Any:
-        if key not in self._memo:
-            self._memo[key] = make()
-        return self._memo[key]
+        found = self._memo.get(key, _UNKNOWN)
+        if found is _UNKNOWN:
+            found = self._memo[key] = make()
+        return found
 
 
 @dataclass(slots=True)

@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CHEAPEST = "5-8 15 17 20 24-26 28-29"  # by what layers lose, in nats, if half of their positions do not attend
 SHARES = {"tools": 1.0, "parsing": 1.0, "summarization": 1.5, "code": 1.0, "chat": 0.8}
 MOST = {"tools": 1250, "parsing": 414, "summarization": 2400, "code": 2800, "chat": 1021}  # prompts to answer
+ANSWERS = 1280  # of the recipe's own model, which says much the same in all of them
 OTHERS = 1440  # of those beyond the first, drawn over all tasks
 GROUPS = {"summarization": "s", "code": "c", "parsing": "p", "chatable": "h", "common_knowledge": "h"}  # else tools
 
@@ -141,8 +142,8 @@ def fitting_examples() -> list[Example]:
 
 
 def answerable(work: Path) -> list[Example]:
-    """Prompts whose answers are counted: of every task, in the proportions of `SHARES`."""
-    return [one for one in prompts(work) if GROUPS.get(one.kind) != "h"]
+    """Prompts whose answers are counted: of the four tasks, in the proportions of `SHARES`."""
+    return [one for one in prompts(work) if GROUPS.get(one.kind) != "h"][:ANSWERS]
 
 
 def count_ngrams(out: Path, answers: Path, asked: list[Example]) -> Path:

@@ -22,12 +22,18 @@ from torch import Tensor
 from layerwise.paths import cache_dir
 
 SOURCE = Path(__file__).with_name("few_tokens.cpp")
+HEADER = SOURCE.with_name("vectors.h")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
 
 
 def compiler() -> str | None:
     """The C++ compiler of this machine, or None."""
     return next((name for name in (os.environ.get("CXX") or "g++", "g++", "clang++") if shutil.which(name)), None)
+
+
+def source_text() -> str:
+    """What is compiled: whoever keeps a result of it keeps it under this."""
+    return "".join(file.read_text(encoding="utf-8") for file in (HEADER, SOURCE))
 
 
 def load_operators(notify: Callable[[str], None]) -> None:
@@ -43,7 +49,7 @@ def load_operators(notify: Callable[[str], None]) -> None:
     """
     if hasattr(torch.ops.layerwise, "few_token_linear"):  # a process can register operators once only
         return
-    facts = (SOURCE.read_text(encoding="utf-8"), _FLAGS, torch.__version__, torch.backends.cpu.get_cpu_capability())
+    facts = (source_text(), _FLAGS, torch.__version__, torch.backends.cpu.get_cpu_capability())
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
     path = cache_dir("kernels") / f"{key}.so"
     if not path.exists():

@@ -30,7 +30,7 @@ from torch.func import functional_call
 from transformers import AttentionInterface
 
 from layerwise.model.backbone import Backbone
-from layerwise.model.few_tokens import SOURCE
+from layerwise.model.few_tokens import source_text
 from layerwise.plan import Part, Visit
 
 ONE, FEW = "layerwise_one_token", "layerwise_few_tokens"  # names of attention functions, one a form
@@ -330,7 +330,8 @@ def _key(backbone: Backbone, facts: list[Any], weights: list[Tensor]) -> str:
         json.dumps(config, sort_keys=True, default=str),
         [(tuple(w.shape), w.stride(), str(w.dtype), str(w.device)) for w in weights],
         (torch.__version__, transformers.__version__, torch.get_num_threads(), torch.backends.cpu.get_cpu_capability()),
-        *(file.read_text(encoding="utf-8") for file in (Path(__file__), SOURCE)),
+        Path(__file__).read_text(encoding="utf-8"),
+        source_text(),
     ]
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 

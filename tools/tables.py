@@ -75,6 +75,30 @@ def speculative_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def layerskip_quality_table(result: dict[str, Any]) -> str:
+    """One row a model of tools/layerskip_runs.py quality."""
+    models = result["models"]
+    first = next(iter(models.values()))
+    texts, tasks = list(first["last_layer"]), list(first["tasks"])
+    lines = [
+        "| last layer | " + " | ".join([f"{name}, perplexity" for name in texts] + tasks) + " |",
+        "|---|" + "---|" * (len(texts) + len(tasks)),
+    ]
+    for label, one in models.items():
+        shares = [
+            f"{task['accuracy']:.1%} ({task['interval'][0]:.0%} to {task['interval'][1]:.0%})"
+            for task in one["tasks"].values()
+        ]
+        lines.append(f"| {label} | " + " | ".join([f"{one['last_layer'][name]:.2f}" for name in texts] + shares) + " |")
+    questions = next(iter(first["tasks"].values()))["n"]
+    lines += [
+        "",
+        f"{first['samples']} held-out texts, or answers, of each; {questions} questions a task at most, 95% intervals; "
+        f"commit {result['environment']['commit']}. Again: `{result['command']}`.",
+    ]
+    return "\n".join(lines)
+
+
 def layerroute_table(result: dict[str, Any]) -> str:
     """One row a run of tools/layerroute_runs.py."""
     lines = [
@@ -205,6 +229,7 @@ def routed_text_table(result: dict[str, Any]) -> str:
 TABLES = {
     "decode": decode_table,
     "speculative": speculative_table,
+    "layerskip_quality": layerskip_quality_table,
     "layerroute": layerroute_table,
     "drllm": drllm_table,
     "routed_attention": routed_attention_table,

@@ -22,7 +22,7 @@ FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 WARPED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
 # Holds every pair of words, so whatever the last two are, something followed them before.
 PROMPT = torch.tensor([[word for pair in product(range(WORDS), repeat=2) for word in pair] + [3]])
-DRAFTS = ["exit:3,2", "head,2", "ngram,2", "corpus,2"]
+DRAFTS = ["exit:3,2", "head,2", "ngram,2", "corpus,2", "tree,4"]
 
 
 def small_model() -> LayerwiseForCausalLM:
@@ -116,7 +116,7 @@ def test_the_test_finds_a_rule_that_takes_everything(draft: str, monkeypatch: py
 
 def test_the_test_finds_a_replacement_that_is_drawn_from_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     model = small_model()
-    monkeypatch.setattr(judging, "_replacement", lambda p, token, q: int(torch.multinomial(p, 1)))
+    monkeypatch.setattr(judging, "_rest", lambda p, token, q: p)
     counts, _ = sampled(model, "exit:3,2", FREE)
     assert chance(counts, probabilities(model, FREE)) < 1e-6
 
@@ -139,9 +139,9 @@ def decided(drafted: int, q: Tensor | None) -> tuple[float, Tensor]:
     judge, text, logits = a_judge(4), torch.zeros(1, 4, dtype=torch.long), P.log().expand(2, -1)
     stood, replaced = 0, torch.zeros(4)
     for _ in range(TRIES):
-        place, token = judge.judge(logits, [drafted], None if q is None else [q], text, 1, 0)
-        stood += place
-        if not place:
+        stands, token = judge.judge(logits, [drafted], [-1], None if q is None else [q], text, 1, 0)
+        stood += len(stands)
+        if not stands:
             replaced[token] += 1
         else:
             assert text[0, 1] == drafted
@@ -185,5 +185,6 @@ def test_greedy_runs_stop_at_the_first_that_differs() -> None:
     logits = torch.nn.functional.one_hot(torch.tensor([2, 4, 1, 0]), 5).float()
     for drafted, expected in (([2, 4, 1], (3, 0)), ([2, 3, 1], (1, 4)), ([0, 4, 1], (0, 2)), ([], (0, 2))):
         text = torch.zeros(1, 8, dtype=torch.long)
-        assert judge.judge(logits[: len(drafted) + 1], drafted, None, text, 2, 0) == expected
+        found = judge.judge(logits[: len(drafted) + 1], drafted, range(-1, len(drafted) - 1), None, text, 2, 0)
+        assert found == (list(range(expected[0])), expected[1])
         assert text[0, 2 : 2 + expected[0]].tolist() == drafted[: expected[0]]

@@ -38,10 +38,24 @@ Worth = Callable[[float], bool]  # is one more token worth drafting, if those be
 
 @dataclass(slots=True)
 class Proposal:
-    """Drafted tokens of each row; `q[k]` is (rows, vocabulary), what the k-th was drawn from, None for no draw."""
+    """Drafted tokens of each row; `q[k]` is (rows, vocabulary), what the k-th was drawn from, None for no draw.
+
+    `parents[r][k]` is the number of the token that the k-th of row r follows, an earlier one; -1 for the last token of
+    the row. Without it, each follows the one before.
+    """
 
     tokens: list[list[int]]
     q: list[Tensor] | None = None
+    parents: list[list[int]] | None = None
+
+    def parents_of(self, row: int) -> Sequence[int]:
+        count = len(self.tokens[row])
+        return range(-1, count - 1) if self.parents is None else self.parents[row]
+
+    @property
+    def branching(self) -> bool:
+        """Whether any row has more than one continuation."""
+        return any(any(after != at - 1 for at, after in enumerate(row)) for row in self.parents or ())
 
 
 class Drafter(Protocol):

@@ -3,6 +3,7 @@
     off           nobody: plain decoding
     ngram         copy what followed the last words where they occurred before (prompt lookup)
     corpus        the n-grams of the model's other answers that an adapter brings
+    tree          several continuations at once, the likeliest of both
     head          the exit head that an adapter brings
     exit:8        the first 8 layers, the final norm and the head
     plan:0-5 20-29   any plan
@@ -21,13 +22,13 @@ from dataclasses import dataclass
 from layerwise.plan import Plan
 
 MOST = 15  # drafted tokens of a pass; the verification of more costs more than it can give
-_FORMS = 'write auto, off, ngram, corpus, head, policy, "exit:8", "exit:8,6" or "plan:0-5 20-29"'
-_KINDS = ("auto", "off", "ngram", "corpus", "head", "exit", "plan", "policy")
+_FORMS = 'write auto, off, ngram, corpus, tree, head, policy, "exit:8", "exit:8,6" or "plan:0-5 20-29"'
+_KINDS = ("auto", "off", "ngram", "tree", "corpus", "head", "exit", "plan", "policy")
 
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """What drafts: `kind` is one of auto, off, ngram, corpus, head, exit, plan, policy; `length` None where it adapts.
+    """What drafts: `kind` is one of auto, off, ngram, corpus, tree, head, exit, plan, policy; `length` None: it adapts.
 
     An early exit after E layers is the plan of the first E visits, `exit` says how many; `lookup` puts n-grams first.
     With `trust`, drafted tokens of at least that probability are taken without verification: no draft any more, but
@@ -70,13 +71,13 @@ class Draft:
             plain = rest if ":" in body else kind
         plain = plain.strip()
         kind = kind.strip() if ":" in body else plain
-        if kind not in _KINDS or (":" in body) != (kind in ("exit", "plan")) or (lookup and kind not in _KINDS[3:]):
+        if kind not in _KINDS or (":" in body) != (kind in ("exit", "plan")) or (lookup and kind not in _KINDS[4:]):
             raise ValueError(f"'{text}' is no draft: {_FORMS}")
         if comma and not re.fullmatch(r"\s*\d{1,3}\s*", length):
             raise ValueError(f"'{text}': the length after the comma must be a number from 1 to {MOST}")
         tokens = int(length) if comma else None
         if tokens is not None and (kind in ("auto", "off") or not 1 <= tokens <= MOST):
-            drafts = "policy, ngram, corpus, head, exit and plan"
+            drafts = "policy, ngram, corpus, tree, head, exit and plan"
             raise ValueError(f"'{text}' is no draft: a length, from 1 to {MOST}, goes with {drafts}")
         if kind == "plan":
             return cls("plan", plan=Plan.parse(plain, layers), length=tokens, lookup=lookup)

@@ -3,7 +3,8 @@
 Greedy: a drafted token stands if it is the one the target would have chosen, so the result is the target's, token for
 token. Sampling: a token x drawn from q stands with probability min(1, p(x) / q(x)); where one falls, its replacement is
 drawn from max(p - q, 0), normalised, and the result has the target's distribution (arXiv 2211.17192, algorithm 1).
-p and q are the distributions after all logits processors. A token that was copied, not drawn, has q(x) = 1.
+p and q are the distributions after all logits processors. A token that was copied, not drawn, has q(x) = 1. Where
+several tokens were copied for one place, they are tried one after the other, each against what those before it left.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ _WARPERS = (
 )
 # Those that remember the text so far: of one row, which they see token by token, and of no more.
 _REMEMBERING = (UnbatchedClassifierFreeGuidanceLogitsProcessor, SynthIDTextWatermarkLogitsProcessor)
+
+Chosen = tuple[int, int]  # the number of the drafted token that stands, or -1, and the token
 
 
 @dataclass(slots=True)
@@ -113,35 +116,48 @@ class Judge:
     # -- verifying ---------------------------------------------------------------------------------------
 
     def judge(
-        self, logits: Tensor, drafted: Sequence[int], q: Sequence[Tensor] | None, text: Tensor, length: int, row: int
-    ) -> tuple[int, int]:
-        """How many drafted tokens of a row stand, and the token that follows them.
+        self,
+        logits: Tensor,
+        drafted: Sequence[int],
+        parents: Sequence[int],
+        q: Sequence[Tensor] | None,
+        text: Tensor,
+        length: int,
+        row: int,
+    ) -> tuple[list[int], int]:
+        """The numbers of the drafted tokens of a row that stand, and the token that follows them.
 
         Args:
-            logits: (drafted + 1, vocabulary), float32, each position's of the target.
+            logits: (drafted + 1, vocabulary), float32, of the target: after the text, and after each drafted token.
+            parents: the number of the drafted token that each follows; -1 for the text.
             q: each drafted token's distribution (vocabulary,); None if they were not drawn.
             text: (1, room) the row's tokens as `generate` keeps them, of which `length` are there; what stands is
                 written behind them.
             row: its number in the batch.
         """
-        for place, token in enumerate([*drafted, None]):
-            if self.trusting and token is not None:
-                text[0, length + place] = token
-                continue
-            scores = self._scores(text[:, : length + place], logits[place : place + 1], row)
-            if self.sampling:
-                p = torch.softmax(scores[0], -1)
-                if token is None:
-                    return place, int(torch.multinomial(p, 1))
-                drawn = None if q is None else q[place]
-                if torch.rand(()) * (1.0 if drawn is None else float(drawn[token])) >= float(p[token]):
-                    return place, _replacement(p, token, drawn)
+        stand: list[int] = []
+        while True:
+            at = stand[-1] if stand else -1
+            follow = [number for number, parent in enumerate(parents) if parent == at]
+            if self.trusting and follow:
+                chosen, token = follow[0], drafted[follow[0]]
             else:
-                best = int(scores[0].argmax())
-                if best != token:
-                    return place, best
-            text[0, length + place] = token
-        raise AssertionError("the position after the last drafted token always ends the loop")
+                scores = self._scores(text[:, : length + len(stand)], logits[at + 1 : at + 2], row)[0]
+                choose = self._sampled if self.sampling else _likeliest
+                chosen, token = choose(scores, [(number, drafted[number]) for number in follow], q)
+            if chosen < 0:
+                return stand, token
+            text[0, length + len(stand)] = token
+            stand.append(chosen)
+
+    def _sampled(self, scores: Tensor, guesses: Sequence[tuple[int, int]], q: Sequence[Tensor] | None) -> Chosen:
+        p = torch.softmax(scores, -1)
+        for number, token in guesses:
+            drawn = None if q is None else q[number]
+            if torch.rand(()) * (1.0 if drawn is None else float(drawn[token])) < float(p[token]):
+                return number, token
+            p = _rest(p, token, drawn)
+        return -1, int(torch.multinomial(p, 1))
 
     def _scores(self, text: Tensor, logits: Tensor, row: int) -> Tensor:
         if self.logits is not None:
@@ -162,12 +178,18 @@ class Judge:
         return bool(self.criteria) and bool(self.criteria(text[:, :length].expand(self.rows, -1), None)[row])
 
 
-def _replacement(p: Tensor, token: int, q: Tensor | None) -> int:
-    """A token from max(p - q, 0), normalised; q is all on `token` if it is None."""
+def _likeliest(scores: Tensor, guesses: Sequence[tuple[int, int]], q: Sequence[Tensor] | None) -> Chosen:
+    best = int(scores.argmax())
+    return next((number for number, token in guesses if token == best), -1), best
+
+
+def _rest(p: Tensor, token: int, q: Tensor | None) -> Tensor:
+    """max(p - q, 0), normalised; q is all on `token` if it is None."""
     if q is None:
         rest = p.clone()
         rest[token] = 0.0
     else:
         rest = (p - q).clamp(min=0.0)
     # Rounding can leave nothing where p and q agree; then the refusal was rounding too.
-    return int(torch.multinomial(rest if float(rest.sum()) > 0.0 else p, 1))
+    total = float(rest.sum())
+    return rest / total if total > 0.0 else p

@@ -85,11 +85,18 @@ class NGramModel:
 
     def after(self, text: Sequence[int]) -> tuple[int, float] | None:
         """The token to follow `text` and how sure it is, None if nothing is known; the last `order` tokens count."""
-        found, key = None, 0
+        known = self.known(text)
+        return known[0] if known else None
+
+    def known(self, text: Sequence[int]) -> list[tuple[int, float]]:
+        """As `after`, what every suffix of `text` has to say, the longest first."""
+        found, key = [], 0
         for token in reversed(text[-self.order :]):
             key = (key * _FACTOR + token + 1) & _BITS
-            found = self._table.get(key - 2**64 if key >> 63 else key, found)
-        return found
+            named = self._table.get(key - 2**64 if key >> 63 else key)
+            if named is not None:
+                found.append(named)
+        return found[::-1]
 
     def save(self, folder: str | Path) -> None:
         from safetensors.torch import save_file

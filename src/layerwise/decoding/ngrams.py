@@ -12,6 +12,8 @@ from layerwise.decoding.drafters import Proposal, Worth
 from layerwise.decoding.ngram_model import NGramModel
 from layerwise.decoding.target import Read, Target
 
+HOPES = {2: 0.5, 3: 0.6, 4: 0.75}  # by the length of the match: how often what followed follows again
+
 
 @dataclass
 class CorpusDrafter:
@@ -99,11 +101,18 @@ class NGramDrafter:
             for length in range(self.shortest, min(self.longest, end) + 1):
                 places[tuple(text[end - length : end])] = end
 
-    def _after(self, row: int, last: int, most: int) -> tuple[list[int], int]:
-        text = self.texts[row]
-        for length in range(min(self.longest, len(text) + 1), self.shortest - 1, -1):
-            at = self.places[row].get((*text[len(text) - length + 1 :], last))
+    def found(self, row: int, ending: Sequence[int]) -> tuple[int, int]:
+        """What follows row `row` and `ending`: its index in the two, and the tokens that match; or 0, 0."""
+        last = [*self.texts[row][-self.longest :], *ending]
+        for length in range(min(self.longest, len(last)), self.shortest - 1, -1):
+            at = self.places[row].get(tuple(last[-length:]))
             if at is not None:
-                known = [*text[at:], last]
-                return [known[number % len(known)] for number in range(most)], length  # copies of copies, as in LZ77
-        return [], 0
+                return at, length
+        return 0, 0
+
+    def _after(self, row: int, last: int, most: int) -> tuple[list[int], int]:
+        at, length = self.found(row, [last])
+        if not length:
+            return [], 0
+        known = [*self.texts[row][at:], last]
+        return [known[number % len(known)] for number in range(most)], length  # copies of copies, as in LZ77

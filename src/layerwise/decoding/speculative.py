@@ -32,9 +32,10 @@ from layerwise.decoding.drafters import (
 )
 from layerwise.decoding.drafts import MOST, Draft
 from layerwise.decoding.judge import Judge
-from layerwise.decoding.ngrams import CorpusDrafter, NGramDrafter
+from layerwise.decoding.ngrams import HOPES, CorpusDrafter, NGramDrafter
 from layerwise.decoding.target import Read, Target, Watched
-from layerwise.decoding.tuner import HOPE, Tuner
+from layerwise.decoding.trees import TreeDrafter
+from layerwise.decoding.tuner import HOPE, Hope, Tuner
 from layerwise.model.cache import Cache
 from layerwise.model.packing import last_of
 from layerwise.plan import Plan, Route
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from layerwise.model.causal_lm import LayerwiseForCausalLM
 
 NGRAM_PRICE = 0.002  # of a plain step, for a token
-NGRAM_HOPES = {2: 0.5, 3: 0.6, 4: 0.75}  # by the length of the match: how often what followed follows again
 HEAD_HOPE, HEAD_LAYERS = 0.35, 5.5  # the head's own layer is one; what its calls take besides is worth some more
 SURPLUS = 4  # tokens that a confident draft may go on beyond the best length
 
@@ -57,7 +57,7 @@ class Crew:
         self.tuner: Tuner = model.tuner(draft, target.rows, judge.temperature)
         self.drafters: dict[str, Drafter] = {}
         self.prices: dict[str, float] = {}
-        self.hopes: dict[str, float] = {}  # of this round, where a draft knows
+        self.hopes: dict[str, Hope] = {}  # of this round, where a draft knows
         self.ngram: NGramDrafter | None = None
         if draft.kind in ("auto", "ngram") or draft.lookup:
             self.ngram = NGramDrafter(target)
@@ -66,6 +66,12 @@ class Crew:
         if draft.kind == "corpus" or (draft.kind == "auto" and model.ngrams is not None):
             self.corpus = CorpusDrafter(target, model.ngrams)
             self.drafters["corpus"] = self.corpus
+        self.tree: TreeDrafter | None = None
+        if draft.kind == "tree":
+            # Routed attention convolves over the tokens before, which in a tree are not those of one text.
+            branches = 1 if model.runtime.backbone.attention else 2
+            self.tree = TreeDrafter(target, NGramDrafter(target), model.ngrams, branches)
+            self.drafters["tree"] = self.tree
         head, runtime = model.exit_head, model.head_runtime
         # The head looks at states inside the target's plan: there must be one plan, and it must get that far.
         fits = head is not None and (not head.exit or (target.uniform and head.exit < len(target.plans[0])))
@@ -103,7 +109,8 @@ class Crew:
         name, length, worth = self._turn(last, min(most, MOST))
         if not length:
             return "off", Proposal([[] for _ in range(len(last))])
-        if worth is not _always and name != "ngram":  # a confident draft may go on beyond what is best on average
+        if worth is not _always and name not in ("ngram", "tree"):
+            # A confident draft may go on beyond what is best on average.
             length = min(length + SURPLUS, most, MOST)
         return name, self.drafters[name].propose(last, length, worth)
 
@@ -113,10 +120,13 @@ class Crew:
         prices, self.hopes = dict(self.prices), {"head": HEAD_HOPE}
         match = self.ngram.match(last) if self.ngram is not None else 0
         if match:
-            prices["ngram"], self.hopes["ngram"] = NGRAM_PRICE, NGRAM_HOPES[match]
+            prices["ngram"], self.hopes["ngram"] = NGRAM_PRICE, HOPES[match]
         sure = self.corpus.sure(last) if self.corpus is not None else 0.0
         if sure:
             prices["corpus"], self.hopes["corpus"] = NGRAM_PRICE, sure
+        trusts = self.tree.trusts(last, most) if self.tree is not None else []
+        if trusts:
+            prices["tree"], self.hopes["tree"] = NGRAM_PRICE, trusts
         if self.draft.kind == "auto":
             return self.tuner.choose(prices, most, hopes=self.hopes)
         if match and self.draft.lookup:
@@ -218,7 +228,7 @@ def speculate(
         crew.begin(read)
         texts.ahead = [width + 1 - length for length in cache.lengths]
         logits = model.runtime.engine.logits(last_of(read.deep, counts)).float()
-        chosen = [([], token) for _, token in _choices(judge, logits, [[]] * rows, None, texts)]
+        chosen = [([], token) for _, token in _choices(judge, logits, Proposal([[]] * rows), texts)]
         _emit(texts, judge, chosen, padding, streamer, trace, [Source.DECODED] * rows)
         _leave(texts, judge, target, crew, padding)
         while texts.live:
@@ -261,14 +271,14 @@ def _round(
     tokens[:, 0] = last[:, 0]
     for row, proposed in enumerate(drafted):
         tokens[row, 1 : counts[row]] = torch.tensor(proposed, dtype=tokens.dtype, device=tokens.device)
-    read = target.verify(tokens, counts)
+    parents = [[-1, *(at + 1 for at in proposal.parents_of(row))] for row in range(len(drafted))]  # by columns
+    read = target.verify(tokens, counts, parents if proposal.branching else None)
     logits = model.runtime.engine.logits(read.deep).float()
-    chosen = _choices(judge, logits, drafted, proposal.q, texts)
-    stood = [place for place, _ in chosen]
-    lengths = target.cache.lengths
-    target.cache.rollback([n - count + 1 + place for n, count, place in zip(lengths, counts, stood, strict=True)])
-    read.counts = [1 + place for place in stood]
-    crew.learn(read)
+    chosen = _choices(judge, logits, proposal, texts)
+    columns = [[0, *(number + 1 for number in stand)] for stand, _ in chosen]
+    target.cache.retain(counts, columns)
+    crew.learn(read.along(columns))
+    stood = [len(stand) for stand, _ in chosen]
     mean = sum(stood) / len(stood)
     seconds = drafted_at - began
     hope = crew.hopes.get(name, HOPE)
@@ -277,32 +287,42 @@ def _round(
         trace.drafts[name] += 1
         trace.drafted += sum(counts) - len(counts)
         trace.accepted += sum(stood)
-    runs = [(proposed[:place], token) for proposed, (place, token) in zip(drafted, chosen, strict=True)]
+    runs = [([proposed[at] for at in stand], token) for proposed, (stand, token) in zip(drafted, chosen, strict=True)]
     last_source = [Source.VERIFIED if len(proposed) else Source.DECODED for proposed in drafted]
     _emit(texts, judge, runs, padding, streamer, trace, last_source)
 
 
-def _choices(
-    judge: Judge, logits: Tensor, drafted: Sequence[Sequence[int]], q: Sequence[Tensor] | None, texts: _Texts
-) -> list[tuple[int, int]]:
-    """Per live row how many drafted tokens stand, and the token after them; logits (rows, width, vocabulary)."""
+def _choices(judge: Judge, logits: Tensor, proposal: Proposal, texts: _Texts) -> list[tuple[list[int], int]]:
+    """Per live row the numbers of the drafted tokens that stand, and the token after them.
+
+    `logits` are (rows, width, vocabulary), after the text and after each drafted token.
+    """
+    drafted = proposal.tokens
     if judge.plain:
-        chosen = []
-        for best, proposed in zip(logits.argmax(-1).tolist(), drafted, strict=True):
-            place = next((at for at, token in enumerate(proposed) if token != best[at]), len(proposed))
-            chosen.append((place, best[place]))
-        return chosen
+        best = logits.argmax(-1).tolist()
+        return [_walked(drafted[at], proposal.parents_of(at), best[at]) for at in range(len(drafted))]
     return [
         judge.judge(
             logits[at, : len(drafted[at]) + 1],
             drafted[at],
-            None if q is None else [one[at] for one in q],
+            proposal.parents_of(at),
+            None if proposal.q is None else [one[at] for one in proposal.q],
             texts.buffer[row : row + 1],
             texts.lengths[row],
             row,
         )
         for at, row in enumerate(texts.live)
     ]
+
+
+def _walked(drafted: Sequence[int], parents: Sequence[int], best: Sequence[int]) -> tuple[list[int], int]:
+    """As `Judge.judge`, where best[0] is the target's choice after the text, best[k + 1] that after drafted[k]."""
+    stand, at = [], -1
+    for number, (token, parent) in enumerate(zip(drafted, parents, strict=True)):
+        if parent == at and token == best[at + 1]:
+            stand.append(number)
+            at = number
+    return stand, best[at + 1]
 
 
 def _emit(

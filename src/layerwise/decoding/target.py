@@ -38,6 +38,16 @@ class Read:
     states: dict[int, Tensor]
     deep: Tensor
 
+    def along(self, columns: Sequence[Sequence[int]]) -> Read:
+        """Of row r the tokens in columns[r] only, in that order."""
+        counts = [len(row) for row in columns]
+        index = torch.tensor([[*row, *[0] * (max(counts) - len(row))] for row in columns], device=self.tokens.device)
+
+        def of(state: Tensor) -> Tensor:
+            return state.gather(1, index[..., None].expand(-1, -1, state.shape[-1]))
+
+        return Read(self.tokens.gather(1, index), counts, {cut: of(s) for cut, s in self.states.items()}, of(self.deep))
+
 
 class Watched:
     """A route whose states are kept: those that all rows reach after the same visits."""
@@ -114,16 +124,18 @@ class Target:
             self.seen.setdefault(cut, []).append(state)
         return hidden
 
-    def verify(self, tokens: Tensor, counts: Sequence[int]) -> Read:
+    def verify(self, tokens: Tensor, counts: Sequence[int], parents: Sequence[Sequence[int]] | None = None) -> Read:
         """Walk what is left of the target over tokens (rows, width): the last one and those drafted after it.
 
-        The cache then holds them all; the caller rolls it back to what it accepts.
+        With `parents` they are a tree, see `Runtime.forward`. The cache then holds them all; the caller has it retain
+        what it accepts.
         """
         width = tokens.shape[1]
         phase = Phase.VERIFY if width > 1 else Phase.DECODE
         if not self.ahead:
-            deep, states = self._walk(self.model.embed(tokens), counts, 0, None, phase)
+            deep, states = self._walk(self.model.embed(tokens), counts, 0, None, phase, parents)
             return Read(tokens, list(counts), states, deep)
+        assert parents is None, "what was walked token by token is a chain"
         for column in range(len(self.ahead), width):  # the last drafted token has not been walked at all
             self.prefix(tokens[:, column : column + 1], self.walked)
         kept = torch.cat(self.ahead[:width], 1)
@@ -158,19 +170,26 @@ class Target:
             self.gone = []
 
     def _walk(
-        self, hidden: Tensor, counts: Sequence[int], start: int, stop: int | None, phase: Phase
+        self,
+        hidden: Tensor,
+        counts: Sequence[int],
+        start: int,
+        stop: int | None,
+        phase: Phase,
+        parents: Sequence[Sequence[int]] | None = None,
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Visits start..stop over (rows, width, hidden size); the states at the cuts within, that at `start` too."""
         states = {start: hidden}
         forward = self.model.runtime.forward
         if not self.uniform:
-            return forward(hidden, self.plans, counts, self.cache, self.trace, phase), states
+            return forward(hidden, self.plans, counts, self.cache, self.trace, phase, parents=parents), states
         before = list(self.cache.lengths)
         points = sorted(cut for cut in self.cuts if start < cut < (len(self.plans[0]) if stop is None else stop))
         try:
             for begin, end in zip([start, *points], [*points, stop], strict=True):
                 self.cache.lengths = list(before)
-                hidden = forward(hidden, self.plans, counts, self.cache, self.trace, phase, slice(begin, end))
+                part = slice(begin, end)
+                hidden = forward(hidden, self.plans, counts, self.cache, self.trace, phase, part, parents)
                 if end is not None:
                     states[end] = hidden
         except BaseException:

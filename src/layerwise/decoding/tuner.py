@@ -4,25 +4,28 @@ For each way to draft the tuner keeps two numbers, how often a drafted token sta
 how much of that comes true) and how long it takes to draft one, and it keeps how long a verification of so many takes.
 If a drafted token stands with probability a, then d of them give 1 + a + ... + a^d tokens a round, at the price of
 drafting d and verifying d + 1. The best way is the one that gives most tokens a second; drafting nothing at all is one
-of the ways. Within a round drafting goes on as long as one more token is expected to give more than its time would
-elsewhere: the draft's own confidence says how likely it is that those before it stand (Kangaroo, arXiv 2404.18911,
-stops below a fixed confidence; DEL, arXiv 2504.05598, chooses exit and length from measured acceptance).
+of the ways. A tree that was looked up beforehand knows of each token how likely it is to stand; it gives 1 + their sum.
+Within a round drafting goes on as long as one more token is expected to give more than its time would elsewhere: the
+draft's own confidence says how likely it is that those before it stand (Kangaroo, arXiv 2404.18911, stops below a fixed
+confidence; DEL, arXiv 2504.05598, chooses exit and length from measured acceptance).
 
 Old rounds are forgotten slowly, so a way that failed is tried again when the text may have changed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 MEMORY = 0.98  # what a round's counts weigh one round later
 HOPE = 0.6  # acceptance of a way that has not been tried, if it says nothing of itself
 STARTING_WEIGHT = 1.2  # tokens that were hoped for and stood, before there are any
 ONE_MORE = 0.05  # of a plain step, to verify one more token, where nothing is known
 REMEASURE = 64  # rounds after which a plain one is timed again
-_NONE: Mapping[str, float] = MappingProxyType({})
+_NONE: Mapping[str, Any] = MappingProxyType({})
+Hope = float | Sequence[float]
 REST = 100.0  # rounds after which half of a failure is forgotten, if the way was not taken since
 
 
@@ -30,8 +33,8 @@ REST = 100.0  # rounds after which half of a failure is forgotten, if the way wa
 class Way:
     """One way to draft: its counts and its time; `price` is a guess at the time, as a share of a plain step.
 
-    A way may say what it hopes for, round by round: a long match more than a short one. What is learnt is how much of
-    that comes true.
+    A way may say what it hopes for, round by round: a long match more than a short one. It is the probability that a
+    drafted token stands if those before do, or of each token that it stands. What is learnt is how much comes true.
     """
 
     price: float
@@ -42,8 +45,27 @@ class Way:
 
     def acceptance(self, hope: float = HOPE) -> float:
         """Probability that a drafted token stands, given that those before it do."""
+        return min(0.99, hope * self._true())
+
+    def gains(self, hope: Hope, length: int) -> list[float]:
+        """How likely each of `length` drafted tokens is to stand; fewer if there are no more."""
+        if isinstance(hope, Sequence):
+            return [min(0.99, trust * self._true()) for trust in hope[:length]]
+        a = self.acceptance(hope)
+        return [a ** (number + 1) for number in range(length)]
+
+    def note(self, hope: Hope, drafted: int, stood: float) -> None:
+        """`stood` of `drafted` tokens stood."""
+        hoped = sum(hope[:drafted]) if isinstance(hope, Sequence) else hope * (stood + (stood < drafted))
+        fade = MEMORY * 0.5 ** ((self.idle - 1) / REST)
+        self.stood = self.stood * fade + stood
+        self.hoped = self.hoped * fade + hoped
+        self.idle = 0
+
+    def _true(self) -> float:
+        """How much of what was hoped for comes true."""
         fade = 0.5 ** (self.idle / REST)
-        return min(0.99, hope * (self.stood * fade + STARTING_WEIGHT) / (self.hoped * fade + STARTING_WEIGHT))
+        return (self.stood * fade + STARTING_WEIGHT) / (self.hoped * fade + STARTING_WEIGHT)
 
 
 @dataclass
@@ -98,16 +120,14 @@ class Tuner:
             self._smooth = {width: seconds for seconds, _, widths in pools for width in widths}
         return self._smooth
 
-    def rate(self, name: str, length: int, hope: float = HOPE) -> float:
+    def rate(self, name: str, length: int, hope: Hope = HOPE) -> float:
         """Expected tokens a second of rounds with `length` tokens drafted by `name`."""
         way = self.ways[name]
-        a, tokens = way.acceptance(hope), 1.0
-        for number in range(length):
-            tokens += a ** (number + 1)
+        tokens = 1.0 + sum(way.gains(hope, length))
         return tokens / (self._draft_seconds(way) * length + self.round_seconds(length + 1))
 
     def choose(
-        self, prices: Mapping[str, float], most: int, rest: bool = True, hopes: Mapping[str, float] = _NONE
+        self, prices: Mapping[str, float], most: int, rest: bool = True, hopes: Mapping[str, Hope] = _NONE
     ) -> tuple[str, int, Callable[[float], bool]]:
         """The way, how many tokens are best on average, and whether, at this confidence, one more is worth it.
 
@@ -115,7 +135,7 @@ class Tuner:
             prices: the ways there are now, each with a guess at the time of drafting a token, as a share of a step.
             most: no more tokens than this.
             rest: whether drafting nothing may be chosen; its name is "off".
-            hopes: what the ways say their acceptance is in this round, where they know.
+            hopes: what the ways hope for in this round, where they know, see `Way`.
         """
         for name, price in prices.items():
             self.ways.setdefault(name, Way(price))
@@ -133,7 +153,7 @@ class Tuner:
         way = self.ways[name]
         more = self.round_seconds(length + 1) - self.round_seconds(max(1, length - 3))
         cost = self._draft_seconds(way) + max(0.0, more / min(4, length))
-        threshold = cost * best / max(way.acceptance(hopes.get(name, HOPE)), 1e-3)
+        threshold = cost * best / max(way.gains(hopes.get(name, HOPE), 1)[0], 1e-3)
         return name, length, lambda trust: trust >= threshold
 
     def note(
@@ -144,7 +164,7 @@ class Tuner:
         draft_seconds: float,
         width: int,
         seconds: float,
-        hope: float = HOPE,
+        hope: Hope = HOPE,
     ) -> None:
         """Learn from a round: `stood` of `drafted` tokens a row stood, on average over rows."""
         for other in self.ways.values():
@@ -157,10 +177,7 @@ class Tuner:
         if not drafted:
             return
         way = self.ways.setdefault(name, Way(seconds / drafted))
-        fade = MEMORY * 0.5 ** ((way.idle - 1) / REST)
-        way.stood = way.stood * fade + stood
-        way.hoped = way.hoped * fade + hope * (stood + (1.0 if stood < drafted else 0.0))
-        way.idle = 0
+        way.note(hope, drafted, stood)
         each = draft_seconds / drafted
         way.seconds = each if way.seconds is None else way.seconds + 0.1 * (each - way.seconds)
 

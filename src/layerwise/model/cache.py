@@ -128,6 +128,24 @@ class Cache:
                     # No hole is left, so nothing tells this slot from one that never had any.
                     store.ends, store.seen = held, None
 
+    def retain(self, counts: Sequence[int], kept: Sequence[Sequence[int]]) -> None:
+        """Of the last counts[r] tokens of row r, which came in one pass, keep those numbered kept[r] (ascending).
+
+        They close ranks, and all others are forgotten: one branch of a tree becomes text.
+        """
+        starts = [length - count for length, count in zip(self.lengths, counts, strict=True)]
+        moves = [
+            (row, start + old, start + new)
+            for row, (start, numbers) in enumerate(zip(starts, kept, strict=True))
+            for new, old in enumerate(numbers)
+            if new != old
+        ]
+        for store in self.slots.values() if moves else ():
+            row, source, place = torch.tensor(moves, device=store.keys.device).T
+            store.keys[row, :, place] = store.keys[row, :, source]
+            store.values[row, :, place] = store.values[row, :, source]
+        self.rollback([start + len(numbers) for start, numbers in zip(starts, kept, strict=True)])
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep the rows named, in that order; a row may be named twice (a beam, a draft tree)."""
         self.lengths = [self.lengths[row] for row in rows]

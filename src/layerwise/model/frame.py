@@ -4,6 +4,9 @@ Rows of a batch differ in length, in how many tokens they bring, and in plan. A 
 pass and derives from them, each at most once: rotary embeddings, attention masks and the places in the cache.
 Inside the runtime rows are packed to the left: row r brings counts[r] tokens, which continue its lengths[r]
 cached ones; the columns beyond counts[r] are padding, neither stored nor attended to.
+
+The tokens of a row may be a tree, several continuations at once: then each stands at the depth it would have in its
+continuation, and sees what is cached and its own ancestors.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ _UNKNOWN = object()  # None is a mask
 class Frame:
     """One forward pass over `width` columns; `counts[r]` of them are tokens of row r.
 
-    Without a cache the pass starts at position 0 and stores nothing.
+    Without a cache the pass starts at position 0 and stores nothing. `parents[r]`, if given, names the column that each
+    token of row r follows, an earlier one; -1 for what is cached.
     """
 
     backbone: Backbone
@@ -36,6 +40,7 @@ class Frame:
     device: torch.device
     dtype: torch.dtype
     cache: Cache | None = None
+    parents: Sequence[Sequence[int]] | None = None
     _memo: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,8 +63,10 @@ class Frame:
         """Position of every column: (1, width) if all rows agree, else (rows, width)."""
 
         def make() -> Tensor:
+            starts = self.starts_of(rows)
+            if self.parents is not None:
+                return self._ancestors(rows).sum(-1) - 1 + torch.tensor(starts, device=self.device)[:, None]
             columns = torch.arange(self.width, device=self.device)[None]
-            starts = [self.starts[row] for row in self.members(rows)]
             if len(set(starts)) == 1:
                 return columns + starts[0]
             return columns + torch.tensor(starts, device=self.device)[:, None]
@@ -90,7 +97,7 @@ class Frame:
 
     def _mask(self, window: int | None, rows: Rows, seen: Tensor | None) -> Tensor | None:
         keys = self.stop if self.cache else self.width
-        if seen is None and (window is None or keys <= window):
+        if seen is None and self.parents is None and (window is None or keys <= window):
             fresh = not any(self.starts)
             # scaled_dot_product_attention knows the causal square and the single last query without a mask. A
             # fresh batch needs no more: padding stands to the right of every token that counts.
@@ -103,15 +110,42 @@ class Frame:
         keys = self.stop if self.cache else self.width
         position = self.positions(rows)[:, :, None]
         index = torch.arange(keys, device=self.device)
+        holds = index  # the position of what stands there
         allowed = index <= position
+        if self.parents is not None:
+            allowed, holds = self._branches(rows, index)
         if window is not None:
-            allowed = allowed & (index > position - window)
+            allowed = allowed & (holds > position - window)
         if seen is not None:
             members = seen if rows is None else seen[self.index(rows)]
             new = (index >= position[:, :1]) & (index < position[:, :1] + self.width)
             allowed = allowed & (members[:, None, :keys] | new)
         floor = torch.finfo(self.dtype).min
         return torch.where(allowed, 0.0, floor).to(self.dtype)[:, None]
+
+    def _ancestors(self, rows: Rows) -> Tensor:
+        """(rows, width, width) booleans: which columns each column descends from, itself among them."""
+
+        def make() -> Tensor:
+            members = self.members(rows)
+            found = [[[at == column for at in range(self.width)] for column in range(self.width)] for _ in members]
+            for lines, row in zip(found, members, strict=True):
+                for column, parent in enumerate(self.parents[row]):
+                    if parent >= 0:
+                        lines[column] = [own or above for own, above in zip(lines[column], lines[parent], strict=True)]
+            return torch.tensor(found, device=self.device)
+
+        return self._once(("ancestors", rows), make)
+
+    def _branches(self, rows: Rows, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Which keys at `index` each column of a tree may see, (rows, width, keys), and the position of what they
+        hold, (rows, 1, keys)."""
+        ancestors, starts = self._ancestors(rows), torch.tensor(self.starts_of(rows), device=self.device)[:, None]
+        column = index - starts
+        inside = column.clamp(0, self.width - 1)
+        seen = ancestors.gather(2, inside[:, None].expand(-1, self.width, -1)) & (column < self.width)[:, None]
+        holds = torch.where(column < 0, index, self.positions(rows).gather(1, inside))
+        return (column < 0)[:, None] | seen, holds[:, None]
 
     def few(self, layer: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """What a kernel for a few tokens of every row needs, all memory of its own: the index in the cache of each

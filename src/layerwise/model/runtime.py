@@ -114,6 +114,7 @@ class Runtime:
         trace: Trace | None = None,
         phase: Phase = Phase.PREFILL,
         visits: slice | None = None,
+        parents: Sequence[Sequence[int]] | None = None,
     ) -> Tensor:
         """One pass over a batch packed to the left.
 
@@ -125,13 +126,14 @@ class Runtime:
             trace: gets what ran.
             visits: only these visits of the plan, which must be the same for all rows. They keep the slots they
                 have in the whole plan, so a pass may be cut in two: `[:c]`, then `[c:]` on what the first gave.
+            parents: the tokens of each row are a tree, see `Frame`; the caller has the cache `retain` one branch.
 
         Returns:
             Hidden states before the final norm, (rows, width, hidden size); padding columns are undefined.
         """
         rows, width, _ = embedded.shape
         counts = [width] * rows if counts is None else counts
-        frame = Frame(self.backbone, counts, width, embedded.device, embedded.dtype, cache)
+        frame = Frame(self.backbone, counts, width, embedded.device, embedded.dtype, cache, parents)
         route = None if isinstance(plans, Sequence) else plans
         steps = schedule(tuple(plans)) if route is None else route.steps(embedded)
         if visits is not None:

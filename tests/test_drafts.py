@@ -26,6 +26,8 @@ LAYERS = 30
         ("plan:0-5 20-29", Draft("plan", plan=Plan.parse("0-5 20-29"))),
         ("plan:0-2 3*2 4a 5m 0,4", Draft("plan", plan=Plan.parse("0-2 3*2 4a 5m 0"), length=4)),
         ("corpus,4", Draft("corpus", length=4)),
+        ("tree", Draft("tree")),
+        ("tree,5", Draft("tree", length=5)),
         ("ngram+corpus", Draft("corpus", lookup=True)),
         ("ngram+head", Draft("head", lookup=True)),
         ("ngram+exit:8,6", Draft("exit", exit=8, length=6, lookup=True)),
@@ -57,7 +59,7 @@ def test_other_ways_to_write_the_same(text: str, same: str) -> None:
     assert str(Draft.parse(text, LAYERS)) == same
 
 
-FORMS = ("write auto, off, ngram, corpus, head", '"exit:8"', '"plan:0-5 20-29"')
+FORMS = ("write auto, off, ngram, corpus, tree, head", '"exit:8"', '"plan:0-5 20-29"')
 LENGTHS = ("1 to 15",)
 
 
@@ -78,6 +80,7 @@ LENGTHS = ("1 to 15",)
         (":", FORMS),
         (",", FORMS),
         ("ngram+", FORMS),
+        ("ngram+tree", FORMS),  # has the row's own words anyway
         ("ngram+off", ("'ngram+off'", *FORMS)),
         ("ngram+auto", FORMS),
         ("ngram+ngram", FORMS),
@@ -95,8 +98,8 @@ LENGTHS = ("1 to 15",)
         ("exit:8,-1", LENGTHS),
         ("ngram,1000", LENGTHS),
         ("head,0", LENGTHS),
-        ("auto,3", ("ngram, corpus, head, exit and plan", *LENGTHS)),
-        ("off,3", ("ngram, corpus, head, exit and plan",)),
+        ("auto,3", ("ngram, corpus, tree, head, exit and plan", *LENGTHS)),
+        ("off,3", ("ngram, corpus, tree, head, exit and plan",)),
         ("plan:", ("at least one layer",)),
         ("plan:,4", ("at least one layer",)),
         ("plan:0-5 x", ("'x'",)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from itertools import product
 from typing import Any
 
@@ -22,7 +23,8 @@ FREE = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 WARPED = {"temperature": 0.7, "top_k": 5, "top_p": 0.9}
 # Holds every pair of words, so whatever the last two are, something followed them before.
 PROMPT = torch.tensor([[word for pair in product(range(WORDS), repeat=2) for word in pair] + [3]])
-DRAFTS = ["exit:3,2", "head,2", "ngram,2", "corpus,2", "tree,4"]
+DRAFTS = ["exit:3,2", "head,2", "ngram,2", "corpus,2"]
+TREE = "tree,4"
 
 
 def small_model() -> LayerwiseForCausalLM:
@@ -63,7 +65,7 @@ def probabilities(model: LayerwiseForCausalLM, options: dict[str, float]) -> Ten
 def sampled(
     model: LayerwiseForCausalLM, draft: str, options: dict[str, Any], calls: int = CALLS
 ) -> tuple[Tensor, Trace]:
-    """How often each continuation was drawn. One token more is made, so that a draft reaches to the last."""
+    """How often each continuation was drawn. More tokens are made, so that a draft reaches to the last."""
     torch.manual_seed(1)
     counts, trace = torch.zeros(WORDS**NEW, dtype=torch.double), Trace()
     ids = PROMPT.expand(ROWS, -1)
@@ -72,7 +74,7 @@ def sampled(
             ids,
             attention_mask=torch.ones_like(ids),  # one of the words is the padding token
             do_sample=True,
-            max_new_tokens=NEW + 1,
+            max_new_tokens=NEW + (4 if draft == TREE else 1),
             eos_token_id=None,
             draft=draft,
             trace=trace,
@@ -97,7 +99,7 @@ def chance(counts: Tensor, probability: Tensor) -> float:
 
 
 @pytest.mark.parametrize("options", [FREE, WARPED], ids=["free", "warped"])
-@pytest.mark.parametrize("draft", DRAFTS)
+@pytest.mark.parametrize("draft", [*DRAFTS, TREE])
 def test_sampled_speculation_has_the_targets_distribution(draft: str, options: dict[str, Any]) -> None:
     model = small_model()
     counts, trace = sampled(model, draft, options)
@@ -114,10 +116,28 @@ def test_the_test_finds_a_rule_that_takes_everything(draft: str, monkeypatch: py
     assert chance(counts, probabilities(model, FREE)) < 1e-6
 
 
-def test_the_test_finds_a_replacement_that_is_drawn_from_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_guesses_stand_when_sampling(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stood = small_model(), []
+    judged = Judge.judge
+
+    def spy(judge: Judge, *args: Any) -> tuple[list[int], int]:
+        found = judged(judge, *args)
+        stood.append(found[0])
+        return found
+
+    monkeypatch.setattr(Judge, "judge", spy)
+    sampled(model, TREE, FREE, calls=1)
+    shares = [sum(test(one) for one in stood) / len(stood) for test in (len, lambda one: one != [*range(len(one))])]
+    assert shares[0] > 0.3 and shares[1] > 0.05
+
+
+@pytest.mark.parametrize("draft", ["exit:3,2", TREE])
+def test_the_test_finds_a_replacement_that_is_drawn_from_the_target(
+    draft: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = small_model()
     monkeypatch.setattr(judging, "_rest", lambda p, token, q: p)
-    counts, _ = sampled(model, "exit:3,2", FREE)
+    counts, _ = sampled(model, draft, FREE)
     assert chance(counts, probabilities(model, FREE)) < 1e-6
 
 
@@ -166,6 +186,24 @@ def test_how_often_a_token_stands_and_what_replaces_it(
     assert share == pytest.approx(stands, abs=4 * (stands * (1 - stands) / TRIES) ** 0.5 + 1e-9)
     if replacement is not None:
         assert torch.allclose(replaced, torch.tensor(replacement), atol=0.035)
+
+
+def test_guesses_for_one_place_are_tried_one_after_the_other() -> None:
+    torch.manual_seed(0)
+    judge, text, places = a_judge(4), torch.zeros(1, 4, dtype=torch.long), Counter()
+    logits = torch.stack([P, P, P.flip(0), P, P]).log()  # after the text, and after each drafted token
+    for _ in range(TRIES):
+        stands, token = judge.judge(logits, [2, 1, 3, 0], [-1, -1, 1, 1], None, text, 1, 0)
+        assert text[0, 1 : 1 + len(stands)].tolist() == [[2, 1, 3, 0][number] for number in stands]
+        places[*stands, -1 - token] += 1
+    # 2 with .2, else 1 with .3, after which 3 with .5 (P turned round) and never 0; else one of the other two.
+    flipped = [0.0, 0.2, 0.3, 0.5]
+    expected = {(-1,): 0.5, (1, -2): 0.3 * 0.2, (1, -3): 0.3 * 0.3}
+    expected |= {(0, -1 - token): 0.2 * share for token, share in enumerate(P.tolist()) if share}
+    expected |= {(1, 2, -1 - token): 0.3 * flipped[3] * share for token, share in enumerate(P.tolist()) if share}
+    assert set(places) == set(expected)
+    for outcome, share in expected.items():
+        assert places[outcome] / TRIES == pytest.approx(share, abs=4 * (share * (1 - share) / TRIES) ** 0.5)
 
 
 def test_what_is_drawn_while_drafting() -> None:

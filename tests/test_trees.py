@@ -1,4 +1,4 @@
-"""Draft trees: a pass over a tree equals its branches one by one, the branch that is kept is text, and how trees grow."""
+"""Draft trees: a pass over a tree equals its branches, the branch that is kept is text, and how trees grow."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from test_generate import ragged
 from test_laws import EVERY_ARCHITECTURE, EVERY_MODEL, FIXED, FULL, PADDING, Row, close, feed, row_of, runtime
 from test_laws import same_content as same
 from test_speculative import FREE, LENGTHS, attached, one
-from test_generate import ragged
 from torch import Tensor
 
 from layerwise import Trace
@@ -145,7 +145,7 @@ def test_a_tree_takes_the_likeliest_token_next() -> None:
 def test_own_words_come_first_and_rows_have_trees_of_their_own() -> None:
     made = drafter(two_minds(), [9, 1, 7, 8, 9], [6, 6])
     found = made.propose(torch.tensor([[1], [2]]), 3, lambda trust: True)
-    assert found.tokens == [[7, 8, 9][:2] + [3], [4]] and found.parents == [[-1, 0, -1], [-1]]
+    assert found.tokens == [[7, 8, 3], [4]] and found.parents == [[-1, 0, -1], [-1]]
     half = HOPES[2]
     trusts = made.trusts(torch.tensor([[1], [2]]), 3)
     assert trusts[0] == pytest.approx((half + 0.75) / 2, abs=2e-3)

@@ -34,7 +34,7 @@ DraftText = Annotated[
     str | None,
     typer.Option(
         "--draft",
-        help='Who drafts: auto, off, ngram, corpus, head, policy, "exit:8", "exit:8,6" or "plan:0-5 20-29".',
+        help='Who drafts: auto, off, ngram, corpus, tree, head, policy, "exit:8", "exit:8,6" or "plan:0-5 20-29".',
     ),
 ]
 Engine = Annotated[EngineChoice, typer.Option(help="How layers are run; auto is compiled where there is a compiler.")]

@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from test_generate import FREE, WIDTH, ragged, staggered
+from test_speculative import crossed
 from torch import Tensor
 
 from layerwise.model.cache import Cache
@@ -208,7 +209,8 @@ def test_speculation_with_kernels_gives_the_greedy_text(monkeypatch: pytest.Monk
     fallen: list[int] | None = None
     for batch in ({"input_ids": torch.tensor([[5, 6, 7, 5, 6]])}, ragged(9, 4, 2)):
         expected = eager.generate(**batch, **options)
-        for draft in ("ngram", "exit:3,4", "ngram+exit:2,2", "off"):
+        model.ngrams = crossed([expected], batch["input_ids"].shape[1])
+        for draft in ("ngram", "exit:3,4", "ngram+exit:2,2", "tree,6", "off"):
             assert torch.equal(model.generate(**batch, **options, draft=draft), expected), draft
             if fallen is None:
                 fallen = eager_calls(model, monkeypatch)

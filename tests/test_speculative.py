@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import product
 from typing import Any
@@ -17,6 +17,7 @@ from test_laws import close, same_content
 from torch import Tensor
 
 from layerwise import Cache, LayerwiseForCausalLM, attach
+from layerwise.decoding.ngram_model import NGramModel
 from layerwise.model.exit_head import ExitHead
 
 WIDTH, NEW = 12, 20
@@ -25,8 +26,8 @@ FREE: dict[str, Any] = {"max_new_tokens": NEW, "eos_token_id": None}
 PERFECT = "plan:0-5,8"  # the target itself drafts, so all that is drafted stands
 RANDOM = f"plan:{tiny.random_plan(random.Random(3))}"
 PLAIN = ["ngram", "exit:2", "exit:3,4", "plan:0-1 4-5", "plan:0 2 2 5,3", "plan:3-5", RANDOM, "ngram+exit:2", PERFECT]
-BY_HEAD = ["head", "head,3", "ngram+head", "exit:4", "auto"]
-FEW = ["ngram", "exit:3,4", "plan:0 2 2 5,3", "head,3", PERFECT]
+BY_HEAD = ["head", "head,3", "ngram+head", "exit:4", "tree", "tree,9", "auto"]
+FEW = ["ngram", "exit:3,4", "plan:0 2 2 5,3", "head,3", "tree,6", PERFECT]
 
 
 @pytest.fixture(autouse=True)
@@ -37,13 +38,26 @@ def no_grad() -> Iterator[None]:
 
 @cache
 def attached(name: str = "llama", exit: int | None = 0, plan: str | None = None) -> LayerwiseForCausalLM:
-    """With an untrained exit head after `exit` layers, which cannot draft all tokens."""
+    """With an untrained exit head after `exit` layers, which cannot draft all tokens, and n-grams for trees."""
     model = attach(tiny.model(name), plan, engine="eager")
     model.exits = (2, 4)
     if exit is not None:
+        model.ngrams = crossed([model.generate(**batch, **FREE) for batch in (one(), ragged(*LENGTHS))])
         torch.manual_seed(0)
         model.exit_head = ExitHead(model.runtime.backbone, exit, range(0, tiny.VOCABULARY - 7)).eval()
     return model
+
+
+def crossed(texts: Sequence[Tensor], width: int = WIDTH) -> NGramModel:
+    """Of answers behind `width` columns. A token of them is the second guess as often as the first, for what two tokens
+    say counts more than what one says, and at every other place it is something else."""
+    told = []
+    for row in torch.cat(texts).tolist():
+        for at in range(width, len(row)):
+            told += [(row[at - 1 : at], row[at : at + 1])] * 4
+            if at % 2:
+                told += [(row[at - 2 : at], [(row[at] + 1) % 90 + 3])] * 3
+    return NGramModel.fit(told, 2)
 
 
 def one(seed: int = 0) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ from transformers import LogitsProcessorList, PreTrainedTokenizerFast, StoppingC
 
 from layerwise import Cache, LayerwiseForCausalLM, Phase, Trace, attach
 from layerwise.decoding.judge import Judge
+from layerwise.decoding.trees import TreeDrafter
 from layerwise.trace import Source
 
 
@@ -222,7 +223,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("draft", ["exit:3,4", PERFECT, "plan:0 2 2 5,3", "head,3"])
+@pytest.mark.parametrize("draft", ["exit:3,4", PERFECT, "plan:0 2 2 5,3", "head,3", "tree,6"])
 @pytest.mark.parametrize("broken", BROKEN)
 def test_a_break_leaves_model_and_cache_usable(
     broken: str, draft: str, rows: int, monkeypatch: pytest.MonkeyPatch
@@ -235,15 +236,16 @@ def test_a_break_leaves_model_and_cache_usable(
     plain, mine = model.generate(**options), Cache(rows, 8)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         if broken == "drafter":
-            pick, calls = Judge.pick, []
+            kind, method = (TreeDrafter, "propose") if draft.startswith("tree") else (Judge, "pick")
+            whole_method, calls = getattr(kind, method), []
 
-            def late(judge: Judge, *args: Any) -> Any:
+            def late(*args: Any) -> Any:
                 calls.append(args)
                 if len(calls) == 4:
                     raise KeyboardInterrupt
-                return pick(judge, *args)
+                return whole_method(*args)
 
-            patch.setattr(Judge, "pick", late)
+            patch.setattr(kind, method, late)
         model.generate(**options, draft=draft, past_key_values=mine, **BROKEN[broken]())
     assert torch.equal(model.generate(**options, draft=draft), plain)
     assert mine.rows == rows
@@ -266,7 +268,7 @@ def test_a_break_leaves_model_and_cache_usable(
 def test_the_trace_counts_what_was_drafted_and_what_stood(rows: int) -> None:
     model, batch = attached(), ragged(*LENGTHS[1 : 1 + rows])
     shares = {}
-    for draft in ("off", "ngram", "exit:3,4", "exit:5,3", "head,3", PERFECT):
+    for draft in ("off", "ngram", "exit:3,4", "exit:5,3", "head,3", "tree,6", PERFECT):
         trace = Trace()
         model.generate(**batch, **FREE, draft=draft, trace=trace)
         if draft == "off":

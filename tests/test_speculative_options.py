@@ -276,7 +276,7 @@ def test_the_trace_counts_what_was_drafted_and_what_stood(rows: int) -> None:
             continue
         assert [len(made) for made in trace.sources] == [NEW] * rows
         assert all(made[0] is Source.DECODED for made in trace.sources)
-        assert all(Source.DECODED not in made[1:-1] for made in trace.sources) or "ngram" in draft
+        assert all(Source.DECODED not in made[1:-1] for made in trace.sources) or draft in ("ngram", "tree,6")
         drafted = sum(made.count(Source.DRAFTED) for made in trace.sources)
         assert drafted <= trace.accepted <= trace.drafted
         assert trace.tokens(Phase.PREFILL) == sum(LENGTHS[1 : 1 + rows])

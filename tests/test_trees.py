@@ -16,6 +16,7 @@ from test_speculative import FREE, LENGTHS, NEW, attached, crossed, one
 from torch import Tensor
 
 from layerwise import Trace
+from layerwise.decoding.drafters import Proposal
 from layerwise.decoding.ngram_model import NGramModel
 from layerwise.decoding.ngrams import HOPES, NGramDrafter
 from layerwise.decoding.target import Read
@@ -124,6 +125,11 @@ def drafter(model: NGramModel | None, *texts: Row, branches: int = 2) -> TreeDra
     return made
 
 
+def proposed(made: TreeDrafter, last: Tensor, most: int = 9) -> Proposal:
+    made.grow(last, 9)
+    return made.propose(last, most, lambda trust: True)
+
+
 def two_minds() -> NGramModel:
     """After 1 comes 2 (3 of 4 times) or, after 9 1, comes 3; after 2 comes 4."""
     return NGramModel.fit([([1], [2])] * 7 + [([9, 1], [3])] * 2 + [([2], [4])] * 3, 2)
@@ -134,32 +140,32 @@ def test_a_tree_takes_the_likeliest_token_next() -> None:
     last = torch.tensor([[1]])
     # 3 after "9 1" is sure to 2 of 3; 2 to 7 of 10 of what is left; then 4 after 2, to 3 of 4 of that.
     expected = [2 / 3, (1 / 3) * 0.7, (1 / 3) * 0.7 * 0.75]
-    assert made.trusts(last, 9) == pytest.approx(expected, abs=2e-3)
+    assert made.grow(last, 9) == pytest.approx(expected, abs=2e-3)
     for most, tokens, parents in ((1, [3], [-1]), (2, [3, 2], [-1, -1]), (9, [3, 2, 4], [-1, -1, 1])):
-        found = made.propose(last, most, lambda trust: True)
+        found = proposed(made, last, most)
         assert (found.tokens, found.parents) == ([tokens], [parents]) and found.branching == (most > 1)
-    alone = drafter(two_minds(), [5, 9], branches=1).propose(last, 9, lambda trust: True)
+    alone = proposed(drafter(two_minds(), [5, 9], branches=1), last)
     assert alone.tokens == [[3]] and not alone.branching
 
 
 def test_own_words_come_first_and_rows_have_trees_of_their_own() -> None:
     made = drafter(two_minds(), [9, 1, 7, 8, 9], [6, 6])
-    found = made.propose(torch.tensor([[1], [2]]), 3, lambda trust: True)
+    found = proposed(made, torch.tensor([[1], [2]]), 3)
     assert found.tokens == [[7, 8, 3], [4]] and found.parents == [[-1, 0, -1], [-1]]
     half = HOPES[2]
-    trusts = made.trusts(torch.tensor([[1], [2]]), 3)
+    trusts = made.grow(torch.tensor([[1], [2]]), 3)
     assert trusts[0] == pytest.approx((half + 0.75) / 2, abs=2e-3)
     made.select([1])
     made.learn(Read(torch.tensor([[2]]), [1], {}, torch.zeros(1)))
-    assert made.propose(torch.tensor([[1]]), 3, lambda trust: True).tokens == [[2, 4]]
+    assert proposed(made, torch.tensor([[1]])).tokens == [[2, 4]]
 
 
 def test_nothing_known_is_nothing_drafted() -> None:
     for model in (None, two_minds()):
         made = drafter(model, [5, 6])
-        assert made.trusts(torch.tensor([[7]]), 9) == []
-        assert made.propose(torch.tensor([[7]]), 9, lambda trust: True).tokens == [[]]
-    assert all(trust >= LEAST for trust in drafter(None, [1, 1, 1, 1, 1]).trusts(torch.tensor([[1]]), 99))
+        assert made.grow(torch.tensor([[7]]), 9) == []
+        assert proposed(made, torch.tensor([[7]])).tokens == [[]]
+    assert all(trust >= LEAST for trust in drafter(None, [1, 1, 1, 1, 1]).grow(torch.tensor([[1]]), 99))
 
 
 def test_the_tuner_learns_how_much_of_a_trees_hopes_comes_true() -> None:

@@ -124,7 +124,7 @@ class Crew:
         sure = self.corpus.sure(last) if self.corpus is not None else 0.0
         if sure:
             prices["corpus"], self.hopes["corpus"] = NGRAM_PRICE, sure
-        trusts = self.tree.trusts(last, most) if self.tree is not None else []
+        trusts = self.tree.grow(last, most) if self.tree is not None else []
         if trusts:
             prices["tree"], self.hopes["tree"] = NGRAM_PRICE, trusts
         if self.draft.kind == "auto":

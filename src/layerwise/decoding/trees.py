@@ -10,7 +10,7 @@ tokens of it are then the tree of n tokens of which most are expected to stand, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from layerwise.decoding.ngram_model import NGramModel
 from layerwise.decoding.ngrams import HOPES, NGramDrafter
 from layerwise.decoding.target import Read, Target
 
-LEAST = 0.02  # a token less likely to be reached is in no tree
+LEAST = 0.05  # a token less likely to be reached is in no tree: to look it up alone costs more than it gives
 
 
 class Node(NamedTuple):
@@ -45,17 +45,25 @@ class TreeDrafter:
     branches: int = 2
     name: str = "tree"
     cuts: frozenset[int] = frozenset()
+    grown: list[list[Node]] = field(default_factory=list)  # of each row in this round, the likeliest first
 
     def begin(self, prompt: Read) -> None:
         self.own.begin(prompt)
 
-    def trusts(self, last: Tensor, most: int) -> list[float]:
-        """How likely each of the first tokens of a tree is to stand, on average over rows; none are known: empty."""
-        rows = [[node.trust for node in self._grown(row, token, most)] for row, token in enumerate(last[:, 0].tolist())]
-        return [sum(row[at] for row in rows if at < len(row)) / len(rows) for at in range(max(map(len, rows)))]
+    def grow(self, last: Tensor, most: int) -> list[float]:
+        """Grow what `propose` then cuts to length: trees of at most `most` tokens, to follow `last` (rows, 1).
+
+        Returns how likely each of their tokens is to stand, on average over rows, until no row has more.
+        """
+        self.grown = [self._grown(row, token, most) for row, token in enumerate(last[:, 0].tolist())]
+        sums = [0.0] * max(map(len, self.grown))
+        for tree in self.grown:
+            for at, node in enumerate(tree):
+                sums[at] += node.trust / len(self.grown)
+        return sums
 
     def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
-        trees = [in_depth(self._grown(row, token, most)) for row, token in enumerate(last[:, 0].tolist())]
+        trees = [in_depth(tree[:most]) for tree in self.grown]
         tokens = [[node.token for node in tree] for tree in trees]
         return Proposal(tokens, parents=[[node.parent for node in tree] for tree in trees])
 

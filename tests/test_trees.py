@@ -82,6 +82,15 @@ def test_a_pass_over_trees_equals_their_branches(name: str, attention: str, plan
         close(ours, theirs)
 
 
+def test_a_tree_may_be_the_first_that_is_read() -> None:
+    of, rng = runtime("llama"), random.Random(3)
+    text, tree = row_of(rng, 6), [-1, 0, 0, 1, -1, 4]
+    found = feed_tree(of, [text], [FULL], Cache(1, 8), [tree])[0]
+    for at in range(len(text)):
+        way = branch(tree, at)
+        close(found[way], feed(of, [[text[node] for node in way]], [FULL])[0])
+
+
 def test_a_chain_as_a_tree_is_the_chain() -> None:
     of, rng = runtime("gemma3"), random.Random(1)
     kept, other = Cache(2, 8), Cache(2, 8)
@@ -190,14 +199,15 @@ def test_the_tuner_learns_how_much_of_a_trees_hopes_comes_true() -> None:
 @pytest.mark.parametrize("draft", ["tree,3", "tree,9"])
 @pytest.mark.parametrize("name", ["llama", "mistral-window"])
 def test_a_second_guess_stands_where_the_first_is_wrong(name: str, draft: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, moved = attached(name), []
-    retain = Cache.retain
+    model, moved, drafters = attached(name), [], []
+    retain, begin = Cache.retain, TreeDrafter.begin
 
     def spy(cache: Cache, counts: list[int], kept: list[list[int]]) -> None:
         moved.append(any(way != list(range(len(way))) for way in kept))
         retain(cache, counts, kept)
 
     monkeypatch.setattr(Cache, "retain", spy)
+    monkeypatch.setattr(TreeDrafter, "begin", lambda self, prompt: (drafters.append(self), begin(self, prompt)))
     for batch in (one(), ragged(*LENGTHS)):
         moved.clear()
         plain, trace = model.generate(**batch, **FREE), Trace()
@@ -205,3 +215,5 @@ def test_a_second_guess_stands_where_the_first_is_wrong(name: str, draft: str, m
         assert torch.equal(model.generate(**batch, **FREE, draft=draft, trace=trace), plain)
         assert any(moved) and 0.1 < trace.acceptance < 0.9
         assert trace.drafts.total() < 0.8 * NEW
+        known, whole = drafters[-1].own.texts[0], plain[drafters[-1].target.numbers[0]].tolist()
+        assert known == whole[-1 - len(known) : -1]  # what drafts learn is the branch that stood

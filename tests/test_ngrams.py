@@ -15,7 +15,7 @@ from test_generate import ragged
 from test_speculative import FREE, attached, one
 
 from layerwise import from_pretrained
-from layerwise.decoding.ngram_model import ALIKE, FILE, NGramModel
+from layerwise.decoding.ngram_model import ALIKE, FILE, GUESSES, NGramModel
 from layerwise.decoding.ngrams import CorpusDrafter
 from layerwise.decoding.target import Read
 
@@ -61,6 +61,27 @@ def test_the_longest_known_suffix_decides_as_counts_by_hand_do(order: int) -> No
             if len([count for count in best.values() if count == max(best.values())]) == 1:
                 assert best[token] == max(best.values())
     assert known > 100
+
+
+def test_second_guesses_are_the_next_likeliest() -> None:
+    given = answers(7)
+    model, counts = NGramModel.fit(given, 1), counted(given, 1)
+    for (token,), following in counts.items():
+        ordered = sorted(following.items(), key=lambda pair: (-pair[1], pair[0]))[:GUESSES]
+        ((*guesses,),) = model.known([token])
+        assert [guess for guess, _ in guesses] == [guess for guess, _ in ordered]
+        assert [sure for _, sure in guesses] == pytest.approx(
+            [count / (following.total() + 1) for _, count in ordered], abs=1e-3
+        )
+    model = NGramModel.fit([([], [1, 2, 3])] * 9 + [([], [4, 2, 5])] * 3, 3)
+    assert [[token for token, _ in guesses] for guesses in model.known([4, 2])] == [[5], [3, 5]]
+
+
+def test_a_file_with_one_guess_an_n_gram_is_read(tmp_path: Path) -> None:
+    model = NGramModel.fit(answers(4), 4)
+    NGramModel(model.keys, model.tokens[:, 0].clone(), model.sure[:, 0].clone(), 4).save(tmp_path)
+    again = NGramModel.load(tmp_path, 5)
+    assert again.tokens.shape == (len(model), 1) and again.after([1, 2]) == model.after([1, 2])
 
 
 def test_what_a_shorter_suffix_says_as_surely_is_left_out() -> None:

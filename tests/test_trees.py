@@ -147,8 +147,8 @@ def two_minds() -> NGramModel:
 def test_a_tree_takes_the_likeliest_token_next() -> None:
     made = drafter(two_minds(), [5, 9])
     last = torch.tensor([[1]])
-    # 3 after "9 1" is sure to 2 of 3; 2 to 7 of 10 of what is left; then 4 after 2, to 3 of 4 of that.
-    expected = [2 / 3, (1 / 3) * 0.7, (1 / 3) * 0.7 * 0.75]
+    # 3 after "9 1" is sure to 2 of 3. After 1 alone 2 is sure to .7 and 3 to .2: so 2 gets .7 / .8 of the rest.
+    expected = [2 / 3, (1 / 3) * 0.7 / 0.8, (1 / 3) * 0.7 / 0.8 * 0.75]
     assert made.grow(last, 9) == pytest.approx(expected, abs=2e-3)
     for most, tokens, parents in ((1, [3], [-1]), (2, [3, 2], [-1, -1]), (9, [3, 2, 4], [-1, -1, 1])):
         found = proposed(made, last, most)
@@ -166,7 +166,7 @@ def test_own_words_come_first_and_rows_have_trees_of_their_own() -> None:
     assert trusts[0] == pytest.approx((half + 0.75) / 2, abs=2e-3)
     made.select([1])
     made.learn(Read(torch.tensor([[2]]), [1], {}, torch.zeros(1)))
-    assert proposed(made, torch.tensor([[1]])).tokens == [[2, 4]]
+    assert proposed(made, torch.tensor([[1]])).tokens == [[2, 4, 3]]
 
 
 def test_nothing_known_is_nothing_drafted() -> None:

@@ -15,21 +15,22 @@ import torch
 from torch import Tensor
 
 FILE = "ngrams.safetensors"
+GUESSES = 2  # tokens that are kept of what follows an n-gram: a tree of drafts asks for more than the likeliest
 ALIKE = 0.25  # an n-gram is left out if a shorter one names the same token, and is as sure to within this
 _FACTOR = 0x9E3779B97F4A7C15  # odd, of no pattern: of the keys, hashes modulo 2^64
 _BITS = 2**64 - 1
 
 
 class NGramModel:
-    """The likeliest token after each n-gram, of those that the longest known suffix of a text decides.
+    """The likeliest tokens after each n-gram; the longest known suffix of a text decides.
 
     How sure it is of a token is count / (count of the n-gram + 1), which is about how often it is right (stupid
     back-off, aclanthology D07-1090: no probability mass is kept for what was not seen).
 
     Attributes:
         keys: (n-grams,) int64, hashes. Two n-grams with one hash would make a bad draft and do no harm.
-        tokens: (n-grams,) int32, what follows.
-        sure: (n-grams,) float16.
+        tokens: (n-grams, guesses) int32, what follows, the likeliest first.
+        sure: (n-grams, guesses) float16; 0 where fewer tokens follow.
         order: tokens of the longest n-grams.
     """
 
@@ -62,8 +63,9 @@ class NGramModel:
             fresh = np.ones(len(keys), dtype=bool)
             if shorter is not None:
                 at = np.searchsorted(shorter[0], hashes[first])  # every suffix of what was counted was counted
-                fresh = (tokens != shorter[1][at]) | (np.abs(sure - shorter[2][at]) > ALIKE)
-                tokens, sure = np.where(fresh, tokens, shorter[1][at]), np.where(fresh, sure, shorter[2][at])
+                known, trust = shorter[1][at], shorter[2][at]
+                fresh = (tokens[:, 0] != known[:, 0]) | (np.abs(sure - trust)[:, 0] > ALIKE)
+                tokens, sure = np.where(fresh[:, None], tokens, known), np.where(fresh[:, None], sure, trust)
             kept.append((keys[fresh], tokens[fresh], sure[fresh]))
             shorter, hashes = (keys, tokens, sure), longer
         if not kept:
@@ -80,16 +82,18 @@ class NGramModel:
         return len(self.keys)
 
     @cached_property
-    def _table(self) -> dict[int, tuple[int, float]]:
-        return dict(zip(self.keys.tolist(), zip(self.tokens.tolist(), self.sure.tolist(), strict=True), strict=True))
+    def _table(self) -> dict[int, list[tuple[int, float]]]:
+        pairs = zip(self.tokens.tolist(), self.sure.tolist(), strict=True)
+        guesses = ([(token, sure) for token, sure in zip(*pair, strict=True) if sure] for pair in pairs)
+        return dict(zip(self.keys.tolist(), guesses, strict=True))
 
     def after(self, text: Sequence[int]) -> tuple[int, float] | None:
         """The token to follow `text` and how sure it is, None if nothing is known; the last `order` tokens count."""
         known = self.known(text)
-        return known[0] if known else None
+        return known[0][0] if known else None
 
-    def known(self, text: Sequence[int]) -> list[tuple[int, float]]:
-        """As `after`, what every suffix of `text` has to say, the longest first."""
+    def known(self, text: Sequence[int]) -> list[list[tuple[int, float]]]:
+        """What each known suffix of `text` has to say, the longest first: tokens as of `after`, the likeliest first."""
         found, key = [], 0
         for token in reversed(text[-self.order :]):
             key = (key * _FACTOR + token + 1) & _BITS
@@ -122,13 +126,16 @@ class NGramModel:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(f"the n-grams '{path}' cannot be loaded: {reason}") from error
         whole = 0 < len(keys) == len(tokens) == len(sure)
+        if tokens.ndim == 1:  # as they were counted first: one token an n-gram
+            tokens, sure = tokens[:, None], sure[:, None]
         if not whole or not 0 <= tokens.min() <= tokens.max() < vocabulary:
             raise ValueError(f"the n-grams '{path}' do not belong to this model: count them again")
         return cls(keys, tokens, sure, order)
 
 
 def _likeliest(keys: np.ndarray, following: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Of each key, ascending: its likeliest token, count / (all + 1), and the first index at which the key is found."""
+    """Of each key, ascending: its likeliest tokens (keys, GUESSES), count / (all + 1) of each, 0 where there are fewer,
+    and the first index at which the key is found."""
     order = np.lexsort((following, keys))
     keys, following = keys[order], following[order]
     new_key = np.r_[True, keys[1:] != keys[:-1]]
@@ -137,9 +144,12 @@ def _likeliest(keys: np.ndarray, following: np.ndarray) -> tuple[np.ndarray, ...
     counts = np.diff(np.r_[pairs, len(keys)])
     starts = np.nonzero(new_key[pairs])[0]  # of each key, among the pairs
     totals = np.add.reduceat(counts, starts)
-    best = np.maximum.reduceat(counts, starts)
     of_key = np.cumsum(new_key[pairs]) - 1
-    winners = np.nonzero(counts == best[of_key])[0]
-    winners = winners[np.r_[True, of_key[winners][1:] != of_key[winners][:-1]]]  # the smallest token of equals
+    best = np.lexsort((following[pairs], -counts, of_key))  # by key still; the smallest token of equals first
+    rank = np.arange(len(pairs)) - starts[of_key]
+    tokens, sure = np.zeros((len(starts), GUESSES), dtype=following.dtype), np.zeros((len(starts), GUESSES))
+    for guess in range(GUESSES):
+        at = best[rank == guess]
+        tokens[of_key[at], guess], sure[of_key[at], guess] = following[pairs[at]], counts[at] / (totals[of_key[at]] + 1)
     first = np.nonzero(new_key)[0]
-    return keys[first], following[pairs[winners]], best / (totals + 1), order[first]
+    return keys[first], tokens, sure, order[first]

@@ -94,15 +94,14 @@ class TreeDrafter:
         """The likeliest tokens to follow row `row` and `ending`, and how likely each is."""
         text = self.own.texts[row]
         at, length = self.own.found(row, ending)
-        named = [((text[at] if at < len(text) else ending[at - len(text)]), HOPES[length])] if length else []
+        sources = [[((text[at] if at < len(text) else ending[at - len(text)]), HOPES[length])]] if length else []
         if self.model is not None:
-            named += self.model.known([*text[-self.model.order :], *ending])
+            sources += self.model.known([*text[-self.model.order :], *ending])
         found: dict[int, float] = {}
-        left = 1.0
-        for token, sure in named:
-            if token not in found:  # a source is asked where those before it are wrong
-                found[token] = left * sure
-                left -= found[token]
+        for source in sources:  # each is asked where those before it are wrong
+            left = 1.0 - sum(found.values())
+            wrong = sum(sure for token, sure in source if token in found)
+            found |= {token: left * sure / (1.0 - wrong) for token, sure in source if token not in found}
         return sorted(found.items(), key=lambda guess: -guess[1])[: self.branches]
 
 

@@ -59,15 +59,15 @@ class Crew:
         self.prices: dict[str, float] = {}
         self.hopes: dict[str, Hope] = {}  # of this round, where a draft knows
         self.ngram: NGramDrafter | None = None
-        if draft.kind in ("auto", "ngram") or draft.lookup:
+        if draft.kind == "ngram" or draft.lookup or (draft.kind == "auto" and model.ngrams is None):
             self.ngram = NGramDrafter(target)
             self.drafters["ngram"] = self.ngram
         self.corpus: CorpusDrafter | None = None
-        if draft.kind == "corpus" or (draft.kind == "auto" and model.ngrams is not None):
+        if draft.kind == "corpus":
             self.corpus = CorpusDrafter(target, model.ngrams)
             self.drafters["corpus"] = self.corpus
         self.tree: TreeDrafter | None = None
-        if draft.kind == "tree":
+        if draft.kind == "tree" or (draft.kind == "auto" and model.ngrams is not None):
             # Routed attention convolves over the tokens before, which in a tree are not those of one text.
             branches = 1 if model.runtime.backbone.attention else 2
             self.tree = TreeDrafter(target, NGramDrafter(target), model.ngrams, branches)

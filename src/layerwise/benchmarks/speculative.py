@@ -34,7 +34,7 @@ from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM
 from layerwise.sources import load_tokenizer
 from layerwise.trace import Source, Trace
 
-STATIC = ("ngram,4", "corpus,4", "ngram+corpus,4", "ngram+head,4", "head,4")
+STATIC = ("ngram,4", "corpus,4", "ngram+corpus,4", "tree,5", "ngram+head,4", "head,4")
 MOST_PROMPT = 400  # tokens; longer prompts of the test split are left out
 ROWS = 8
 OTHERS = {

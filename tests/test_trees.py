@@ -169,6 +169,14 @@ def test_own_words_come_first_and_rows_have_trees_of_their_own() -> None:
     assert proposed(made, torch.tensor([[1]])).tokens == [[2, 4, 3]]
 
 
+def test_what_is_sure_but_for_rounding_leaves_something_to_others() -> None:
+    model = NGramModel.fit([([9], [7])] * 9000 + [([9], [8])], 1)
+    assert model.after([9]) == (7, 1.0)  # in half precision
+    made = drafter(model, [6, 9, 7, 6])  # whose own words say 7 too
+    assert made.grow(torch.tensor([[9]]), 9)[0] == HOPES[2]
+    assert proposed(made, torch.tensor([[9]]), 2).tokens == [[7, 8]]
+
+
 def test_nothing_known_is_nothing_drafted() -> None:
     for model in (None, two_minds()):
         made = drafter(model, [5, 6])

@@ -10,7 +10,8 @@ with what was accepted:
 
 `PlanDrafter` runs a plan. What it has in common with the target, its first visits, is walked once, in the target's
 own cache, and the states there are handed to the verification (LayerSkip, arXiv 2404.16710, section 4.3); the rest of
-the plan has a cache of its own. `HeadDrafter` runs an exit head. Those of `ngrams` look up what followed before.
+the plan has a cache of its own. `HeadDrafter` runs an exit head. Those of `ngrams` and `trees` look up what followed
+before.
 """
 
 from __future__ import annotations

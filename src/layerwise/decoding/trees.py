@@ -100,8 +100,10 @@ class TreeDrafter:
         found: dict[int, float] = {}
         for source in sources:  # each is asked where those before it are wrong
             left = 1.0 - sum(found.values())
+            fresh = {token: sure for token, sure in source if token not in found}
             wrong = sum(sure for token, sure in source if token in found)
-            found |= {token: left * sure / (1.0 - wrong) for token, sure in source if token not in found}
+            rest = max(1.0 - wrong, sum(fresh.values()))  # which rounding can make the greater
+            found |= {token: left * sure / rest for token, sure in fresh.items()}
         return sorted(found.items(), key=lambda guess: -guess[1])[: self.branches]
 
 

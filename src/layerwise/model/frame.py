@@ -127,6 +127,7 @@ class Frame:
         """(rows, width, width) booleans: which columns each column descends from, itself among them."""
 
         def make() -> Tensor:
+            assert self.parents is not None
             members = self.members(rows)
             found = [[[at == column for at in range(self.width)] for column in range(self.width)] for _ in members]
             for lines, row in zip(found, members, strict=True):

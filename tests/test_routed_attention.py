@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerwise.benchmarks.routed_attention import bench_routed_attention, forward_cost, spread
+from layerwise.model import routed_attention
 from layerwise.model.filters import causal_filter, moving_average
 from layerwise.model.recall_model import RecallModel, RecallModelConfig, RoutedLayerCache
 from layerwise.model.routed_attention import RoutedAttention
@@ -102,6 +103,28 @@ def test_the_fast_path_equals_the_reference(usage: float, kernel: str, padding: 
             assert not routing.gate[~mask].any()
             fast, slow = fast[mask], slow[mask]
         torch.testing.assert_close(fast, slow, **CLOSE)
+
+
+@pytest.mark.parametrize("usage", [0.0, 0.1, 0.8])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_long_text_in_blocks_equals_the_reference(
+    usage: float, padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, and after other positions in a cache of which the last all attended."""
+    monkeypatch.setattr(routed_attention, "BLOCK", 16)
+    mix, hidden = layer(), torch.randn(2, 70, 16)
+    gate = torch.rand(2, 70) < usage
+    gate[:, 8:10] = True
+    mask = torch.arange(70)[None] >= torch.tensor([[0], [25]]) if padded else None
+    with torch.no_grad():
+        slow, _ = mix.reference(hidden, mask, gate=gate)
+        fast, _ = mix(hidden, mask, gate=gate)
+        cache, parts = RoutedLayerCache(), []
+        for part in (slice(0, 8), slice(8, 10), slice(10, 70)):
+            parts.append(mix(hidden[:, part], None if mask is None else mask[:, part], cache, gate[:, part])[0])
+    for found in (fast, torch.cat(parts, dim=1)):
+        seen = slice(None) if mask is None else mask
+        torch.testing.assert_close(found[seen], slow[seen], **CLOSE)
 
 
 def test_the_router_decides_in_inference_and_equals_the_reference() -> None:
@@ -229,6 +252,17 @@ def test_operators_for_single_tokens_equal_the_usual_way(rotary: bool, dtype: to
                 torch.testing.assert_close(found, expected, **close)
                 torch.testing.assert_close(routing.logits, said.logits, **close)
                 assert torch.equal(routing.gate, said.gate)
+
+
+def test_several_tokens_after_a_single_first_one() -> None:
+    """The operators' window then holds less than the convolution reaches."""
+    mix, hidden = layer(hidden_size=64, heads=2), torch.randn(1, 4, 64)
+    assert mix.prepare()
+    gate = torch.zeros(1, 4)
+    with torch.no_grad():
+        cache = RoutedLayerCache()
+        parts = [mix(hidden[:, part], cache=cache, gate=gate[:, part])[0] for part in (slice(0, 1), slice(1, 4))]
+        torch.testing.assert_close(torch.cat(parts, dim=1), mix.reference(hidden, gate=gate)[0], **CLOSE)
 
 
 def test_a_decoded_token_that_is_not_routed_costs_no_score(monkeypatch: pytest.MonkeyPatch) -> None:

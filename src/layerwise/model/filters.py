@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_BLOCK = 64  # positions of one block of a causal filter
+_BLOCK = 64  # positions of one block of a moving average
+_TILE = 32  # positions of one block of a convolution: its products are (tile + taps) / taps times what is needed
 
 
 def causal_filter(values: Tensor, taps: Tensor) -> Tensor:
@@ -23,19 +24,21 @@ def causal_filter(values: Tensor, taps: Tensor) -> Tensor:
     rows, total, channels = values.shape
     width = total - count + 1
     taps = taps.to(values.dtype)
-    if width < _BLOCK // 4:
+    if width < _TILE // 2:
         windows = values.unfold(1, count, 1).unflatten(2, (heads, -1))  # rows, width, heads, channels, taps
         return (windows * taps.flip(-1)[:, None]).sum(-1).flatten(2)
-    blocks = -(-width // _BLOCK)
-    values = F.pad(values, (0, 0, 0, blocks * _BLOCK - width))
-    span = _BLOCK + count - 1
-    windows = values.unfold(1, span, _BLOCK).unflatten(2, (heads, -1))  # rows, blocks, heads, channels, span
-    windows = windows.permute(2, 4, 0, 1, 3).reshape(heads, span, -1)
+    blocks, span = -(-width // _TILE), _TILE + count - 1
+    values = F.pad(values, (0, 0, 0, blocks * _TILE - width))
     # Row i of the band holds the taps, oldest first, from column i on.
-    band = F.pad(taps.flip(-1)[:, None].expand(-1, _BLOCK, -1), (0, _BLOCK)).flatten(1)
-    band = band[:, : _BLOCK * span].view(heads, _BLOCK, span)
-    mixed = torch.bmm(band, windows).view(heads, _BLOCK, rows, blocks, channels // heads)
-    return mixed.permute(2, 3, 1, 0, 4).reshape(rows, blocks * _BLOCK, channels)[:, :width]
+    band = F.pad(taps.flip(-1)[:, None].expand(-1, _TILE, -1), (0, _TILE)).flatten(1)
+    band = band[:, : _TILE * span].view(heads, _TILE, span)
+    # Head by head, so that the products read the values where they are: of one row nothing is copied.
+    windows = values.unfold(1, span, _TILE).unflatten(2, (heads, -1)).transpose(3, 4).unbind(2)
+    mixed = [
+        torch.bmm(one.expand(rows * blocks, -1, -1), seen.flatten(0, 1))
+        for one, seen in zip(band, windows, strict=True)
+    ]
+    return torch.cat(mixed, dim=-1).view(rows, blocks * _TILE, channels)[:, :width]
 
 
 def moving_average(values: Tensor, decay: float, before: Tensor | None = None) -> Tensor:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Mixing = Literal["routed", "attention", "convolution"]
 Kernel = Literal["auto", "dense", "gathered", "chunked"]
 CHUNK, _LEAST_CHUNK = 256, 16  # most and fewest routed queries scored at once: their keys end at the last of them
+BLOCK = 1024  # positions that the convolution takes at once at inference
 FEW = 32  # inputs up to which a map is done by the operator for few tokens
 
 
@@ -210,7 +211,7 @@ class RoutedAttention(nn.Module):
     # -- both paths everywhere: the reference, and training ------------------------------------------------
 
     def _blend(self, hidden: Tensor, mask: Tensor | None, routing: Routing) -> Tensor:
-        mixed = self._convolve(hidden, mask, None)
+        convolved = self._convolve(hidden, mask, None)
         places = _positions(mask, hidden)
         keys, values = self.project(hidden, places)
         seen = None
@@ -220,7 +221,7 @@ class RoutedAttention(nn.Module):
             seen = ((square.tril() & mask[:, None]) | (square.tril() & square.triu()))[:, None]
         attended = self._score(self._queries(hidden, places), keys, values, seen, causal=seen is None)
         gate = routing.gate[..., None]
-        return (1 - gate) * self.conv_output(mixed) + gate * self.o_proj(attended)
+        return (1 - gate) * convolved + gate * self.o_proj(attended)
 
     # -- the routed path -------------------------------------------------------------------------------------
 
@@ -236,13 +237,8 @@ class RoutedAttention(nn.Module):
             cache.advance(hidden, mask, keep=self.mixing != "convolution")
         output = places = None
         if not everybody:
-            mixed = self._convolve(hidden, mask, cache)
-            if sum(counts) * 2 > attends.numel() and not gate.requires_grad:
-                rest = ~attends
-                output = torch.zeros_like(hidden)
-                output[rest] = self.conv_output(mixed[rest])
-            else:
-                output = self.conv_output(mixed)
+            few = sum(counts) * 2 > attends.numel() and not gate.requires_grad
+            output = self._convolve(hidden, mask, cache, ~attends if few else None)
         elif cache is not None and self.mixing == "routed":
             cache.wait(hidden, self.kernel_size - 1)  # a later token may convolve over these
         if max(counts) == 0:
@@ -258,6 +254,9 @@ class RoutedAttention(nn.Module):
         attended = self._attend(hidden, scored, places, starts, cache)
         if output is None:
             return gate[..., None] * attended.view_as(hidden)
+        if scored is attends and not torch.is_grad_enabled():
+            output[scored] = attended  # in place: a text's output is large
+            return output
         # The gate is 0 or 1: it is multiplied in for its gradient, and to drop what "dense" scored for nothing.
         chosen = gate[scored][:, None]
         return output.index_put((scored,), (1 - chosen) * output[scored] + chosen * attended)
@@ -348,24 +347,47 @@ class RoutedAttention(nn.Module):
             self._kept_weights = (state, taps.detach().float().softmax(-1))
         return self._kept_weights[1]
 
-    def _convolve(self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache | None) -> Tensor:
-        """Values filtered by each head's taps, (rows, width, hidden size), before the output projection."""
-        width, reach = hidden.shape[1], self.kernel_size - 1
+    def _convolve(
+        self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache | None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """Values filtered by each head's taps, and projected: (rows, width, hidden size).
+
+        If only some positions are `wanted` (rows, width), the output of the others means nothing. A long text goes in
+        blocks, so that what comes between is still in the processor's cache when it is needed.
+        """
+        width = hidden.shape[1]
         if mask is not None:
             hidden = hidden * mask[..., None]  # the map has no bias: the value of padding is zero
-        if cache is None:
-            values = F.pad(self.conv_value(hidden), (0, 0, reach, 0))
-        else:
-            # Earlier tokens that all attended have waited for this.
-            values = self.conv_value(torch.cat((*cache.waiting, hidden), dim=1) if cache.waiting else hidden)
-            window = values.new_zeros(len(values), reach, values.shape[-1]) if cache.window is None else cache.window
-            if values.shape[1] > reach + width:
-                values = values[:, -reach - width :]
+        window, waiting = (None, []) if cache is None else (cache.window, cache.waiting)
+        outputs, size = [], width if torch.is_grad_enabled() else BLOCK
+        for first in range(0, width, size):
+            part = slice(first, first + size)
+            block = hidden[:, part]
+            values = self._conv_values(block, window, waiting)
+            window, waiting = values[:, block.shape[1] :], []
+            mixed = self._filter(values)
+            if wanted is None:
+                outputs.append(self.conv_output(mixed))
             else:
-                values = torch.cat((window[:, window.shape[1] - reach + values.shape[1] - width :], values), dim=1)
-            window = values[:, width:]  # of a long text a copy, so that the text's values are not kept
+                outputs.append(torch.zeros_like(block))
+                outputs[-1][wanted[:, part]] = self.conv_output(mixed[wanted[:, part]])
+        if cache is not None:  # of a long text a copy, so that the text's values are not kept
             cache.window, cache.waiting = window.clone() if width > 1 else window, []
-        if width == 1 and not torch.is_grad_enabled():
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
+
+    def _conv_values(self, hidden: Tensor, window: Tensor | None, waiting: list[Tensor]) -> Tensor:
+        """The convolution's values of `hidden`, behind those of the kernel size - 1 positions before it."""
+        length = hidden.shape[1] + self.kernel_size - 1
+        # Earlier tokens that all attended have waited for this.
+        values = self.conv_value(torch.cat((*waiting, hidden), dim=1) if waiting else hidden)[:, -length:]
+        if window is not None and values.shape[1] < length:
+            values = torch.cat((window[:, max(0, window.shape[1] + values.shape[1] - length) :], values), dim=1)
+        missing = length - values.shape[1]
+        return F.pad(values, (0, 0, missing, 0)) if missing else values
+
+    def _filter(self, values: Tensor) -> Tensor:
+        """`values` filtered by each head's taps; those of the first kernel size - 1 positions are the past."""
+        if values.shape[1] == self.kernel_size and not torch.is_grad_enabled():
             oldest_first = self._taps().flip(-1).T[..., None].to(values.dtype)
             return (values.unflatten(-1, (self.heads, -1)) * oldest_first).sum(1, keepdim=True).flatten(2)
         return causal_filter(values, self.conv_taps.softmax(-1))

@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "results" / "routed_attention.json"
 WORK = Path("build/routed-attention")
 SEEDS = (0, 1, 2)
-BASELINE_STEPS = 1000  # more than the curriculum needs to learn the task
+# Of what is never solved. One pair is learnt in 200 steps of the curriculum; several pairs take up to 1,375 in all.
+BASELINE_STEPS = {"recall": 1000, "mqar": 1500}
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Run:
             given["pairs"] = self.distance // 32
         if self.mode in ("joint", "convolution") or (self.task, self.mode) == ("mqar", "attention"):
             # Never solved: they end with their steps.
-            given["steps"] = BASELINE_STEPS
+            given["steps"] = BASELINE_STEPS[self.task]
         return given
 
 

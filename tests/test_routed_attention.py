@@ -254,6 +254,23 @@ def test_operators_for_single_tokens_equal_the_usual_way(rotary: bool, dtype: to
                 assert torch.equal(routing.gate, said.gate)
 
 
+def test_operators_see_weights_written_to_and_cast_after_prepare() -> None:
+    sizes = {"hidden_size": 64, "heads": 2, "router_width": 6}
+    usual, fast = layer(**sizes), layer(**sizes)
+    assert fast.prepare()
+    token, gate = torch.randn(1, 1, 64), torch.zeros(1, 1, dtype=torch.bool)
+    with torch.no_grad():
+        fast(token, cache=RoutedLayerCache(), gate=gate)
+        for mix in (usual, fast):
+            for parameter in mix.parameters():
+                parameter *= 0.5
+            mix.to(torch.bfloat16)
+        found, routing = fast(token.bfloat16(), cache=RoutedLayerCache(), gate=gate)
+        expected, said = usual(token.bfloat16(), cache=RoutedLayerCache(), gate=gate)
+    torch.testing.assert_close(found, expected, rtol=5e-2, atol=1e-2)
+    torch.testing.assert_close(routing.logits, said.logits, rtol=5e-2, atol=1e-2)
+
+
 def test_several_tokens_after_a_single_first_one() -> None:
     """The operators' window then holds less than the convolution reaches."""
     mix, hidden = layer(hidden_size=64, heads=2), torch.randn(1, 4, 64)

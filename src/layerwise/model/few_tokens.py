@@ -42,7 +42,7 @@ def load_operators(notify: Callable[[str], None]) -> None:
     few_token_linear: input (..., k) and any number of weights (n, k), to as many outputs (..., n).
     few_token_attention: query (rows, heads, tokens, size), keys and values (rows, key heads, capacity, size), additive
         float32 mask (rows, 1, tokens, length), scale, to (rows, tokens, heads, size); the first `length` keys count.
-    route_token, convolve_token: one token of a routed layer, see there.
+    routed_token: one token of a routed layer, see there.
 
     Raises:
         OSError, subprocess.CalledProcessError: there is no compiler, or it fails.

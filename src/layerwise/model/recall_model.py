@@ -91,20 +91,28 @@ class RoutedLayerCache:
     def window(self, values: Tensor) -> None:
         self._window, self._buffer = values, None
 
-    def append(self, tokens: int, reach: int, size: int, like: Tensor) -> tuple[Tensor, int]:
-        """A buffer (rows, capacity, size) for values of the convolution, with room for `tokens` more that count as
-        there from now on, and how many it holds before them: the last `reach` or more, if there were so many."""
+    def room(self, tokens: int, reach: int, like: Tensor) -> tuple[Tensor, int]:
+        """A buffer (rows, capacity, hidden size) for values of the convolution with room for `tokens` more, and how
+        many it holds: the last `reach` or more, if there were so many. See `fill`."""
         buffer, filled = self._buffer, self._filled
         if buffer is None or filled + tokens > buffer.shape[1]:
             kept = self.window
-            kept = like.new_zeros(len(like), 0, size) if kept is None else kept[:, max(0, kept.shape[1] - reach) :]
+            kept = (
+                like.new_zeros(len(like), 0, like.shape[2])
+                if kept is None
+                else kept[:, max(0, kept.shape[1] - reach) :]
+            )
             filled = kept.shape[1]
             # A new one even if the old one has room: a snapshot may still hold that.
-            buffer = like.new_empty(len(like), filled + tokens + _ROOM, size)
+            buffer = like.new_empty(len(like), filled + tokens + _ROOM, like.shape[2])
             buffer[:, :filled] = kept
-            self._window, self._buffer = None, buffer
-        self._filled = filled + tokens
+            self._window, self._buffer, self._filled = None, buffer, filled
         return buffer, filled
+
+    def fill(self) -> None:
+        """The values of those that waited and of one token more are in the buffer now."""
+        self._filled += 1 + sum(one.shape[1] for one in self.waiting)
+        self.waiting = []
 
     def wait(self, hidden: Tensor, reach: int) -> None:
         """Keep the last `reach` inputs for a convolution that may come."""

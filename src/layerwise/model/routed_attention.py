@@ -110,12 +110,17 @@ class RoutedAttention(nn.Module):
     def prepare(self, notify: Callable[[str], None] = lambda line: None) -> bool:
         """Decode single tokens by operators made for that; False, and all stays as it is, without a compiler.
 
-        Of a small layer's token most of the time is the calls, not the work: some thirty become six.
+        Of a small layer's token most of the time is the calls, not the work: some thirty become one, or five if it
+        attends. Weights may be written to, moved and cast afterwards; if they are replaced, prepare again.
         """
         self.prepared = False
         if all(one.bias is None for one in (self.q_proj, self.k_proj, self.v_proj)) and self.head_dim % 16 == 0:
             try:
                 load_operators(notify)
+                maps, last = self.router.inputs, self.router.out
+                # Looking these up at each token takes a tenth of its time.
+                self._router_weights = [maps.weight, maps.bias, last.weight, last.bias]
+                self._decay, self._conv_weights = self.router.decay, [self.conv_value.weight, self.conv_output.weight]
                 self.prepared = True
             except (OSError, CalledProcessError) as error:
                 notify(f"single tokens are decoded without operators of their own ({type(error).__name__})")
@@ -174,33 +179,38 @@ class RoutedAttention(nn.Module):
 
     def _single(self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache) -> bool:
         one = hidden.shape[0] == 1 and hidden.shape[1] == 1 and hidden.is_cpu
-        return one and mask is None and cache.starts is None and not torch.is_grad_enabled()
+        usual = mask is not None or cache.starts is not None or self.mixing == "convolution" or torch.is_grad_enabled()
+        return one and not usual
 
     def _decode(self, hidden: Tensor, cache: RoutedLayerCache, gate: Tensor | None) -> tuple[Tensor, Routing]:
         """`_route` and `_mix` of one token of one row."""
+        reach = self.kernel_size - 1
         if self.mixing == "routed":
-            maps, last = self.router.inputs, self.router.out
-            logits, cache.average = torch.ops.layerwise.route_token(
-                hidden, maps.weight, maps.bias, last.weight, last.bias, cache.average, self.router.decay
+            waiting = cache.waiting
+            buffer, filled = cache.room(1 + sum(one.shape[1] for one in waiting), reach, hidden)
+            logits, gate, cache.average, output = torch.ops.layerwise.routed_token(
+                hidden,
+                self._router_weights,
+                cache.average,
+                self._decay,
+                gate,
+                waiting,
+                self._conv_weights,
+                buffer,
+                filled,
+                self._taps(),
             )
-            gate = (logits > 0).to(hidden.dtype) if gate is None else gate
+            routing = Routing(gate, logits)
+            cache.advance(hidden, None)
+            if output.shape[1]:
+                cache.fill()
+                return output, routing
+            cache.wait(hidden, reach)
         else:
-            gate = hidden.new_full((1, 1), float(self.mixing == "attention"))
-            logits = torch.zeros_like(gate)
-        cache.advance(hidden, None, keep=self.mixing != "convolution")
-        if gate.item() > 0:
-            if self.mixing == "routed":
-                cache.wait(hidden, self.kernel_size - 1)
-            places = None if self.rope_theta is None else cache.positions(1, hidden.device)
-            return self._attend_everywhere(hidden, places, cache), Routing(gate, logits)
-        inputs = torch.cat((*cache.waiting, hidden), dim=1) if cache.waiting else hidden
-        size = self.conv_value.out_features
-        buffer, filled = cache.append(inputs.shape[1], self.kernel_size - 1, size, hidden)
-        cache.waiting = []
-        output = torch.ops.layerwise.convolve_token(
-            inputs, self.conv_value.weight, self.conv_output.weight, buffer, filled, self._taps()
-        )
-        return output, Routing(gate, logits)
+            routing = Routing(hidden.new_ones(1, 1), hidden.new_zeros(1, 1))
+            cache.advance(hidden, None)
+        places = None if self.rope_theta is None else cache.positions(1, hidden.device)
+        return self._attend_everywhere(hidden, places, cache), routing
 
     def _map(self, hidden: Tensor, *maps: nn.Module) -> list[Tensor]:
         """What each of `maps` makes of `hidden`."""
@@ -393,7 +403,7 @@ class RoutedAttention(nn.Module):
         return causal_filter(values, self.conv_taps.softmax(-1))
 
 
-# -- filters over time ---------------------------------------------------------------------------------------------
+# -- positions -----------------------------------------------------------------------------------------------------
 
 
 def rotate(states: Tensor, places: Tensor, theta: float) -> Tensor:

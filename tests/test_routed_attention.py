@@ -328,6 +328,17 @@ def test_generate_with_cache_in_a_batch_equals_without() -> None:
     )
 
 
+def test_generate_decodes_by_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, calls = model(hidden_size=64, num_attention_heads=2), []
+    usual = RoutedAttention._decode
+    monkeypatch.setattr(RoutedAttention, "_decode", lambda *given: calls.append(given[0]) or usual(*given))
+    options = {"max_new_tokens": 30, "min_new_tokens": 30, "do_sample": False, "pad_token_id": 0}
+    cached = made.generate(ids(1, 20), **options)
+    assert len(calls) == 29 * len(made.layers)  # the first token is the prompt's
+    assert torch.equal(cached, made.generate(ids(1, 20), use_cache=False, **options))
+    assert len(calls) == 29 * len(made.layers)
+
+
 def test_a_cache_goes_back_to_a_snapshot() -> None:
     made, tokens = model(), ids(1, 40)
     with torch.no_grad():

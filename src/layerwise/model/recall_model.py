@@ -12,6 +12,7 @@ windows. Padding stands on the left if a cache is used, so all rows end at the s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from layerwise.model.position_router import Router
 from layerwise.model.routed_attention import Mixing, RoutedAttention
 
+_log = logging.getLogger(__name__)
 _ROOM = 256  # positions by which a full buffer grows at least
 
 
@@ -287,6 +289,17 @@ class RecallModel(PreTrainedModel, GenerationMixin):
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
         return False  # `forward` makes its own
+
+    def prepare(self, notify: Callable[[str], None] = _log.info) -> bool:
+        """Decode the single tokens of one row by operators made for that; False if a layer cannot, or if there is no
+        compiler. See `RoutedAttention.prepare`; `generate` does this itself."""
+        return all([layer.mix.prepare(notify) for layer in self.layers])
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """As in transformers."""
+        if self.device.type == "cpu":
+            self.prepare()
+        return super().generate(*args, **options)
 
     def prepare_inputs_for_generation(
         self,

@@ -150,12 +150,21 @@ class RoutedSelfAttention(nn.Module):
 
     def _filtered(self, values: Tensor, start: int, width: int) -> Tensor:
         reach = self.taps.shape[1] - 1
+        if width == 1 and not torch.is_grad_enabled():
+            return self._newest(values[:, :, : start + 1])
         window = values[:, :, max(0, start - reach) : start + width]
         window = F.pad(window, (0, 0, reach + width - window.shape[2], 0))  # nothing stands before the text
         groups = self.heads // self.kv_heads
         window = window.repeat_interleave(groups, dim=1)
         first = values[:, :, :1].repeat_interleave(groups, dim=1) * self.sink.to(values.dtype)[:, None, None]
         return causal_filter(window.transpose(1, 2).flatten(2), self.taps) + first.transpose(1, 2).flatten(2)
+
+    def _newest(self, values: Tensor) -> Tensor:
+        """The last position's output (rows, 1, heads times head size): one product, since calls are what it costs."""
+        count = min(self.taps.shape[1], values.shape[2])
+        window = torch.cat((values[:, :, :1], values[:, :, -count:]), dim=2)
+        weights = torch.cat((self.sink[:, None], self.taps[:, :count].flip(-1)), dim=1).to(values.dtype)
+        return (weights.unflatten(0, (self.kv_heads, -1)) @ window).flatten(1)[:, None]
 
     def _given_to_distances(self, seen: _Seen) -> Tensor:
         """Mean attention (heads, taps + 1) that a head gives to the position j before, over positions that have one;

@@ -16,6 +16,7 @@ from layerwise.model.compiled import CompiledEngine, compiler_available
 from layerwise.model.runtime import EagerEngine
 from layerwise.model.tracing import ONE
 from layerwise.plan import Plan
+from layerwise.training.routed_text import convert
 
 pytestmark = pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
 
@@ -75,6 +76,22 @@ def test_kernels_equal_eager(name: str, text: str, monkeypatch: pytest.MonkeyPat
     found = stepwise_logits(model, plan)
     assert fallen == []
     assert torch.allclose(found, expected, atol=1e-4), (found - expected).abs().max()
+
+
+def test_of_converted_layers_attention_alone_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, results = Plan.full(6), []
+    for name in ("eager", "compiled"):
+        model = attached("llama", name)
+        torch.manual_seed(2)
+        for layer in convert(model, (1, 3), taps=5, router_width=8):
+            layer.mixing = "convolution"
+            with torch.no_grad():
+                layer.taps += torch.rand_like(layer.taps)
+        model.runtime.engine.prepare([plan])
+        fallen = no_eager_calls(model, monkeypatch) if name == "compiled" else []
+        results.append(stepwise_logits(model, plan))
+    assert fallen == ["1a", "3a"] * 12
+    assert torch.allclose(*results, atol=1e-4)
 
 
 def test_bfloat16_kernels_are_near_eager(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -211,7 +211,8 @@ def routed_text_table(result: dict[str, Any]) -> str:
     low, high = result["interval"]
     times = "; ".join(
         f"{1e3 * one['routed_step_seconds']:.0f} ms after {one['prompt_tokens']:,} tokens "
-        f"({1e3 * one['attention_step_seconds']:.0f} with attention everywhere)"
+        f"({1e3 * one['attention_step_seconds']:.0f} with attention everywhere by the same modules"
+        + (f", {1e3 * one['base_step_seconds']:.0f} without them)" if "base_step_seconds" in one else ")")
         for one in result["generate"]
     )
     where = result["environment"]
@@ -219,9 +220,9 @@ def routed_text_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{result['texts']} held-out Wikipedia texts of {result['config']['text_length']} tokens; routed, perplexity "
-        f"is {result['ratio']:.3f} of the base's (95% interval {low:.3f} to {high:.3f}). A token of `generate`, by the "
-        f"eager engine: {times}. {where['threads']} thread, commit {where['commit']}. Again: `python tools/adapters.py "
-        f"routed-text`.{note}",
+        f"is {result['ratio']:.3f} of the base's (95% interval {low:.3f} to {high:.3f}). A token of `generate`: "
+        f"{times}. {where['threads']} thread, commit {where['commit']}. Again: `python tools/adapters.py "
+        f"routed-text`, times `python tools/routed_text_times.py`.{note}",
     ]
     return "\n".join(lines)
 

@@ -23,7 +23,6 @@ from torch.nn import functional as F
 from layerwise.benchmarks.timing import Stopwatch, rounds
 from layerwise.evaluation.intervals import bootstrap, ends
 from layerwise.model.causal_lm import LayerwiseForCausalLM
-from layerwise.model.routed_attention import Mixing
 from layerwise.model.routed_layers import RoutedLayers
 
 CURVE = (0.1, 0.25, 0.75)  # usages beside the one that was aimed at
@@ -145,22 +144,29 @@ def _by_chance(usage: float, generator: torch.Generator, logits: Tensor) -> Tens
 def generate_times(
     model: LayerwiseForCausalLM, routed: RoutedLayers, prompt: Tensor, new_tokens: int = 32, count: int = 3
 ) -> dict[str, Any]:
-    """Median seconds of `generate` (greedy) after `prompt` (1, length), and of its decoding step, with attention where
-    it is routed and with it everywhere, by these same modules; and the usage of the prompt's pass."""
+    """Median seconds of `generate` (greedy) after `prompt` (1, length), and of its decoding step: with attention where
+    it is routed ("routed"), everywhere by these same modules ("attention"), and of the model as it was ("base"); the
+    engine, and the usage of the prompt's pass."""
     options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    backbone = model.runtime.backbone
 
-    def timed(mixing: Mixing) -> tuple[float, float]:
-        watch = Stopwatch()
-        with routed.mixing(mixing):
-            model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=watch, **options)
+    def timed(who: str) -> tuple[float, float]:
+        watch, converted = Stopwatch(), backbone.attention
+        backbone.attention = {} if who == "base" else converted
+        try:
+            with routed.mixing("routed" if who == "routed" else "attention"):
+                model.generate(prompt, attention_mask=torch.ones_like(prompt), streamer=watch, **options)
+        finally:
+            backbone.attention = converted
         return watch.total, watch.step
 
-    seen: dict[str, list[tuple[float, float]]] = {"routed": [], "attention": []}
-    for _, mixing, taken in rounds({mixing: partial(timed, mixing) for mixing in seen}, count):
-        seen[mixing].append(taken)
+    seen: dict[str, list[tuple[float, float]]] = {"routed": [], "attention": [], "base": []}
+    for _, who, taken in rounds({who: partial(timed, who) for who in seen}, count):
+        seen[who].append(taken)
     found: dict[str, Any] = {"prompt_tokens": prompt.shape[1], "new_tokens": new_tokens}
-    for mixing, taken in seen.items():
-        found[f"{mixing}_seconds"], found[f"{mixing}_step_seconds"] = np.median(np.array(taken), axis=0).tolist()
+    found["engine"] = model.runtime.engine.name
+    for who, taken in seen.items():
+        found[f"{who}_seconds"], found[f"{who}_step_seconds"] = np.median(np.array(taken), axis=0).tolist()
     with torch.no_grad():
         model(prompt, logits_to_keep=1)
     return {**found, "usage": usages(routed).mean().item()}

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from layerwise.model.frame import Frame
 from layerwise.model.runtime import EagerEngine
 from layerwise.model.tracing import FEW, ONE, HeadSource, LayerSource, package
 from layerwise.paths import cache_dir
-from layerwise.plan import Plan, Step, Visit
+from layerwise.plan import Part, Plan, Step, Visit
 
 log = logging.getLogger("layerwise")
 _UNKNOWN: Any = object()  # None is a layer that cannot be compiled
@@ -62,7 +63,8 @@ class CompiledEngine:
         Kernels hold on to the parameters they were made for. Values may change under them; if parameters were
         replaced since (another dtype or device, an adapter attached), their kernels are made anew here.
         """
-        visits = dict.fromkeys(visit for plan in plans for visit in plan if not self._is_replaced(visit))
+        asked = dict.fromkeys(visit for plan in plans for visit in plan)
+        visits = dict.fromkeys(replace(one, part=Part.MLP) if self._is_replaced(one) else one for one in asked)
         for form in (ONE, FEW) if few else (ONE,):
             known = self._heads.get(form)
             if form not in self._heads or (known and known.outdated(HeadSource(self.backbone, form))):
@@ -76,6 +78,8 @@ class CompiledEngine:
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         kernel = self._kernel(step, hidden, frame)
+        if kernel is None and self._is_replaced(step.visit) and hidden.shape[:2].numel() <= FEW_TOKENS:
+            return self._in_parts(step, hidden, frame)
         if kernel is None:
             return self.eager.visit(step, hidden, frame)
         slot, cache = step.slot, frame.cache
@@ -109,6 +113,14 @@ class CompiledEngine:
     def _is_replaced(self, visit: Visit) -> bool:
         """Whether something else than the layer's attention runs, which kernels do not know of."""
         return visit.attends and visit.layer in self.backbone.attention
+
+    def _in_parts(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
+        """A visit whose attention is replaced: that eagerly; then the MLP, most of the weights, as any other."""
+        attention = replace(step.visit, part=Part.ATTENTION)
+        hidden = self.eager.visit(Step(attention, step.slot, step.rows), hidden, frame)
+        if step.visit.part is Part.ATTENTION:
+            return hidden
+        return self.visit(Step(replace(step.visit, part=Part.MLP), None, step.rows), hidden, frame)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As `Engine.logits`; of few tokens in float32, which is what their sums are made in."""

@@ -34,7 +34,7 @@ ADAPTER = ROOT / "adapters" / "layerskip"
 EXITS = (4, 8, 12, 16, 20, 24, 28)
 PROMPTS, NEW_TOKENS = 32, 40  # held-out prompts that acceptance is measured on
 BUDGET: dict[str, Any] = {  # the recipe of the paper's parsing experiment, but rotational and by LoRA
-    "steps": 60,
+    "steps": 40,
     "tokens_per_batch": 1024,
     "gradient_accumulation": 1,
     "learning_rate": 4e-4,

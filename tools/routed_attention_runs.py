@@ -65,6 +65,8 @@ def add(result: dict[str, Any]) -> None:
     run["history"] = [
         {name: entry[name] for name in ("step", "length", "phase", "accuracy", "usage")} for entry in result["history"]
     ]
+    if run["mode"] != "curriculum":  # where attention is everywhere, or nowhere, there is nothing to see
+        run.pop("example", None)
     run["pairs"] = result["config"]["pairs"] if result["task"] == "mqar" else 1
     # Wherever it was trained, it is repeated in the usual folder.
     run["command"] = re.sub(r"--out \S+/", f"--out {WORK}/", run["command"])

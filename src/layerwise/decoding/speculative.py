@@ -58,16 +58,19 @@ class Crew:
         self.drafters: dict[str, Drafter] = {}
         self.prices: dict[str, float] = {}
         self.hopes: dict[str, Hope] = {}  # of this round, where a draft knows
+        # A tree is looked up row by row, and in a batch every further token is dear: second guesses do not pay there.
+        auto, counted = draft.kind == "auto", model.ngrams is not None
+        tree = draft.kind == "tree" or (auto and counted and target.rows == 1)
         self.ngram: NGramDrafter | None = None
-        if draft.kind == "ngram" or draft.lookup or (draft.kind == "auto" and model.ngrams is None):
+        if draft.kind == "ngram" or draft.lookup or (auto and not tree):
             self.ngram = NGramDrafter(target)
             self.drafters["ngram"] = self.ngram
         self.corpus: CorpusDrafter | None = None
-        if draft.kind == "corpus":
+        if draft.kind == "corpus" or (auto and counted and not tree):
             self.corpus = CorpusDrafter(target, model.ngrams)
             self.drafters["corpus"] = self.corpus
         self.tree: TreeDrafter | None = None
-        if draft.kind == "tree" or (draft.kind == "auto" and model.ngrams is not None):
+        if tree:
             # Routed attention convolves over the tokens before, which in a tree are not those of one text.
             branches = 1 if model.runtime.backbone.attention else 2
             self.tree = TreeDrafter(target, NGramDrafter(target), model.ngrams, branches)

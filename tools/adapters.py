@@ -28,6 +28,7 @@ from layerwise.training import routed_text as text_training
 from layerwise.training.answers import write_answers
 from layerwise.training.config import DrLLMConfig, FrozenConfig, LayerSkipConfig
 from layerwise.training.curriculum import RoutedTextConfig
+from layerwise.training.trainer import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CHEAPEST = "5-8 15 17 20 24-26 28-29"  # by what layers lose, in nats, if half of their positions do not attend
@@ -187,7 +188,7 @@ def routed_text(work: Path) -> Path:
 
 
 def _begun(out: Path) -> bool:
-    return any(out.glob("checkpoints/checkpoint-*/trainer_state.json"))
+    return last_checkpoint(out / "checkpoints") is not None
 
 
 def keep(made: Path, name: str, files: Iterable[str]) -> None:

@@ -23,6 +23,7 @@ from layerwise.evaluation.routing import held_out, routing_suite
 from layerwise.sources import load_tokenizer
 from layerwise.training import layerroute
 from layerwise.training.config import LayerRouteConfig
+from layerwise.training.trainer import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "layerroute.json"
@@ -63,7 +64,7 @@ def trained(objective: str, seed: int, work: Path, data: Path) -> Path:
         config = LayerRouteConfig(
             data=str(data), out=str(out), objective=objective, seed=seed, **BUDGET | OBJECTIVES[objective]
         )
-        begun = any(out.glob("checkpoints/checkpoint-*/trainer_state.json"))
+        begun = last_checkpoint(out / "checkpoints") is not None
         layerroute.train(config, options.note, resume=begun)
     return out
 

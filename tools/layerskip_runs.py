@@ -21,6 +21,7 @@ import torch
 from layerwise import from_pretrained
 from layerwise.benchmarks.environment import environment
 from layerwise.data import IGNORED, Tokens, load, prompt_ids, write_jsonl
+from layerwise.decoding.text import end_tokens
 from layerwise.evaluation.exits import exit_quality
 from layerwise.evaluation.quality import batches, exit_suite
 from layerwise.model.causal_lm import LayerwiseForCausalLM
@@ -28,6 +29,7 @@ from layerwise.sources import load_tokenizer
 from layerwise.training import layerskip
 from layerwise.training.answers import greedy_answers
 from layerwise.training.config import LayerSkipConfig
+from layerwise.training.trainer import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTER = ROOT / "adapters" / "layerskip"
@@ -74,7 +76,7 @@ def ablation(work: Path) -> dict[str, Any]:
     for label, recipe in VARIANTS.items():
         out = work / label.replace(" ", "-")
         if not (out / "layerwise.json").is_file():
-            begun = any(out.glob("checkpoints/checkpoint-*/trainer_state.json"))
+            begun = last_checkpoint(out / "checkpoints") is not None
             layerskip.train(LayerSkipConfig(data=str(data), out=str(out), **BUDGET, **recipe), note, begun)
         variants[label] = recipe | measured(from_pretrained(out, dtype=torch.bfloat16, engine="eager"))
         note(f"{label}: {variants[label]['acceptance']}")
@@ -87,9 +89,8 @@ def measured(model: LayerwiseForCausalLM) -> dict[str, Any]:
     tokenizer = load_tokenizer()
     examples = load("parsing", "test")[:PROMPTS]
     prompts = [prompt_ids(one, tokenizer) for one in examples]
-    ends = model.generation_config.eos_token_id
     model.eval()
-    answers = greedy_answers(model, prompts, NEW_TOKENS, ends if isinstance(ends, list) else [ends])
+    answers = greedy_answers(model, prompts, NEW_TOKENS, end_tokens(model))
     rows = [
         Tokens(prompt + answer, [IGNORED] * len(prompt) + answer)
         for prompt, answer in zip(prompts, answers, strict=True)

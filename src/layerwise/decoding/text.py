@@ -186,6 +186,12 @@ def encode(
     return {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
 
 
+def end_tokens(model: LayerwiseForCausalLM) -> list[int]:
+    """The tokens that end an answer of `model`."""
+    ends = model.generation_config.eos_token_id
+    return ends if isinstance(ends, list) else [ends]
+
+
 def answer(
     model: LayerwiseForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -221,8 +227,7 @@ def answer(
         draft=draft,
         **sampling.options(),
     )
-    ends = model.generation_config.eos_token_id
-    ended = output[0, -1].item() in (ends if isinstance(ends, list) else [ends])
+    ended = output[0, -1].item() in end_tokens(model)
     limit = "max new tokens" if room == max_new_tokens else "end of context"
     # The first token comes out of the pass over the prompt, the later ones out of passes of their own.
     (plan,) = trace.targets

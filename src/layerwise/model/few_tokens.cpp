@@ -7,8 +7,8 @@
 // Sums are kept in float32. Vectors are the compiler's own (GCC and Clang), so no instruction set is named, except
 // for bfloat16 dot products where the processor has them.
 //
-// Attention over a cache: the scores of a head are such a product too, with the keys as W. Keys and values are read
-// where they are; a fused kernel of the framework would first copy them out of the preallocated cache.
+// Attention over a cache: the scores of a head are made for 16 keys at a time, which end in one vector. Keys and values
+// are read where they are; a fused kernel of the framework would first copy them out of the preallocated cache.
 
 #include "vectors.h"
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from layerwise.data import Example, prompt_ids
+from layerwise.decoding.text import end_tokens
 from layerwise.model.cache import Cache
 from layerwise.model.packing import last_of
 
@@ -69,8 +70,6 @@ def write_answers(
     done = set()
     if out.exists():
         done = {json.loads(line)["id"] for line in out.read_text(encoding="utf-8").splitlines()}
-    eos = model.generation_config.eos_token_id
-    ends = eos if isinstance(eos, list) else [eos]
     model.runtime.engine.prepare(model.row_plans(1), few=True)
     prompts = [(number, prompt_ids(one, tokenizer)) for number, one in enumerate(examples)]
     pending = sorted((p for p in prompts if p[0] not in done), key=lambda p: len(p[1]))
@@ -78,7 +77,7 @@ def write_answers(
     with out.open("a", encoding="utf-8") as file:
         for at in range(0, len(pending), rows):
             batch = pending[at : at + rows]
-            answers = greedy_answers(model, [ids for _, ids in batch], max_new_tokens, ends)
+            answers = greedy_answers(model, [ids for _, ids in batch], max_new_tokens, end_tokens(model))
             for (number, ids), answer in zip(batch, answers, strict=True):
                 file.write(
                     json.dumps({"id": number, "kind": examples[number].kind, "prompt": ids, "answer": answer}) + "\n"

@@ -231,9 +231,21 @@ def test_descriptions_of_debian_packages(monkeypatch: pytest.MonkeyPatch) -> Non
         *(made(f"k{n}", f"kernel flavour f{n}", f"{long} k{n}", f"linux-{n}.1") for n in range(20)),
     ]
     monkeypatch.setattr(tasks, "debian_descriptions", lambda: listed)
-    found = tasks.summarization()
+    tasks.descriptions.cache_clear()
+    found = tasks.synopsis()
+    tasks.descriptions.cache_clear()
     assert [one.answer for one in found[:1]] == ["a fine tool"]
     assert [one.key for one in found] == ["src"] + ["linux"] * tasks.PER_SOURCE
+
+
+def test_a_summary_is_the_two_sentences_that_share_most_with_the_synopsis() -> None:
+    text = (
+        "Castor binds data of Java objects to XML.\n\nIt is the shortest path between them. Other tools are known too."
+        " See also: www. This package holds the generator of code. It makes Java classes."
+    )
+    kept = "Castor binds data of Java objects to XML. This package holds the generator of code."
+    assert tasks.highlights(text, "data binding for Java and XML - code generator") == kept
+    assert tasks.highlights("One sentence of five words. Another one. And a third.", "one") == ""
 
 
 def test_debian_control_files() -> None:

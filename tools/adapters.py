@@ -32,23 +32,23 @@ from layerwise.training.trainer import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CHEAPEST = "5-8 15 17 20 24-26 28-29"  # by what layers lose, in nats, if half of their positions do not attend
-SHARES = {"tools": 1.0, "parsing": 1.0, "summarization": 1.5, "code": 1.0, "chat": 0.8}
-MOST = {"tools": 1250, "parsing": 414, "summarization": 2400, "code": 2800, "chat": 1021}  # prompts to answer
+SHARES = {"tools": 1.0, "parsing": 1.0, "synopsis": 1.5, "code": 1.0, "chat": 0.8}
+EARLY_SHARES = {"tools": 1.0, "parsing": 1.0, "summarization": 1.5, "code": 1.0}
+MOST = {"tools": 1250, "parsing": 414, "synopsis": 2400, "code": 2800, "chat": 1021}  # prompts to answer
 ANSWERS = 1280  # of the recipe's own model, which says much the same in all of them
 OTHERS = 1440  # of those beyond the first, drawn over all tasks
-GROUPS = {"summarization": "s", "code": "c", "parsing": "p", "chatable": "h", "common_knowledge": "h"}  # else tools
+GROUPS = {"synopsis": "s", "code": "c", "parsing": "p", "chatable": "h", "common_knowledge": "h"}  # else tools
 
 
 def note(line: str) -> None:
     print(line, flush=True)
 
 
-def prompts(work: Path, per_task: int = 600) -> list[Example]:
-    """Training prompts of all five tasks, at most 384 tokens each."""
-    path = work / "prompts.jsonl"
+def prompts(path: Path, shares: dict[str, float], per_task: int = 600) -> list[Example]:
+    """Training prompts of tasks, at most 384 tokens each, in these proportions; kept in `path`."""
     if not path.exists():
         tokenizer, chosen = load_tokenizer(), []
-        for task, share in SHARES.items():
+        for task, share in shares.items():
             examples = load(task, "train")
             random.Random(0).shuffle(examples)
             most = int(per_task * share)
@@ -59,12 +59,17 @@ def prompts(work: Path, per_task: int = 600) -> list[Example]:
     return read_jsonl(path)
 
 
+def mixed(work: Path) -> list[Example]:
+    """Training prompts of five tasks."""
+    return prompts(work / "prompts.jsonl", SHARES)
+
+
 def picked(work: Path, name: str, most: dict[str, int]) -> Path:
     """The first prompts of each group, at most 250 tokens each."""
     path = work / f"{name}.jsonl"
     tokenizer, taken = load_tokenizer(), dict.fromkeys(most, 0)
     chosen: list[Example] = []
-    for one in prompts(work):
+    for one in mixed(work):
         group = GROUPS.get(one.kind, "t")
         if taken[group] < most[group] and len(prompt_ids(one, tokenizer)) <= 250:
             chosen.append(one)
@@ -74,8 +79,8 @@ def picked(work: Path, name: str, most: dict[str, int]) -> Path:
 
 
 def others(work: Path, count: int) -> list[Example]:
-    """`count` more training prompts, other ones than `prompts`."""
-    tokenizer, known, chosen = load_tokenizer(), {str(one.prompt) for one in prompts(work)}, []
+    """`count` more training prompts, other ones than `mixed`."""
+    tokenizer, known, chosen = load_tokenizer(), {str(one.prompt) for one in mixed(work)}, []
     for task, most in MOST.items():
         examples = load(task, "train")
         random.Random(0).shuffle(examples)
@@ -102,7 +107,7 @@ def untouched(work: Path) -> Path:
         ngrams=0,  # counted below, of more answers
     )
     frozen.train(config, note, _begun(out))
-    return count_ngrams(out, work / "corpus-answers.jsonl", prompts(work) + others(work, OTHERS))
+    return count_ngrams(out, work / "corpus-answers.jsonl", mixed(work) + others(work, OTHERS))
 
 
 def early(work: Path) -> Path:
@@ -127,7 +132,8 @@ def early(work: Path) -> Path:
     )
     if not (out / "layerwise.json").is_file():
         layerskip.train(config, note, _begun(out))
-    return count_ngrams(out, work / "layerskip-answers.jsonl", answerable(work))
+    asked = prompts(work / "layerskip-prompts.jsonl", EARLY_SHARES)[:ANSWERS]
+    return count_ngrams(out, work / "layerskip-answers.jsonl", asked)
 
 
 def fitting_examples() -> list[Example]:
@@ -140,11 +146,6 @@ def fitting_examples() -> list[Example]:
         chosen += fitting[:most] * (2 if task == "parsing" else 1)
     random.Random(1).shuffle(chosen)
     return chosen
-
-
-def answerable(work: Path) -> list[Example]:
-    """Prompts whose answers are counted: of the four tasks, in the proportions of `SHARES`."""
-    return [one for one in prompts(work) if GROUPS.get(one.kind) != "h"][:ANSWERS]
 
 
 def count_ngrams(out: Path, answers: Path, asked: list[Example]) -> Path:

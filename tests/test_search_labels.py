@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from layerwise import Plan, attach
 from layerwise.cli import app
 from layerwise.data.short_answers import Question
 from layerwise.search import labels, run
+from layerwise.search.fanout import label_all
 from layerwise.search.labels import kind, menu, read_labels, summary
 from layerwise.search.reference import plain_margin
 from layerwise.search.searcher import Searcher, SearchOptions
@@ -140,6 +142,16 @@ def test_processes_find_what_one_process_finds(folder: Path, tmp_path: Path) -> 
     whole = search(folder, tmp_path / "one.jsonl")
     assert search(folder, tmp_path / "two.jsonl", workers=2) == whole
     assert by_id(tmp_path / "two.jsonl") == by_id(tmp_path / "one.jsonl")
+
+
+class _Dies:
+    def __call__(self, workers: int) -> Any:
+        os._exit(1)
+
+
+def test_a_worker_that_dies_is_told_in_one_line() -> None:
+    with pytest.raises(ValueError, match="a worker process died"):
+        list(label_all([Question("sums", "1", "1 + 1 =", " 2\n", (" 2\n", " 3\n"))], _Dies(), 2))
 
 
 def test_a_ray_cluster_finds_what_one_process_finds(folder: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import torch
 from layerwise import attach
 from layerwise.benchmarks import contenders
 from layerwise.benchmarks.speculative import _compared, static_drafts
-from layerwise.cli.bench import _keep
+from layerwise.cli.bench import _keep, _kept
 from layerwise.trace import Source, Trace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,6 +83,7 @@ def result(task: str, speedup: float, adapter: str | None = None) -> dict[str, A
     return {
         "task": task,
         "adapter": adapter,
+        "model": "base",
         "speedup": speedup,
         "tokens_per_second": 100.0,
         "acceptance": 0.5,
@@ -104,17 +105,20 @@ def test_results_of_tasks_and_weights_gather_in_one_file(tmp_path: Path) -> None
         _keep(file, one)
     runs = json.loads(file.read_text())["runs"]
     assert [(run["label"], [(t["task"], t["speedup"]) for t in run["tasks"]]) for run in runs] == [
-        ("untouched model", [("code", 2.0), ("tools", 1.7)]),
+        ("base", [("code", 2.0), ("tools", 1.7)]),
         ("mine", [("tools", 2.5)]),
     ]
 
 
-def test_a_file_of_something_else_is_not_overwritten(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ["[1, 2]", '{"runs": [{"name": "x"}]}'])
+def test_a_file_of_something_else_is_not_overwritten(text: str, tmp_path: Path) -> None:
     file = tmp_path / "notes.json"
-    file.write_text("[1, 2]")
+    file.write_text(text)
+    with pytest.raises(ValueError, match="give another file"):
+        _kept(file)  # before anything is measured
     with pytest.raises(ValueError, match="give another file"):
         _keep(file, result("tools", 1.5))
-    assert file.read_text() == "[1, 2]"
+    assert file.read_text() == text
 
 
 def test_the_table_says_how_many_rows_are_identical() -> None:
@@ -124,4 +128,7 @@ def test_the_table_says_how_many_rows_are_identical() -> None:
     runs = [{"label": "mine", "tasks": [result("tools", 1.5), result("chat", 1.25)]}]
     text = tables.speculative_table({"runs": runs})
     assert "| tools | mine | **1.50x** | 100 | 50% | 2.00 | 4.0x | 9.0x |" in text
-    assert "identical to plain decoding's in 1 of 2 rows" in text
+    assert "identical to plain decoding's in 1 of 2 rows" in text and "fixed draft" not in text
+    runs[0]["tasks"][0] |= {"auto_vs_best_static": 0.9, "hopeless": 0.97}
+    text = tables.speculative_table({"runs": runs})
+    assert "0.90 times as fast as the best fixed draft" in text and "1 rows were swept" in text

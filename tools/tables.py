@@ -59,7 +59,7 @@ def speculative_table(result: dict[str, Any]) -> str:
                 f"| {task['speedup_vs_hf_early_exit']:.1f}x |"
                 + (f" {task['speedup_vs_economize']:.1f}x |" if economize else "")
             )
-    where = tasks[0]["environment"]
+    one, where = tasks[0], tasks[0]["environment"]
     same = sum(task["identical"] for task in tasks)
     prompts = " to ".join(map(str, sorted({task["prompts"] for task in tasks})))
     lines += [
@@ -67,12 +67,26 @@ def speculative_table(result: dict[str, Any]) -> str:
         f"Greedy float32 tokens were identical to plain decoding's in {same} of {len(tasks)} rows, batches of 8 "
         "included. "
         f"Speed-up is over layerwise's own plain decoding of the same weights, `--draft auto`; "
-        f"{prompts} prompts a task, up to {tasks[0]['new_tokens']} new tokens, {tasks[0]['rounds']} "
-        f"interleaved rounds; {where['cpu']}, {where['threads']} threads, torch {where['torch']}, transformers "
-        f"{where['transformers']}, commit {where['commit']}. Again: `layerwise bench speculative --adapter ... --sweep "
-        "--out FILE`.",
+        f"{prompts} prompts a task, up to {one['new_tokens']} new tokens, {one['rounds']} "
+        "interleaved rounds, one of the other libraries. Eight rows at once: "
+        f"{_range([task['batch']['speedup'] for task in tasks], '.2f')} times plain batches. {_swept(tasks)}"
+        f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, transformers {where['transformers']}, "
+        f"commit {where['commit']}. Again: `layerwise bench speculative --task TASK --adapter ADAPTER "
+        f"--prompts {one['prompts']} --new-tokens {one['new_tokens']} --rounds {one['rounds']} --sweep --out FILE`.",
     ]
     return "\n".join(lines)
+
+
+def _swept(tasks: list[dict[str, Any]]) -> str:
+    """What was measured beside the tasks that have a sweep."""
+    swept = [task for task in tasks if "hopeless" in task]
+    if not swept:
+        return ""
+    best, hopeless = (_range([task[name] for task in swept], ".2f") for name in ("auto_vs_best_static", "hopeless"))
+    return (
+        f"`auto` is {best} times as fast as the best fixed draft and, where drafts fail (temperature 1.5), {hopeless} "
+        f"times as fast as plain decoding; {len(swept)} rows were swept. "
+    )
 
 
 def layerskip_quality_table(result: dict[str, Any]) -> str:
@@ -148,11 +162,16 @@ def drllm_table(result: dict[str, Any]) -> str:
     )
     time = result["time"]
     busy = f" (on a busy machine, load {time['load']:.1f})" if time["load"] > time["cpus"] else ""
-    realised = "not measured" if time["realised"] is None else f"{time['realised']:.0%} of it as time{busy}"
+    realised = "not measured"
+    if time["realised"] is not None:
+        realised = (
+            f"{time['prompts']} of the prompts, which save {time['layers_saved']:.1%} of the layers, take "
+            f"{time['time_saved']:.1%} less time, {time['realised']:.0%} of what they could{busy}"
+        )
     where = result["environment"]
     lines += [
         "",
-        f"{result['layers_saved']:.1%} of layer executions per token saved, {realised}. "
+        f"{result['layers_saved']:.1%} of layer executions per token saved. Time: {realised}. "
         f"Controls, in domain: {controls}. Commit {where['commit']}. Again: `{result['command']}`.",
     ]
     return "\n".join(lines)

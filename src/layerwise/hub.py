@@ -185,6 +185,19 @@ def from_pretrained(
     return model
 
 
+def base_name(name: str | Path | None, adapter: str | Path | None) -> str | None:
+    """The model that `from_pretrained(name, adapter=adapter)` puts under the adapter; None is the embedded one.
+
+    Raises:
+        ValueError: there is no such adapter, or it names no base.
+    """
+    if adapter is None and name is not None and (Path(name) / FILE).is_file():
+        name, adapter = None, name
+    if name is None and adapter is not None:
+        return adapter_base(adapter)
+    return None if name is None else str(name)
+
+
 def adapter_base(adapter: str | Path) -> str:
     """The base model that an adapter names; ValueError if it is none."""
     folder = _adapter_folder(adapter)

@@ -127,10 +127,12 @@ def load_base(
 
 
 def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model; names as in `from_pretrained`."""
+    """The tokenizer of a model; names as in `from_pretrained`, adapters' folders too."""
     from transformers import AutoTokenizer
 
-    path = model_path(name)
+    from layerwise.hub import base_name
+
+    path = model_path(base_name(name, None))
     with _one_line(name, path):
         return AutoTokenizer.from_pretrained(path)
 
@@ -138,9 +140,11 @@ def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
 @contextmanager
 def _one_line(name: str | None, path: str) -> Iterator[None]:
     """Turns the pages that loading errors print into one line."""
+    from safetensors import SafetensorError
+
     try:
         yield
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if os.path.isdir(path) and not (Path(path) / "config.json").is_file():
             reason = "the folder has no config.json"

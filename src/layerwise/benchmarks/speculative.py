@@ -29,7 +29,7 @@ from layerwise.benchmarks.contenders import Run, other_libraries, timed
 from layerwise.benchmarks.environment import environment
 from layerwise.benchmarks.timing import Stopwatch, rounds
 from layerwise.data import load, prompt_ids
-from layerwise.hub import from_pretrained
+from layerwise.hub import base_name, from_pretrained
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM
 from layerwise.sources import load_tokenizer
 from layerwise.trace import Source, Trace
@@ -66,10 +66,10 @@ def bench_speculative(
         sweep: also measure fixed drafts, and where drafts fail.
         peers: also measure transformers.
     """
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(base_name(model, adapter))
     texts = held_out(task, tokenizer, prompts)
     ours = from_pretrained(model, adapter=adapter, dtype="float32", engine=engine, notify=notify)
-    ours.prepare(ours.row_plans(1), ours.read_draft("auto"), few=True)
+    ours.prepare(None, ours.read_draft("auto"), few=True)
     drafts = [draft] + [one for one in static_drafts(ours) if sweep and one != draft]
     result: dict[str, Any] = {"benchmark": "speculative", "task": task, "draft": draft}
     theirs = ours.runtime.backbone.model

@@ -73,6 +73,7 @@ def speculative(
     if prompts < 1 or rounds < 1 or new_tokens < 8:
         raise ValueError("prompts and rounds must be at least 1, new-tokens at least 8")
     options.check_writable(out)
+    _kept(out)
     Draft.parse(draft)
     options.quiet()
     from layerwise.benchmarks.speculative import bench_speculative
@@ -211,13 +212,19 @@ def _print_routed_attention(result: dict[str, Any]) -> None:
         print(f"{who}: {one['peak_mib']:.0f} MiB peak in a pass over {one['length']:,} positions")
 
 
-def _keep(out: Path, result: dict[str, Any]) -> None:
-    """Put a task's result into the file, in place of an earlier one of the same weights and task."""
+def _kept(out: Path | None) -> list[dict[str, Any]]:
+    """The runs that the file holds; none if there is no such file."""
     try:
-        runs = json_text.loads(out.read_text(encoding="utf-8"))["runs"] if out.exists() else []
+        runs = json_text.loads(out.read_text(encoding="utf-8"))["runs"] if out is not None and out.exists() else []
+        _ = [(run["label"], run["tasks"]) for run in runs]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{out}' holds something else than results of this benchmark: give another file") from error
-    label = result["adapter"] or "untouched model"
+    return runs
+
+
+def _keep(out: Path, result: dict[str, Any]) -> None:
+    """Put a task's result into the file, in place of an earlier one of the same weights and task."""
+    runs, label = _kept(out), result["adapter"] or result["model"]
     run = next((run for run in runs if run["label"] == label), None)
     if run is None:
         runs.append(run := {"label": label, "tasks": []})

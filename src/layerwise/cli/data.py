@@ -24,8 +24,7 @@ def data(
         return
     if task is None:
         raise ValueError("name a task, such as 'layerwise data tools --out tools.jsonl'; --list shows them all")
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"cannot write '{out}': the folder '{out.parent}' does not exist")
+    options.check_writable(out)
     from layerwise.data import load, write_jsonl
 
     examples = load(task, split)

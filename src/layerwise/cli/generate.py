@@ -35,8 +35,7 @@ def run(
     """Answer a prompt; the text appears as it is made, then a line with speed and depth."""
     if not prompt.strip():
         raise ValueError("the prompt is empty: give some text in quotes")
-    if html is not None and not html.absolute().parent.is_dir():
-        raise ValueError(f"cannot write '{html}': the folder '{html.parent}' does not exist")
+    options.check_writable(html)
     if early_exit is not None:
         from layerwise.decoding.drafts import Draft
 

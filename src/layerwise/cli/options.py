@@ -66,20 +66,22 @@ def load(
 
         Draft.parse(draft)
     quiet()
-    from layerwise.hub import adapter_base, from_pretrained
+    from layerwise.hub import base_name, from_pretrained
     from layerwise.sources import load_tokenizer, model_path
 
-    name = model or (adapter_base(adapter) if adapter else None)
+    name = base_name(model, adapter)
     model_path(name, note)
-    loaded = from_pretrained(name, adapter=adapter, plan=plan, dtype=dtype.value, engine=engine.value, notify=note)
+    loaded = from_pretrained(model, adapter=adapter, plan=plan, dtype=dtype.value, engine=engine.value, notify=note)
     if draft is not None:
         loaded.draft = draft
     return loaded, load_tokenizer(name)
 
 
 def check_writable(*files: Path | None) -> None:
-    """Refuse a file to write whose folder is not there; None is no file."""
+    """Refuse a file to write whose folder is not there, or that is a folder itself; None is no file."""
     for file in files:
+        if file is not None and file.is_dir():
+            raise ValueError(f"cannot write '{file}': it is a folder, name a file in it")
         if file is not None and not file.absolute().parent.is_dir():
             raise ValueError(f"cannot write '{file}': the folder '{file.parent}' does not exist")
 

@@ -49,8 +49,7 @@ def run(
             raise ValueError(f"{name} must be at least {least}, not {value}")
     if backend not in ("local", "ray"):
         raise ValueError(f"there is no backend '{backend}': choose local or ray")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"cannot write '{out}': the folder '{out.parent}' does not exist")
+    options.check_writable(out)
     chosen = SearchOptions(
         algorithm=algorithm,
         simulations=simulations,

@@ -168,16 +168,21 @@ def encode(
     """Token ids (1, width) and mask of a prompt, in the model's chat format if it has one.
 
     Raises:
-        ValueError: the prompt is empty, or longer than `context` tokens.
+        ValueError: the prompt is empty, longer than `context` tokens, or refused by the chat template.
     """
     if not prompt.strip():
         raise ValueError("the prompt is empty: give some text in quotes")
     if tokenizer.chat_template:
+        from jinja2 import TemplateError
+
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": prompt})
-        encoded = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
+        try:
+            encoded = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except TemplateError as error:  # such as a template that knows no system message
+            raise ValueError(f"the model's chat template refuses this prompt: {error}") from error
     else:
         encoded = tokenizer(f"{system}\n\n{prompt}" if system else prompt, return_tensors="pt")
     width = encoded["input_ids"].shape[1]

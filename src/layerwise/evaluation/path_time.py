@@ -25,7 +25,7 @@ from layerwise.plan import Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROMPTS = 12
+PROMPTS = 24
 NEW_TOKENS = 24
 
 
@@ -106,7 +106,7 @@ def _timed(model: LayerwiseForCausalLM, ids: torch.Tensor, plan: Plan | None = N
     model.generate(
         ids,
         max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS,
+        eos_token_id=-1,  # what is timed is a step, however early the answer ends
         do_sample=False,
         draft="off",
         streamer=watch,

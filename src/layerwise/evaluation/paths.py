@@ -118,8 +118,10 @@ def path_suite(
     model.eval()
     folder = cache_dir("evaluation") if folder is None else folder
     found: list[Answers] = []
-    for names in (IN_DOMAIN, OUT_OF_DOMAIN):
-        asked = [one for name in names for one in questions(name, "test")[:limit]]
+    # All data are fetched first: what cannot be had is told before hours of answers.
+    domains = (IN_DOMAIN, OUT_OF_DOMAIN)
+    data = [[one for name in names for one in questions(name, "test")[:limit]] for names in domains]
+    for names, asked in zip(domains, data, strict=True):
         notify(f"{len(asked)} questions of {', '.join(names)}")
         controls = _Controls(record, seed) if names is IN_DOMAIN else None
         found.append(answer(model, tokenizer, asked, controls, folder, notify))

@@ -147,7 +147,7 @@ def generate_times(
     """Median seconds of `generate` (greedy) after `prompt` (1, length), and of its decoding step: with attention where
     it is routed ("routed"), everywhere by these same modules ("attention"), and of the model as it was ("base"); the
     engine, and the usage of the prompt's pass."""
-    options = {"max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "do_sample": False, "pad_token_id": 0}
+    options = {"max_new_tokens": new_tokens, "eos_token_id": -1, "do_sample": False, "pad_token_id": 0}
     backbone = model.runtime.backbone
 
     def timed(who: str) -> tuple[float, float]:

@@ -33,7 +33,7 @@ from layerwise.data import collate, length_sorted_batches, load, tokenize
 from layerwise.data.routing import side
 from layerwise.evaluation.intervals import interval
 from layerwise.evaluation.routed_answers import Asked, answer_quality, timed
-from layerwise.hub import from_pretrained
+from layerwise.hub import base_name, from_pretrained
 from layerwise.plan import Plan
 from layerwise.policies.gates import GatedPolicy
 from layerwise.sources import load_tokenizer
@@ -175,7 +175,8 @@ def routing_suite(
         ValueError: the adapter has no gates.
     """
     began = time.perf_counter()
-    tokenizer = load_tokenizer(model)
+    base = base_name(model, adapter)
+    tokenizer = load_tokenizer(base)
     routed = from_pretrained(model, adapter=adapter, dtype="bfloat16", engine="eager").eval()
     if not isinstance(routed.policy, GatedPolicy):
         raise ValueError(f"the adapter '{adapter}' has no gates: train one with 'layerwise train layerroute'")
@@ -188,7 +189,7 @@ def routing_suite(
     notify("full depth: done")
     others = {"base": None} | ({"reference": reference} if reference is not None else {})
     for name, other in others.items():
-        loaded = from_pretrained(model, adapter=other, dtype="bfloat16", engine="eager").eval()
+        loaded = from_pretrained(base, adapter=other, dtype="bfloat16", engine="eager").eval()
         by[name], _ = answer_losses(loaded, asked, pad)
         notify(f"{name}: done")
     found: dict[str, Any] = {

@@ -10,6 +10,7 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from layerwise.data.short_answers import Question
@@ -30,7 +31,7 @@ def label_all(
         backend: "local" for processes of this machine; "ray" for the cluster that RAY_ADDRESS names, or a new one here.
 
     Raises:
-        ValueError: there is no such backend, or Ray is not installed.
+        ValueError: there is no such backend, Ray is not installed, or a worker process died.
     """
     if backend not in ("local", "ray"):
         raise ValueError(f"there is no backend '{backend}': choose local or ray")
@@ -49,7 +50,13 @@ def _in_processes(questions: Sequence[Question], make: Callable[[int], Work], wo
     pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=(make, workers))
     try:
         for done in as_completed([pool.submit(_run, question) for question in questions]):
-            yield done.result()
+            try:
+                yield done.result()
+            except BrokenProcessPool as error:
+                raise ValueError(
+                    "a worker process died, perhaps for want of memory: use fewer workers; "
+                    "what was searched is kept, the same command goes on"
+                ) from error
     finally:
         # Also if the caller stops half-way: what has not begun is dropped, what is in hand is waited for.
         pool.shutdown(cancel_futures=True)

@@ -118,6 +118,18 @@ def write_jsonl(path: str | Path, examples: Iterable[Example]) -> None:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def complete_lines(file: Path) -> list[Any]:
+    """The JSON lines that a stopped run wrote; the last one is cut off the file if it was not finished."""
+    if not file.exists():
+        return []
+    text = file.read_bytes()
+    whole = text.rfind(b"\n") + 1
+    if whole < len(text):
+        with file.open("r+b") as out:
+            out.truncate(whole)
+    return [json.loads(line) for line in text[:whole].splitlines()]
+
+
 def _open(path: str | Path, mode: str) -> IO[str]:
     if str(path).endswith(".gz"):
         return cast(IO[str], gzip.open(path, f"{mode}t", encoding="utf-8"))

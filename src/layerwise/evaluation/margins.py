@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layerwise.data import complete_lines
 from layerwise.data.short_answers import Question
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.fingerprint import fingerprint
@@ -41,7 +42,7 @@ def plan_margins(
     """
     file = _file(folder, "margins", model, [])
     known: dict[str, dict[str, float]] = defaultdict(dict)
-    for key, found in _complete_lines(file):
+    for key, found in complete_lines(file):
         known[key] |= found
     keys = [_digest([one.task, one.prompt, one.answer, one.choices]) for one in questions]
     pairs = list(zip(keys, plans, strict=True))
@@ -71,7 +72,7 @@ def kept_lines(
     A run that was stopped goes on after its last complete line.
     """
     file = _file(folder, name, model, asked)
-    known = _complete_lines(file)
+    known = complete_lines(file)
     with file.open("a", encoding="utf-8") as out:
         for number in _announced(range(len(known), len(asked)), doing, notify):
             known.append(compute(number))
@@ -101,14 +102,3 @@ def _announced(numbers: Sequence[int], doing: str, notify: Callable[[str], None]
             left = (now - began) / done * (len(numbers) - done)
             notify(f"{done} of {len(numbers)} {doing} ({left / 60:.0f} min left)")
             said = now
-
-
-def _complete_lines(file: Path) -> list[Any]:
-    """What a stopped run wrote; the last line is cut off the file if it was not finished."""
-    if not file.exists():
-        return []
-    text = file.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    if whole != text:
-        file.write_text(whole, encoding="utf-8")
-    return [json.loads(line) for line in whole.splitlines()]

@@ -3,18 +3,19 @@
 A draft is right when it says what the model will say, not what a reference says. So the frozen recipe is taught on the
 model's own text (as in Kangaroo, arXiv 2404.18911, and EAGLE, arXiv 2401.15077), written here in batches: prompts of
 similar length together, a row leaves its batch when it has ended. Each finished batch is appended to the file, so a run
-that was stopped goes on where it was.
+that was stopped, even in the middle of a line, goes on where it was.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from layerwise.data import Example, prompt_ids
+from layerwise.data import Example, complete_lines, prompt_ids
 from layerwise.decoding.text import end_tokens
 from layerwise.model.cache import Cache
 from layerwise.model.packing import last_of
@@ -65,11 +66,7 @@ def write_answers(
 
     Prompts that the file holds already are passed over.
     """
-    import json
-
-    done = set()
-    if out.exists():
-        done = {json.loads(line)["id"] for line in out.read_text(encoding="utf-8").splitlines()}
+    done = {answer["id"] for answer in complete_lines(out)}
     model.runtime.engine.prepare(model.row_plans(1), few=True)
     prompts = [(number, prompt_ids(one, tokenizer)) for number, one in enumerate(examples)]
     pending = sorted((p for p in prompts if p[0] not in done), key=lambda p: len(p[1]))

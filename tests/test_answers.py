@@ -1,4 +1,4 @@
-"""The answers a model writes itself: those of a stopped run are gone on from."""
+"""The answers a model writes itself: those of a stopped run are gone on from, those of another one are not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import tiny
+from test_causal_lm import one_line
 from test_path_suite import number_tokenizer
 
 from layerwise import attach
@@ -36,3 +37,21 @@ def test_a_stopped_run_goes_on_even_in_the_middle_of_a_line(tmp_path: Path, left
     file.write_bytes(b"".join(lines[:3]) + left)
     assert written(file) == ([5, 6], whole)
     assert written(file) == ([], whole)
+
+
+def test_answers_of_another_model_or_to_other_prompts_are_not_mixed(tmp_path: Path) -> None:
+    file = tmp_path / "answers.jsonl"
+    whole = written(file)[1]
+    before = file.read_bytes()
+    one_line(lambda: written(file, seed=1), str(file), "another model:", "another folder")
+    one_line(lambda: written(file, most=5), "another max-new-tokens:")
+    others = (ASKED[1:], ASKED[:5], [*ASKED[:5], ASKED[0]], [*ASKED, ASKED[0]])
+    for asked in others:
+        one_line(lambda asked=asked: written(file, asked), "another set of prompts:")
+    (tmp_path / "answers.json").unlink()  # as earlier versions left it
+    for asked in others[:3]:
+        one_line(lambda asked=asked: written(file, asked), "another set of prompts:")
+    assert file.read_bytes() == before and written(file) == ([], whole)
+    one_line(lambda: written(file, seed=1), "another model:")
+    file.write_bytes(b"")
+    assert written(file, seed=1)[1] != whole

@@ -23,7 +23,8 @@ from typer.testing import CliRunner
 from layerwise import Plan, from_pretrained
 from layerwise.cli.train import app
 from layerwise.model import causal_lm
-from layerwise.training import layerskip
+from layerwise.training import frozen, layerskip
+from layerwise.training.config import FrozenConfig
 from layerwise.training.layerskip import LayerSkipConfig, train
 from layerwise.training.trainer import GlobalBatches
 
@@ -251,3 +252,20 @@ def test_the_frozen_recipe_from_the_command_line(files: Path, tmp_path: Path, mo
     said = base.generate(asked, max_new_tokens=12, do_sample=False)[0, asked.shape[1] :].tolist()
     assert said == first["answer"]
     assert model.ngrams.order == 6 and model.ngrams.after([*first["prompt"], said[0]]) is not None
+
+
+def test_the_frozen_recipe_refuses_before_it_writes(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "compiler_available", lambda: False)
+    given = {"data": str(files / "data.jsonl"), "model": str(files / "base"), "out": str(tmp_path), "steps": 2}
+    given |= {"vocabulary": 20, "max_new_tokens": 3, "tokens_per_batch": 200, "ngrams": 0, "precision": "float32"}
+    config = FrozenConfig(**given)
+    frozen.train(config)
+    longer = tmp_path / "longer.jsonl"
+    lines = (files / "data.jsonl").read_text(encoding="utf-8")
+    longer.write_text(lines + lines.splitlines()[0], encoding="utf-8")
+    before = (tmp_path / "answers.jsonl").read_bytes()
+    one_line(lambda: frozen.train(replace(config, data=str(longer))), "already holds a training")
+    one_line(lambda: frozen.train(replace(config, data=str(longer)), resume=True), "with data")
+    assert (tmp_path / "answers.jsonl").read_bytes() == before

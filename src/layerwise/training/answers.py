@@ -8,16 +8,18 @@ that was stopped, even in the middle of a line, goes on where it was.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from layerwise.data import Example, complete_lines, prompt_ids
 from layerwise.decoding.text import end_tokens
 from layerwise.model.cache import Cache
+from layerwise.model.fingerprint import fingerprint
 from layerwise.model.packing import last_of
 
 if TYPE_CHECKING:
@@ -64,12 +66,25 @@ def write_answers(
 ) -> Iterator[int]:
     """Append (prompt, answer) token ids as JSON lines to `out`; yields how many prompts are done.
 
-    Prompts that the file holds already are passed over.
+    Prompts that the file holds already are passed over. What wrote the answers is kept beside it, in a file whose name
+    ends in .json.
+
+    Raises:
+        ValueError: `out` holds answers of another model, to other prompts, or with other options; names them.
     """
-    done = {answer["id"] for answer in complete_lines(out)}
+    prompts = [prompt_ids(one, tokenizer) for one in examples]
+    about = {
+        "set of prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
+        "model": fingerprint(model.runtime.backbone.model),
+        "policy": model.policy.to_dict(),
+        "precision": str(model.runtime.backbone.dtype),
+        "max-new-tokens": max_new_tokens,
+    }
+    done = _done(out, prompts, about)
+    pending = sorted((p for p in enumerate(prompts) if p[0] not in done), key=lambda p: len(p[1]))
+    if not pending:
+        return
     model.runtime.engine.prepare(model.row_plans(1), few=True)
-    prompts = [(number, prompt_ids(one, tokenizer)) for number, one in enumerate(examples)]
-    pending = sorted((p for p in prompts if p[0] not in done), key=lambda p: len(p[1]))
     finished = len(done)
     with out.open("a", encoding="utf-8") as file:
         for at in range(0, len(pending), rows):
@@ -82,3 +97,20 @@ def write_answers(
             file.flush()
             finished += len(batch)
             yield finished
+
+
+def _done(out: Path, prompts: list[list[int]], about: dict[str, Any]) -> set[int]:
+    """The places of the prompts that `out` answers, if `about` wrote it; else see `write_answers`."""
+    answers, beside, text = complete_lines(out), out.with_suffix(".json"), json.dumps(about)
+    about = saved = json.loads(text)
+    if answers and beside.is_file():
+        saved = json.loads(beside.read_text(encoding="utf-8"))
+    elif any(prompts[one["id"] : one["id"] + 1] != [one["prompt"]] for one in answers):
+        saved = {**about, "set of prompts": None}  # written by an earlier version, which kept nothing beside them
+    other = [name for name, value in about.items() if saved.get(name) != value]
+    if other:
+        raise ValueError(
+            f"'{out}' was written with another {' and another '.join(other)}: use the same, or give another folder"
+        )
+    beside.write_text(text + "\n", encoding="utf-8")
+    return {one["id"] for one in answers}

@@ -20,7 +20,6 @@ The answers themselves draft too: their n-grams are counted and saved beside the
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.data import IGNORED, read_jsonl
+from layerwise.data import IGNORED, complete_lines, read_jsonl
 from layerwise.data.examples import Tokens
 from layerwise.decoding.ngram_model import NGramModel
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM
@@ -40,7 +39,7 @@ from layerwise.plan import Plan
 from layerwise.sources import load_tokenizer
 from layerwise.training.answers import write_answers
 from layerwise.training.config import FrozenConfig
-from layerwise.training.trainer import RecipeTrainer, run_training
+from layerwise.training.trainer import RecipeTrainer, run_training, starting_point
 
 ANSWERS = "answers.jsonl"
 FITTED = 64  # texts for the least squares
@@ -234,10 +233,12 @@ def train(config: FrozenConfig, notify: Callable[[str], None] = lambda line: Non
     With `config.adapter` the head is for that adapter's model, and is saved together with its weights.
 
     Raises:
-        ValueError: no usable data or model; the folder holds a training and `resume` was not asked for, or the reverse.
+        ValueError: no usable data or model; the folder holds a training and `resume` was not asked for, or the reverse;
+            or it holds other answers.
         KeyboardInterrupt: Ctrl-C; a checkpoint was written and `notify` was told how to go on.
     """
     out = Path(config.out)
+    starting_point(config, out, resume)  # refused before anything is written
     out.mkdir(parents=True, exist_ok=True)
     answered = _answers(config, out / ANSWERS, notify)
     limit = min(config.max_length, config.tokens_per_batch)
@@ -273,10 +274,7 @@ def _load(config: FrozenConfig, engine: EngineName) -> LayerwiseForCausalLM:
 
 def _answers(config: FrozenConfig, path: Path, notify: Callable[[str], None]) -> list[dict[str, Any]]:
     """The model's greedy answers to the prompts of `config.data`; those that `path` holds are not written again."""
-    examples = read_jsonl(config.data)
-    if not path.exists() or len(path.read_text(encoding="utf-8").splitlines()) < len(examples):
-        for done in write_answers(
-            _load(config, "auto"), load_tokenizer(config.model), examples, path, config.max_new_tokens
-        ):
-            notify(f"{done} of {len(examples)} answers written")
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    examples, tokenizer = read_jsonl(config.data), load_tokenizer(config.model)
+    for done in write_answers(_load(config, "auto"), tokenizer, examples, path, config.max_new_tokens):
+        notify(f"{done} of {len(examples)} answers written")
+    return complete_lines(path)

@@ -365,7 +365,7 @@ def run_training(
     them before it is saved.
     """
     out = Path(config.out)
-    checkpoint = _starting_point(config, out, resume)
+    checkpoint = starting_point(config, out, resume)
     args = training_arguments(config)  # first of all: this is what joins the processes
     main = args.process_index == 0
     notify = notify if main else lambda line: None
@@ -406,8 +406,12 @@ def run_training(
     return out
 
 
-def _starting_point(config: TrainingConfig, out: Path, resume: bool) -> Path | None:
-    """The checkpoint to resume from, or None to begin."""
+def starting_point(config: TrainingConfig, out: Path, resume: bool) -> Path | None:
+    """The checkpoint to resume from, or None to begin.
+
+    Raises:
+        ValueError: `out` holds a training and `resume` was not asked for, or the reverse, or one with other options.
+    """
     checkpoint = last_checkpoint(out / "checkpoints")
     if not resume:
         if checkpoint is not None:

@@ -24,7 +24,7 @@ from layerwise import Plan, from_pretrained
 from layerwise.cli.train import app
 from layerwise.model import causal_lm
 from layerwise.training import frozen, layerskip
-from layerwise.training.config import FrozenConfig
+from layerwise.training.config import FrozenConfig, TrainingConfig
 from layerwise.training.layerskip import LayerSkipConfig, train
 from layerwise.training.trainer import GlobalBatches
 
@@ -193,16 +193,16 @@ def _sockets() -> bool:
         return False
 
 
-@pytest.mark.skipif(not _sockets(), reason="no local sockets")
-def test_two_processes_train_as_one_does(files: Path, tmp_path: Path) -> None:
-    # A batch of one row now and then leaves the second process without any.
-    options = {"rank": 0, "steps": 4, "tokens_per_batch": 18, "p_max": 0.7, "save_every": 100}
-    train(config(files, tmp_path / "one", **options))
-    script = tmp_path / "run.py"
+def in_two_processes(config: TrainingConfig, recipe: str, folder: Path) -> str:
+    """What a training by `training.<recipe>` prints."""
+    script = folder / "run.py"
     script.write_text(
         "import sys, json\n"
-        "from layerwise.training.layerskip import LayerSkipConfig, train\n"
-        "train(LayerSkipConfig(**json.loads(sys.argv[1])), lambda line: print(line, flush=True))\n",
+        f"from layerwise.training.{recipe} import {type(config).__name__}, train\n"
+        "from layerwise.model import causal_lm\n"
+        "causal_lm.compiler_available = lambda: False\n"
+        f"config = {type(config).__name__}(**json.loads(sys.argv[1]))\n"
+        "train(config, lambda line: print(line, flush=True))\n",
         encoding="utf-8",
     )
     with socket.socket() as listener:
@@ -212,19 +212,50 @@ def test_two_processes_train_as_one_does(files: Path, tmp_path: Path) -> None:
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
     launch += ["--main_process_port", str(port)]
-    settings = json.dumps(config(files, tmp_path / "two", **options).to_dict())
     done = subprocess.run(
-        [*launch, str(script), settings],
+        [*launch, str(script), json.dumps(config.to_dict())],
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
         capture_output=True,
         text=True,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "in 2 processes" in done.stdout and done.stdout.count("step 1/4") == 1  # one of them speaks
+    return done.stdout
+
+
+@pytest.mark.skipif(not _sockets(), reason="no local sockets")
+def test_two_processes_train_as_one_does(files: Path, tmp_path: Path) -> None:
+    # A batch of one row now and then leaves the second process without any.
+    options = {"rank": 0, "steps": 4, "tokens_per_batch": 18, "p_max": 0.7, "save_every": 100}
+    train(config(files, tmp_path / "one", **options))
+    said = in_two_processes(config(files, tmp_path / "two", **options), "layerskip", tmp_path)
+    assert "in 2 processes" in said and said.count("step 1/4") == 1  # one of them speaks
     one, two = logged(tmp_path / "one"), logged(tmp_path / "two")
     assert len(one) == len(two) == 4
     for left, right in zip(one, two, strict=True):
+        assert right == pytest.approx(left, rel=2e-4)
+
+
+def frozen_config(files: Path, out: Path, **changes: Any) -> FrozenConfig:
+    given = {"data": str(files / "data.jsonl"), "model": str(files / "base"), "out": str(out), "steps": 2}
+    given |= {"vocabulary": 20, "max_new_tokens": 3, "tokens_per_batch": 200, "ngrams": 0, "precision": "float32"}
+    return FrozenConfig(**given | changes)
+
+
+@pytest.mark.skipif(not _sockets(), reason="no local sockets")
+def test_two_processes_write_the_answers_once_and_train_as_one_does(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "compiler_available", lambda: False)
+    one, two = (frozen_config(files, tmp_path / name, log_every=1, tokens_per_batch=18) for name in ("one", "two"))
+    frozen.train(one)
+    said = in_two_processes(two, "frozen", tmp_path)
+    assert "in 2 processes" in said and said.count("40 of 40 answers written") == 1
+    answers = [(tmp_path / name / "answers.jsonl").read_bytes() for name in ("one", "two")]
+    assert answers[0] == answers[1]
+    expected, found = logged(tmp_path / "one"), logged(tmp_path / "two")
+    assert len(expected) == 2
+    for left, right in zip(expected, found, strict=True):
         assert right == pytest.approx(left, rel=2e-4)
 
 
@@ -258,9 +289,7 @@ def test_the_frozen_recipe_refuses_before_it_writes(
     files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(causal_lm, "compiler_available", lambda: False)
-    given = {"data": str(files / "data.jsonl"), "model": str(files / "base"), "out": str(tmp_path), "steps": 2}
-    given |= {"vocabulary": 20, "max_new_tokens": 3, "tokens_per_batch": 200, "ngrams": 0, "precision": "float32"}
-    config = FrozenConfig(**given)
+    config = frozen_config(files, tmp_path)
     frozen.train(config)
     longer = tmp_path / "longer.jsonl"
     lines = (files / "data.jsonl").read_text(encoding="utf-8")

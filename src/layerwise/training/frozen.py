@@ -21,11 +21,12 @@ The answers themselves draft too: their n-grams are counted and saved beside the
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from layerwise.data import IGNORED, complete_lines, read_jsonl
@@ -39,7 +40,7 @@ from layerwise.plan import Plan
 from layerwise.sources import load_tokenizer
 from layerwise.training.answers import write_answers
 from layerwise.training.config import FrozenConfig
-from layerwise.training.trainer import RecipeTrainer, run_training, starting_point
+from layerwise.training.trainer import RecipeTrainer, run_training, starting_point, training_arguments
 
 ANSWERS = "answers.jsonl"
 FITTED = 64  # texts for the least squares
@@ -273,8 +274,15 @@ def _load(config: FrozenConfig, engine: EngineName) -> LayerwiseForCausalLM:
 
 
 def _answers(config: FrozenConfig, path: Path, notify: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The model's greedy answers to the prompts of `config.data`; those that `path` holds are not written again."""
-    examples, tokenizer = read_jsonl(config.data), load_tokenizer(config.model)
-    for done in write_answers(_load(config, "auto"), tokenizer, examples, path, config.max_new_tokens):
-        notify(f"{done} of {len(examples)} answers written")
+    """The model's greedy answers to the prompts of `config.data`; the first process writes those that `path` lacks."""
+    first = training_arguments(config).process_index == 0  # this is what joins the processes
+    examples = read_jsonl(config.data)
+    writing: Iterator[int] = iter(())
+    if first:
+        tokenizer = load_tokenizer(config.model)
+        writing = write_answers(_load(config, "auto"), tokenizer, examples, path, config.max_new_tokens)
+    # A word to the others after each batch: they would not wait for all answers, but give up after half an hour.
+    while (done := broadcast_object_list([next(writing, None)])[0]) is not None:
+        if first:
+            notify(f"{done} of {len(examples)} answers written")
     return complete_lines(path)

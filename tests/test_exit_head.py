@@ -181,6 +181,22 @@ def test_base_weights_are_neither_shared_nor_changed() -> None:
         assert torch.equal(value, before[name]), name
 
 
+class Elsewhere(Tensor):
+    """A tensor that numpy cannot read, as one on a GPU."""
+
+    def numpy(self, **_: Any) -> Any:
+        raise TypeError("can't convert: copy the tensor to host memory first")
+
+    def cpu(self, **_: Any) -> Tensor:
+        return self.as_subclass(Tensor)
+
+
+def test_training_reads_tokens_wherever_they_are() -> None:
+    ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
+    found, expected = (FrozenExit(with_head())._base_states(one, [4, 3]) for one in (ids.as_subclass(Elsewhere), ids))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
 def test_wrong_heads_are_refused() -> None:
     backbone = attach(tiny.model("llama")).runtime.backbone
     one_line(lambda: ExitHead(backbone, 6, [3]), "0 to 5", "6")

@@ -123,7 +123,7 @@ class FrozenExit(nn.Module):
     @torch.no_grad()
     def _base_states(self, input_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
         """h_E and the last hidden states (rows, width, hidden size); kept for the next pass over the data."""
-        keys = [input_ids[row, :count].numpy().tobytes() for row, count in enumerate(counts)]
+        keys = [input_ids[row, :count].cpu().numpy().tobytes() for row, count in enumerate(counts)]
         if any(key not in self._states for key in keys):
             self._remember(input_ids, counts, keys)
         dtype = self.model.exit_head.fuse.weight.dtype

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -192,14 +193,14 @@ def test_two_steps_of_every_mode(tmp_path: Path, mode: str, task: str) -> None:
 
 
 def test_ctrl_c_and_resume_equal_uninterrupted_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    easy = {"solved": 0.01, "floor": 0.01, "rises": 2}
+    easy = {"solved": 0.01, "floor": 0.01, "rises": 2, "save_every": 100}
     whole = train(config(tmp_path / "whole", **easy))
     broken = config(tmp_path / "broken", **easy)
     usual = routed_attention.CurriculumRun.step
 
     def interrupted(run: Any) -> None:
-        if run.number == 2:
-            raise KeyboardInterrupt
+        if run.number == 1:
+            signal.raise_signal(signal.SIGINT)
         usual(run)
 
     with monkeypatch.context() as patch:
@@ -208,6 +209,7 @@ def test_ctrl_c_and_resume_equal_uninterrupted_training(tmp_path: Path, monkeypa
         with pytest.raises(KeyboardInterrupt):
             train(broken, said.append)
         assert "stopped at step 2" in said[-1] and "--resume" in said[-1]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     one_line(lambda: train(broken), "already holds", "--resume")
     one_line(lambda: train(replace(broken, seed=9), resume=True), "seed")
     one_line(lambda: train(config(tmp_path / "none"), resume=True), "no checkpoint")

@@ -30,6 +30,7 @@ from layerwise.data.recall import VOCABULARY, RecallTask, Split
 from layerwise.model.recall_model import RecallModel, RecallModelConfig
 from layerwise.model.routed_attention import Mixing
 from layerwise.training.curriculum import Curriculum, CurriculumConfig, RoutedAttentionConfig
+from layerwise.training.interrupt import first_ctrl_c
 
 RESULT = "result.json"
 CHECKPOINT = "checkpoint.pt"
@@ -69,7 +70,7 @@ def train(
 
     Raises:
         ValueError: the folder holds a training already, or none to resume, or one with other options.
-        KeyboardInterrupt: after Ctrl-C; resuming goes on from the last checkpoint.
+        KeyboardInterrupt: after Ctrl-C, with a checkpoint of the step under way.
     """
     run = RecallRun(config, notify)
     run.run(resume)
@@ -135,6 +136,7 @@ class CurriculumRun:
         self.config, self.trained, self.curriculum, self.notify = config, trained, curriculum, notify
         self.out = Path(config.out)
         self.optimizer = torch.optim.AdamW(trained.parameters(), lr=config.learning_rate)
+        self.interrupted = False
         self.number = 0
         self.settled = 0
         self.seconds = 0.0
@@ -182,17 +184,21 @@ class CurriculumRun:
         """Train to the end.
 
         Raises:
-            KeyboardInterrupt: after Ctrl-C; resuming goes on from the last checkpoint.
+            KeyboardInterrupt: after Ctrl-C, with a checkpoint of the step under way.
         """
         self.begin(resume)
-        try:
-            while not self.over:
+        with first_ctrl_c(self._interrupt):
+            while not self.over and not self.interrupted:
                 self.step()
-        except KeyboardInterrupt:
+        if self.interrupted:
+            self._save()
             self.notify(f"stopped at step {self.number}: give the same options and --resume to go on")
-            raise
+            raise KeyboardInterrupt
         if self.best is not None:
             self.trained.load_state_dict(self.best["weights"])
+
+    def _interrupt(self) -> None:
+        self.interrupted = True
 
     def begin(self, resume: bool) -> None:
         saved = self.out / CHECKPOINT

@@ -56,7 +56,7 @@ def train(
 
     Raises:
         ValueError: the folder holds a training already, or none to resume, or one with other options; no such model.
-        KeyboardInterrupt: after Ctrl-C; resuming goes on from the last checkpoint.
+        KeyboardInterrupt: after Ctrl-C, with a checkpoint of the step under way.
     """
     base = load_base(config.model, config.precision)
     tokenizer = load_tokenizer(config.model)

@@ -17,12 +17,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from math import ceil
 from pathlib import Path
-from threading import current_thread, main_thread
 from time import perf_counter
 from typing import Any
 
@@ -37,6 +34,7 @@ from layerwise.hub import save_adapter
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.exit_head import ExitHead
 from layerwise.training.config import TrainingConfig
+from layerwise.training.interrupt import first_ctrl_c
 
 RECORD = "training.json"
 Item = tuple[int, int, bool]  # example, place in the global batch, and whether its labels count
@@ -207,25 +205,11 @@ class RecipeTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As the Trainer's; after Ctrl-C it returns early, with `interrupted` set and a checkpoint written."""
         self.interrupted = False
-        with self._interruptible():
+        with first_ctrl_c(self._interrupt):
             return super().train(*args, **kwargs)
 
-    @contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """The first Ctrl-C sets `interrupted`; the second one raises, as it always does."""
-        if current_thread() is not main_thread():
-            yield
-            return
-
-        def note(*_: Any) -> None:
-            self.interrupted = True
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-
-        before = signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
+    def _interrupt(self) -> None:
+        self.interrupted = True
 
 
 def load_trained(model: LayerwiseForCausalLM, folder: Path) -> None:

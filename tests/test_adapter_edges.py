@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from test_causal_lm import one_line
 from test_hub import copied, load, logits, with_lora
 
-from layerwise import LayerwiseForCausalLM, Plan, attach, from_pretrained
+from layerwise import LayerwiseForCausalLM, Plan, attach, fingerprint, from_pretrained
 from layerwise.model.causal_lm import EngineName
 from layerwise.model.compiled import compiler_available
 
@@ -62,6 +62,23 @@ def test_modules_that_peft_trains_whole_come_back(base: Path, tmp_path: Path) ->
 def test_a_peft_adapter_with_a_name_comes_back(base: Path, tmp_path: Path) -> None:
     options = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
     assert_comes_back(attach(get_peft_model(load(base), options, adapter_name="mine").eval()), base, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+        LoHaConfig(target_modules=["q_proj", "down_proj"], r=2, init_weights=False),
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[0, 5], init_lora_weights=False),
+    ],
+    ids=["ia3", "loha", "lora and tokens"],
+)
+def test_adapters_of_other_kinds_come_back(base: Path, tmp_path: Path, options: PeftConfig) -> None:
+    torch.manual_seed(0)
+    model = attach(get_peft_model(load(base), options).eval())
+    assert model.attached_to == fingerprint(load(base))
+    assert_comes_back(model, base, tmp_path)
+    torch.testing.assert_close(logits(from_pretrained(tmp_path)), logits(model), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("engine", ["auto", "compiled"])

@@ -17,8 +17,9 @@ def fingerprint(model: PreTrainedModel) -> str:
     out, so that a model has the same fingerprint with and without adapters (unless they are merged).
     """
     digest = hashlib.sha256()
+    added = _added(model)
     for name, tensor in sorted(
-        (_plain(name), tensor) for name, tensor in model.state_dict().items() if not _added(name)
+        (_plain(name), tensor) for name, tensor in model.state_dict().items() if name not in added
     ):
         flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // SAMPLES)].to(torch.bfloat16).float().cpu()
@@ -27,9 +28,14 @@ def fingerprint(model: PreTrainedModel) -> str:
     return digest.hexdigest()[:16]
 
 
-def _added(name: str) -> bool:
-    return "lora_" in name or "modules_to_save" in name
+def _added(model: PreTrainedModel) -> set[str]:
+    """Names in the state dict of what PEFT adds: whatever stands beside a `base_layer`, and copies of whole modules."""
+    modules = [(name, module) for name, module in model.named_modules() if "base_layer" in module._modules]
+    beside = {
+        f"{name}.{own}" for name, module in modules for own in module.state_dict() if not own.startswith("base_layer.")
+    }
+    return beside | {name for name in model.state_dict() if "modules_to_save" in name}
 
 
 def _plain(name: str) -> str:
-    return name.replace("base_layer.", "").replace("original_module.", "")
+    return name.replace("base_layer.", "").replace("original_module.", "").replace("token_adapter.", "")

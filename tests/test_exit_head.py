@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from test_causal_lm import one_line
+from test_hub import load, with_lora
 from torch import Tensor
 
 from layerwise import Cache, LayerwiseForCausalLM, attach, from_pretrained
@@ -230,6 +231,41 @@ def test_saved_and_loaded_it_drafts_the_same(base: Path, tmp_path: Path) -> None
     ids = torch.tensor([[5, 6, 7, 8]])
     plain = again.generate(ids, max_new_tokens=12, eos_token_id=None)
     assert torch.equal(again.generate(ids, max_new_tokens=12, eos_token_id=None, draft="head"), plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"modules_to_save": ["norm", "post_attention_layernorm"]}], ids=str)
+def test_a_head_beside_a_lora_is_the_same_merged_or_not(base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    lora = with_lora(load(base), target_modules=["q_proj", "down_proj"], **options)
+    with torch.no_grad():
+        for name, parameter in lora.named_parameters():
+            if "modules_to_save" in name:
+                parameter.mul_(1.5)
+    attach(lora).save_pretrained(str(tmp_path / "lora"))
+    merged, apart = (from_pretrained(tmp_path / "lora", engine=engine) for engine in ("auto", "eager"))
+    merged.exit_head, unmerged = (ExitHead(one.runtime.backbone, 2, VOCABULARY) for one in (merged, apart))
+    for name, value in merged.exit_head.state_dict().items():
+        if "norm." in name or name.startswith("layer."):
+            torch.testing.assert_close(unmerged.state_dict()[name], value)
+    assert any("lora_" in name for name, _ in apart.base.named_parameters())  # only the copy is merged
+    merged.exits = (3,)
+    merged.save_pretrained(str(tmp_path / "head"))
+    again = from_pretrained(tmp_path / "head", engine="eager")
+    expected, found = merged.exit_head.state_dict(), again.exit_head.state_dict()
+    assert expected.keys() == found.keys() and again.exits == (3,)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    plain = again.generate(ids, max_new_tokens=12, eos_token_id=None)
+    assert torch.equal(again.generate(ids, max_new_tokens=12, eos_token_id=None, draft="head"), plain)
+
+
+def test_a_head_that_was_taken_off_is_not_saved(base: Path, tmp_path: Path) -> None:
+    model = attach(with_lora(load(base)))
+    model.exit_head, model.exits = ExitHead(model.runtime.backbone, 2, VOCABULARY), (3,)
+    model.save_pretrained(str(tmp_path / "head"))
+    merged = from_pretrained(tmp_path / "head")
+    merged.exit_head, merged.exits = None, ()
+    merged.save_pretrained(str(tmp_path / "none"))
+    again = from_pretrained(tmp_path / "none", engine="eager")
+    assert again.exit_head is None and again.exits == ()
 
 
 def test_files_that_are_no_head_are_refused(tmp_path: Path) -> None:

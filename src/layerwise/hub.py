@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 FILE = "layerwise.json"
 FORMAT = 1
+PARTS = ("exits", "exit_head", "ngrams", "routed_layers")  # entries of FILE for what a model may have besides
 
 
 def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
@@ -99,7 +100,8 @@ def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
             "this adapter's weights are merged into the model: load it with engine='eager' to train and save it again"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    about = _read_about(source) | {"policy": model.policy.to_dict(), "layerwise_version": __version__}
+    about = {name: value for name, value in _read_about(source).items() if name not in PARTS}
+    about |= {"policy": model.policy.to_dict(), "layerwise_version": __version__}
     if about.get("base_inside"):
         about["base_model"] = "base"
     for part in source.iterdir() if source.resolve() != folder.resolve() else ():

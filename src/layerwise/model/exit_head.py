@@ -57,8 +57,8 @@ class ExitHead(nn.Module):
         self.early_norm = nn.RMSNorm(hidden, epsilon, **like)
         self.deep_norm = nn.RMSNorm(hidden, epsilon, **like)
         self.fuse = nn.Linear(2 * hidden, hidden, bias=False, **like)
-        self.layer = copy.deepcopy(base.layers[-1]).requires_grad_(True)
-        self.norm = copy.deepcopy(base.norm).requires_grad_(True)
+        self.layer = _merged_copy(base.layers[-1]).requires_grad_(True)
+        self.norm = _merged_copy(base.norm).requires_grad_(True)
         self.register_buffer("vocabulary", torch.tensor(sorted(vocabulary), device=base.device))
         self.head = nn.Linear(hidden, len(vocabulary), bias=base.head.bias is not None, **like).requires_grad_(False)
         self.cut(base)
@@ -117,3 +117,15 @@ class ExitHead(nn.Module):
         if unexpected or any(not name.startswith("head.") for name in missing):
             raise ValueError(f"the exit head '{path}' was made for a model of another shape: train it again")
         return made.eval().requires_grad_(False)
+
+
+def _merged_copy(module: nn.Module) -> nn.Module:
+    """A copy of `module` with what PEFT has added merged into it, so that its weights have the names of the model's."""
+    held = nn.ModuleDict({"copy": copy.deepcopy(module)})
+    for name, part in list(held.named_modules()):
+        if hasattr(part, "unload_and_optionally_merge_module"):  # PEFT's wrapper of what is trained whole
+            held.set_submodule(name, part.unload_and_optionally_merge_module(True, False, None))
+        elif hasattr(part, "base_layer"):
+            part.merge()
+            held.set_submodule(name, part.get_base_layer())
+    return held["copy"]

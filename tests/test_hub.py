@@ -320,6 +320,20 @@ def test_pushing_uploads_the_folder(base: Path, monkeypatch: pytest.MonkeyPatch)
         assert not Path(upload[1]["folder"]).exists()
 
 
+def test_an_adapter_of_the_hub_is_loaded_from_its_cache_without_network(
+    adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")  # nobody answers there, at once
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    one_line(lambda: from_pretrained(adapter="me/mine", engine="eager"), "no adapter 'me/mine'")
+    kept = tmp_path / "models--me--mine"
+    for folder in (snapshot := kept / "snapshots" / ("1" * 40), kept / "refs"):
+        folder.mkdir(parents=True)
+    copied(adapter, snapshot)
+    (kept / "refs" / "main").write_text(snapshot.name, encoding="utf-8")
+    assert from_pretrained(adapter="me/mine", engine="eager").plan == Plan.parse(PLAN)
+
+
 def test_fixed_policies_survive_text() -> None:
     policy = FixedPolicy(Plan.parse(PLAN))
     assert policy.to_dict() == {"kind": "fixed", "plan": PLAN}

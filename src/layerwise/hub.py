@@ -213,13 +213,14 @@ def _named_base(folder: Path, about: dict[str, Any]) -> str:
 
 
 def _adapter_folder(adapter: str | Path) -> Path:
-    """A local folder as it is; anything else is asked for on the hub."""
+    """A local folder as it is; else that of the hub, or what is kept of it where the hub cannot be reached."""
     if Path(adapter).is_dir():
         return Path(adapter)
-    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
     try:
-        HfApi().model_info(str(adapter), timeout=10)
+        if not isinstance(try_to_load_from_cache(str(adapter), FILE), str):
+            HfApi().model_info(str(adapter), timeout=10)
         return Path(snapshot_download(str(adapter)))
     except Exception as error:  # no such name, no network, no permission: the answer is the same
         raise ValueError(

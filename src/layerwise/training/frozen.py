@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from layerwise.data import IGNORED, complete_lines, read_jsonl
 from layerwise.data.examples import Tokens
 from layerwise.decoding.ngram_model import NGramModel
+from layerwise.hub import base_name, from_pretrained
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM
 from layerwise.model.exit_head import ExitHead
 from layerwise.model.frame import Frame
@@ -266,8 +267,6 @@ def train(config: FrozenConfig, notify: Callable[[str], None] = lambda line: Non
 
 
 def _load(config: FrozenConfig, engine: EngineName) -> LayerwiseForCausalLM:
-    from layerwise.hub import from_pretrained
-
     model = from_pretrained(config.model, adapter=config.adapter, dtype=config.precision, engine=engine)
     model.exit_head = model.ngrams = None  # those that the adapter has are replaced
     return model
@@ -279,7 +278,7 @@ def _answers(config: FrozenConfig, path: Path, notify: Callable[[str], None]) ->
     examples = read_jsonl(config.data)
     writing: Iterator[int] = iter(())
     if first:
-        tokenizer = load_tokenizer(config.model)
+        tokenizer = load_tokenizer(base_name(config.model, config.adapter))
         writing = write_answers(_load(config, "auto"), tokenizer, examples, path, config.max_new_tokens)
     # A word to the others after each batch: they would not wait for all answers, but give up after half an hour.
     while (done := broadcast_object_list([next(writing, None)])[0]) is not None:

@@ -185,6 +185,15 @@ def test_nothing_known_is_nothing_drafted() -> None:
     assert all(trust >= LEAST for trust in drafter(None, [1, 1, 1, 1, 1]).grow(torch.tensor([[1]]), 99))
 
 
+def test_a_tree_that_cannot_pay_is_not_grown() -> None:
+    made, last = drafter(two_minds(), [5, 9]), torch.tensor([[1]])
+    first = 2 / 3 + (1 / 3) * 0.7 / 0.8  # together, see above
+    assert len(made.grow(last, 9, first - 0.01)) == 3
+    assert made.grow(last, 9, first + 0.01) == [] and made.propose(last, 9, lambda trust: True).tokens == [[]]
+    made.own.found = None  # type: ignore[method-assign, assignment]
+    assert made.grow(last, 9, 1.01) == []  # nothing is looked up
+
+
 def test_the_tuner_learns_how_much_of_a_trees_hopes_comes_true() -> None:
     tuner, trusts = Tuner(), [0.6, 0.3, 0.3, 0.1]
     tuner.note("off", 0, 0.0, 0.0, 1, 1.0)

@@ -81,6 +81,10 @@ class NGramModel:
     def __len__(self) -> int:
         return len(self.keys)
 
+    def prepare(self) -> None:
+        """Make the table that look-ups use, a fraction of a second that should be in no round's time."""
+        _ = self._table
+
     @cached_property
     def _table(self) -> dict[int, list[tuple[int, float]]]:
         pairs = zip(self.tokens.tolist(), self.sure.tolist(), strict=True)

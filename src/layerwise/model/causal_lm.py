@@ -20,6 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from layerwise.decoding.autoregressive import decode
 from layerwise.decoding.drafts import Draft
 from layerwise.decoding.ngram_model import NGramModel
+from layerwise.decoding.pass_times import pass_times
 from layerwise.decoding.tuner import Tuner
 from layerwise.model.backbone import Backbone, UnsupportedModelError
 from layerwise.model.cache import Cache
@@ -71,6 +72,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.exits: tuple[int, ...] = ()  # exits that were trained: drafts that `auto` tries
         self._draft = Draft("off")
         self._tuners: dict[str, Tuner] = {}
+        self._pass_times: dict[str, dict[int, float]] = {}
         self._head_runtime: Runtime | None = None
         self._cut_runtime: Runtime | None = None
         self.adapter_folder: Path | None = None  # what it was loaded from
@@ -149,7 +151,17 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
 
     def tuner(self, draft: Draft, rows: int, temperature: float = 0.0) -> Tuner:
         """What was measured of `draft` for batches of so many rows at a temperature; kept from answer to answer."""
-        return self._tuners.setdefault(f"{draft} {rows} {temperature:g}", Tuner())
+        name = f"{draft} {rows} {temperature:g}"
+        if name not in self._tuners:
+            self._tuners[name] = Tuner.timed(self.pass_times(rows))
+        return self._tuners[name]
+
+    def pass_times(self, rows: int) -> dict[int, float]:
+        """Seconds of a pass over so many tokens of each of `rows` rows; measured once, see `decoding.pass_times`."""
+        name = f"{rows} {self.runtime.engine.name} {self.dtype} {self.device}"
+        if name not in self._pass_times:
+            self._pass_times[name] = pass_times(self.runtime, rows)
+        return self._pass_times[name]
 
     @property
     def head_runtime(self) -> Runtime | None:
@@ -194,6 +206,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.runtime.engine.prepare(everything, few)
         if draft is not None and draft.kind in ("auto", "head") and self.head_runtime is not None:
             self.head_runtime.engine.prepare([Plan.full(1)], few=True)
+        if self.ngrams is not None and draft is not None and draft.kind in ("auto", "corpus", "tree"):
+            self.ngrams.prepare()
 
     def _engine_for(self, backbone: Backbone) -> Engine:
         engine = self.runtime.engine

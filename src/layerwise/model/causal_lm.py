@@ -153,7 +153,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         """What was measured of `draft` for batches of so many rows at a temperature; kept from answer to answer."""
         name = f"{draft} {rows} {temperature:g}"
         if name not in self._tuners:
-            self._tuners[name] = Tuner.timed(self.pass_times(rows))
+            # A draft of a fixed length has nothing to choose.
+            self._tuners[name] = Tuner.timed(self.pass_times(rows) if draft.length is None else {})
         return self._tuners[name]
 
     def pass_times(self, rows: int) -> dict[int, float]:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import random
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
 from layerwise.model import compiled
+from layerwise.model.backbone import Backbone
 from layerwise.model.cache import Cache
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.compiled import CompiledEngine, compiler_available
 from layerwise.model.runtime import EagerEngine
 from layerwise.model.tracing import ONE
-from layerwise.plan import Plan
+from layerwise.plan import Plan, Step
 from layerwise.training.routed_text import convert
 
 pytestmark = pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
@@ -175,6 +177,24 @@ def test_gradients_and_batches_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> N
     model(torch.tensor([[5]])).logits.sum().backward()
     with torch.no_grad():
         model(torch.tensor([[5], [6]]), use_cache=True)
+
+
+def test_kernels_are_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attached("llama")
+    engine = model.runtime.engine
+    engine._heads[ONE] = engine._layers[Plan.full(6).visits[0], ONE] = object()  # made before the model moved
+    model.to("meta")
+    monkeypatch.setattr(CompiledEngine, "_load", lambda *_: pytest.fail("compiled for another device"))
+    engine.prepare([Plan.full(6)], few=True)
+    hidden = torch.empty(1, 1, 32, device="meta")
+    with torch.no_grad():
+        assert engine.logits(hidden).device.type == "meta"
+        assert engine._kernel(Step(Plan.full(6).visits[0], None), hidden, SimpleNamespace(cache=Cache(1, 8))) is None
+    monkeypatch.setattr("layerwise.model.causal_lm.check_fit", lambda *_: None)
+    monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
+    assert isinstance(attached("llama", "auto").runtime.engine, EagerEngine)
+    with pytest.raises(ValueError, match="for the CPU, and the model is on cuda"):
+        attached("llama", "compiled")
 
 
 def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

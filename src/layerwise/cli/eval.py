@@ -72,6 +72,7 @@ def run(
     ] = 6,
     seed: Annotated[int, typer.Option(help="Decides which texts and questions are drawn.")] = 0,
     dtype: options.Dtype = options.DtypeChoice.bfloat16,
+    device: options.Device = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the result into this .png, .svg or .pdf.")] = None,
     json: options.Json = False,
@@ -94,18 +95,21 @@ def run(
     if suite is Suite.routing:
         from layerwise.cli import eval_tables
         from layerwise.evaluation.routing import routing_suite
+        from layerwise.sources import read_device
 
         options.quiet()
         assert adapter is not None
+        where = read_device(device)
         result = routing_suite(
-            adapter, model, reference, samples, answers, timed, seed=seed, command=command, notify=options.note
-        )
+            adapter, model, reference, samples, answers, timed,
+            seed=seed, command=command, device=where, notify=options.note,
+        )  # fmt: skip
         eval_tables.routing(result)
     elif suite is Suite.paths:
         from layerwise.cli import eval_tables
         from layerwise.evaluation.paths import path_suite
 
-        loaded, tokenizer = options.load(model, adapter, None, options.EngineChoice.auto, dtype)
+        loaded, tokenizer = options.load(model, adapter, None, options.EngineChoice.auto, dtype, device=device)
         result = path_suite(
             loaded, tokenizer, adapter, limit=limit, labels=labels, seed=seed, command=command, notify=options.note
         )
@@ -114,7 +118,7 @@ def run(
         from layerwise.cli import eval_tables
         from layerwise.evaluation.quality import exit_suite
 
-        loaded, tokenizer = options.load(model, adapter, None, options.EngineChoice.eager, dtype)
+        loaded, tokenizer = options.load(model, adapter, None, options.EngineChoice.eager, dtype, device=device)
         result = exit_suite(
             loaded,
             tokenizer,

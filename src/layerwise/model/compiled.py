@@ -61,8 +61,11 @@ class CompiledEngine:
         """Find or compile the head and every kind of visit in `plans`, for one token or for a `few` too.
 
         Kernels hold on to the parameters they were made for. Values may change under them; if parameters were
-        replaced since (another dtype or device, an adapter attached), their kernels are made anew here.
+        replaced since (another dtype, an adapter attached), their kernels are made anew here. They are for the CPU: a
+        model that is moved elsewhere runs eagerly.
         """
+        if self.backbone.device.type != "cpu":
+            return
         asked = dict.fromkeys(visit for plan in plans for visit in plan)
         visits = dict.fromkeys(replace(one, part=Part.MLP) if self._is_replaced(one) else one for one in asked)
         for form in (ONE, FEW) if few else (ONE,):
@@ -102,6 +105,8 @@ class CompiledEngine:
             return None
         if cache is None or step.rows is not None or rows * width > FEW_TOKENS or torch.is_grad_enabled():
             return None
+        if hidden.device.type != "cpu":
+            return None
         if step.slot is not None:
             store = cache.slots.get(step.slot)
             if store is None or store.seen is not None or store.ends != frame.starts:
@@ -129,12 +134,14 @@ class CompiledEngine:
         kernel = self._heads.get(form)
         if kernel is None or tokens > FEW_TOKENS or hidden.ndim != 3 or torch.is_grad_enabled():
             return self.eager.logits(hidden)
+        if hidden.device.type != "cpu":
+            return self.eager.logits(hidden)
         return kernel.run([hidden.contiguous(), *kernel.weights])[0]
 
     def _upto(self, stop: int) -> Tensor:
         """0 .. stop-1: its length tells the kernel how many keys there are."""
         if len(self._index) < stop:
-            self._index = torch.arange(2 * stop, device=self.backbone.device)
+            self._index = torch.arange(2 * stop)
         return self._index[:stop]
 
     # -- building ----------------------------------------------------------------------------------------

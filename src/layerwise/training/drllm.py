@@ -95,15 +95,19 @@ class Material:
         return soft_rewards(torch.tensor(found), [one.task for one in questions])
 
 
-def train(config: DrLLMConfig, notify: Callable[[str], None] = lambda line: None) -> Path:
+def train(
+    config: DrLLMConfig, notify: Callable[[str], None] = lambda line: None, device: torch.device | str = "cpu"
+) -> Path:
     """Train routers and save them as an adapter; `from_pretrained(adapter=...)` loads the folder it returns.
+
+    The model runs on `device`; routers are fitted on the CPU, in seconds.
 
     Raises:
         ValueError: the file holds no labels, is of another model, or has too few paths to learn from.
     """
     from layerwise.sources import load_base, load_tokenizer
 
-    model = attach(load_base(config.model, config.precision).eval())
+    model = attach(load_base(config.model, config.precision, device))
     labels = labels_for(model, config.labels)
     material = gather(config, labels, model, load_tokenizer(config.model), notify)
     learnt = [label for label, out in zip(labels, material.held_out, strict=False) if not out]

@@ -155,10 +155,13 @@ class CompiledEngine:
         return self._layers[visit, form]
 
     def _load(self, source: LayerSource | HeadSource) -> _Kernel | None:
+        key = source.key
+        if key in _failed:
+            return None
         try:
             if source.form == FEW:
                 load_operators(self.notify)
-            path = cache_dir("kernels") / f"{source.key}.pt2"
+            path = cache_dir("kernels") / f"{key}.pt2"
             if not path.exists():
                 began = time.perf_counter()
                 self.notify(f"compiling a kernel for {source.title} (once; kept for later runs)")
@@ -168,6 +171,7 @@ class CompiledEngine:
                 self.compile_seconds += seconds
             return _Kernel(path, source)
         except Exception as error:  # whatever the compiler stack raises, eager still gives the right answer
+            _failed.add(key)  # of thirty layers alike none is tried again
             reason = str(error).strip().splitlines()[:1]
             log.warning("layerwise: no kernel for %s, running it eagerly (%s)", source.title, *reason or ["no reason"])
             return None
@@ -208,6 +212,7 @@ class _Kernel:
         return self.made_for != [(id(weight), weight.dtype, weight.device) for weight in source.weights]
 
 
+_failed: set[str] = set()  # keys of what could not be compiled or loaded in this process
 _packages: dict[Path, Callable[[list[Tensor]], list[Tensor]]] = {}
 
 

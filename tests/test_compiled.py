@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from layerwise import paths
 from layerwise.model import compiled
 from layerwise.model.backbone import Backbone
 from layerwise.model.cache import Cache
@@ -17,6 +18,7 @@ from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.compiled import CompiledEngine, compiler_available
 from layerwise.model.runtime import EagerEngine
 from layerwise.model.tracing import ONE
+from layerwise.paths import cache_dir
 from layerwise.plan import Plan, Step
 from layerwise.training.routed_text import convert
 
@@ -110,7 +112,7 @@ def test_bfloat16_kernels_are_near_eager(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_one_compilation_serves_all_layers_and_the_next_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LAYERWISE_CACHE", str(compiled.cache_dir("apart")))
+    monkeypatch.setenv("LAYERWISE_CACHE", str(cache_dir("apart")))
     notes: list[str] = []
     model = attach(tiny.model("llama"), engine="compiled", notify=notes.append)
     model.runtime.engine.prepare([Plan.full(6)])
@@ -222,7 +224,7 @@ def test_what_cannot_be_compiled_runs_eagerly(
     def broken(*_: object) -> None:
         raise RuntimeError("no such instruction\nand a page of output")
 
-    monkeypatch.setenv("LAYERWISE_CACHE", str(compiled.cache_dir("broken")))
+    monkeypatch.setenv("LAYERWISE_CACHE", str(cache_dir("broken")))
     monkeypatch.setattr(compiled, "package", broken)
     monkeypatch.setattr(compiled, "_failed", set())
     plan = Plan.full(6)
@@ -231,6 +233,17 @@ def test_what_cannot_be_compiled_runs_eagerly(
     assert torch.allclose(found, stepwise_logits(attached("llama", "eager"), plan))
     assert "no such instruction" in caplog.text and "page of output" not in caplog.text
     assert len(caplog.records) == 1  # of six layers alike
+
+
+def test_code_made_for_another_cpu_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERWISE_CACHE", str(cache_dir("shared")))
+    made: list[str] = []
+    monkeypatch.setattr(compiled, "package", lambda source, path: made.append(str(path)) or path.touch())
+    monkeypatch.setattr(compiled, "_Kernel", lambda *_: None)
+    for features in ("flags: avx2", "flags: avx2 avx512f", "flags: avx2"):
+        monkeypatch.setattr(paths, "cpu_features", lambda features=features: features)
+        attached("llama").runtime.engine.prepare([])
+    assert len(made) == len(set(made)) == 2
 
 
 def test_engine_choice() -> None:

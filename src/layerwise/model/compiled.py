@@ -28,7 +28,7 @@ from layerwise.model.few_tokens import compiler, load_operators
 from layerwise.model.frame import Frame
 from layerwise.model.runtime import EagerEngine
 from layerwise.model.tracing import FEW, ONE, HeadSource, LayerSource, package
-from layerwise.paths import cache_dir
+from layerwise.paths import kernel_dir
 from layerwise.plan import Part, Plan, Step, Visit
 
 log = logging.getLogger("layerwise")
@@ -161,7 +161,7 @@ class CompiledEngine:
         try:
             if source.form == FEW:
                 load_operators(self.notify)
-            path = cache_dir("kernels") / f"{key}.pt2"
+            path = kernel_dir() / f"{key}.pt2"
             if not path.exists():
                 began = time.perf_counter()
                 self.notify(f"compiling a kernel for {source.title} (once; kept for later runs)")

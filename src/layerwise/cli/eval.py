@@ -30,6 +30,7 @@ OPTIONS_OF: dict[str, tuple[Suite, ...]] = {
     "questions": (Suite.exits,),
     "limit": (Suite.paths,),
     "labels": (Suite.paths,),
+    "fresh": (Suite.paths,),
     "reference": (Suite.routing,),
     "answers": (Suite.routing,),
     "timed": (Suite.routing,),
@@ -61,6 +62,9 @@ def run(
     labels: Annotated[
         Path | None, typer.Option(help="Suite paths: what 'layerwise search' found for test questions, an oracle.")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Suite paths: judge again the answers that an earlier run kept verdicts of.")
+    ] = False,
     reference: Annotated[
         Path | None, typer.Option(help="Suite tools-vs-planning: an adapter trained alike with --objective none.")
     ] = None,
@@ -111,8 +115,9 @@ def run(
 
         loaded, tokenizer = options.load(model, adapter, None, options.EngineChoice.auto, dtype, device=device)
         result = path_suite(
-            loaded, tokenizer, adapter, limit=limit, labels=labels, seed=seed, command=command, notify=options.note
-        )
+            loaded, tokenizer, adapter,
+            limit=limit, labels=labels, fresh=fresh, seed=seed, command=command, notify=options.note,
+        )  # fmt: skip
         eval_tables.paths(result)
     else:
         from layerwise.cli import eval_tables

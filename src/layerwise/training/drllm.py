@@ -28,7 +28,7 @@ from torch import Tensor
 
 from layerwise.data import split_of
 from layerwise.data.short_answers import IN_DOMAIN, Question, questions
-from layerwise.evaluation.margins import plan_margins
+from layerwise.evaluation.margins import Kept, plan_margins
 from layerwise.hub import save_adapter
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.plan import Plan
@@ -91,7 +91,7 @@ class Material:
     def rewards(self, rows: Sequence[int], plans: Sequence[Sequence[Plan]]) -> Tensor:
         """The reward of plans[i] for question rows[i], (rows, plans); the first plan must be the full one."""
         questions = [self.questions[row] for row in rows]
-        found = plan_margins(self.model, self.tokenizer, questions, plans, self.folder, self.notify)
+        found = plan_margins(self.model, self.tokenizer, questions, plans, Kept(self.folder), self.notify)
         return soft_rewards(torch.tensor(found), [one.task for one in questions])
 
 

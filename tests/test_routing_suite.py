@@ -94,6 +94,13 @@ def test_a_right_result_is_the_number() -> None:
     assert result("no mark") is None and called("none") is None
 
 
+def test_no_more_is_tokenized_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    those, seen = [one.example for one in asked(90)], []
+    monkeypatch.setattr(suite, "load", lambda name, split: those)
+    monkeypatch.setattr(suite, "tokenize", lambda *given: seen.append(given) or tokenize(*given))
+    assert len(suite.held_out(word_tokenizer(), 6, 1000, 0)) == len(seen) == 6 + 6 + 2 + 2
+
+
 def test_the_suite_says_what_it_measured(model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     those = asked(12)
     monkeypatch.setattr(suite, "held_out", lambda *_: those)

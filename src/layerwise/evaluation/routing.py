@@ -57,8 +57,10 @@ def held_out(tokenizer: PreTrainedTokenizerBase, samples: int, most_tokens: int,
         examples = load(name, "test")
         wanted = samples if name in ("tools", "planning") else -(-samples // 3)
         for example in random.Random(f"{name} {seed}").sample(examples, len(examples)):
+            if not wanted:
+                break
             tokens = tokenize(example, tokenizer, most_tokens)
-            if tokens is not None and wanted:
+            if tokens is not None:
                 asked.append(Asked(example, tokens, side(example.kind)))
                 wanted -= 1
     return asked

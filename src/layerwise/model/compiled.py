@@ -6,8 +6,8 @@ call overhead, and a matrix-vector product done by a matrix-matrix routine strea
 So a layer is compiled, by torch.export and Inductor, into a single kernel (`tracing.py`), in two forms: for one token
 of one row, and for a few tokens, where a draft is verified or a batch decoded.
 
-Every other call (prefill, a cache with holes, training) runs on the eager engine, which each kernel is compared with
-before it is used.
+Every other call (prefill, a cache with holes, training) runs on the eager engine, which the kernel of each layer is
+compared with before it is used; the head's, a norm and one product, is not.
 """
 
 from __future__ import annotations

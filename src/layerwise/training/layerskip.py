@@ -188,8 +188,8 @@ def survivors(rates: Sequence[float], places: Sequence[int], step: int, seed: in
 def train(config: LayerSkipConfig, notify: Callable[[str], None] = lambda line: None, resume: bool = False) -> Path:
     """Train and save an adapter; `from_pretrained(adapter=...)` loads the folder it returns.
 
-    Under `torchrun` (or `accelerate launch`) the processes share each batch. On CPUs `accelerate launch` starts a
-    single process unless there is MPI, whatever --num_processes says; `torchrun --nproc_per_node 2` starts two.
+    Under `torchrun` or `accelerate launch` the processes share each batch. `torchrun --nproc_per_node 2` starts two;
+    `accelerate launch --multi_gpu --num_processes 2` does so on CPUs too; with --cpu, without MPI, it starts one.
 
     Args:
         notify: gets lines of progress, from the main process only.

@@ -104,6 +104,7 @@ def test_no_more_is_tokenized_than_asked_for(monkeypatch: pytest.MonkeyPatch) ->
 def test_the_suite_says_what_it_measured(model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     those = asked(12)
     monkeypatch.setattr(suite, "held_out", lambda *_: those)
+    monkeypatch.setattr(suite, "base_name", lambda *_: None)
     monkeypatch.setattr(suite, "load_tokenizer", lambda name: word_tokenizer())
     plain = attach(tiny.model("llama")).eval()
     monkeypatch.setattr(suite, "from_pretrained", lambda *_, adapter, **__: model if adapter == "routed" else plain)

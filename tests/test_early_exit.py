@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import tiny
 import torch
+from test_text import byte_tokenizer, word_model
 
 from layerwise.decoding.drafts import MOST, Draft
+from layerwise.decoding.text import answer
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.trace import Source, Trace
 
@@ -70,3 +72,30 @@ def test_bad_texts_are_refused(text: str) -> None:
 def test_an_exit_that_the_model_lacks() -> None:
     with pytest.raises(ValueError, match="an exit is after 1 to 5"):
         Draft.early_exit("6@0.9", 6)
+
+
+def test_generation_arguments_count(model: LayerwiseForCausalLM) -> None:
+    """Nobody looks at trusted tokens again, so they are chosen with all that `generate` was told, in every row."""
+    exit = Draft.early_exit("3@.0001", 6)
+    ids = torch.cat([prompt(), prompt().flip(1)])
+    for row in greedy(model, ids, draft=exit, no_repeat_ngram_size=1).tolist():
+        assert len(set(row[6:])) == len(row[6:])
+    alone = [greedy(model, one[None], draft=exit, repetition_penalty=5.0) for one in ids]
+    assert torch.equal(greedy(model, ids, draft=exit, repetition_penalty=5.0), torch.cat(alone))
+    first = alone[0][:, : ids.shape[1] + 1]
+    options = {"attention_mask": torch.ones_like(first), "plans": ["0-2"], "pad_token_id": 0}
+    shallow = model.generate(first, max_new_tokens=MOST, do_sample=False, repetition_penalty=5.0, **options)
+    assert torch.equal(alone[0][:, : shallow.shape[1]], shallow)
+    with pytest.raises(ValueError, match="scores and logits are not kept"):
+        greedy(model, prompt(), draft=exit, return_dict_in_generate=True, output_scores=True)
+
+
+def test_an_answer_tells_which_tokens_left() -> None:
+    tokenizer = byte_tokenizer()
+    model = attach(word_model(tokenizer))
+    reply = answer(model, tokenizer, "the fox", max_new_tokens=9, draft=Draft.early_exit("3@.0001", 6))
+    assert [str(plan) for plan in reply.plans] == ["0-5"] + ["0-2"] * 7 + ["0-5"]
+    assert set(reply.sources) == {Source.DECODED} and reply.acceptance is None
+    assert "7 of them by 3 layers" in reply.summary()
+    assert reply.to_dict()["plan"] == "0-5" and reply.to_dict()["exited_tokens"] == 7
+    assert reply.text.isprintable()  # what the model is told to suppress, an exit does not say either

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from layerwise import Plan, attach, from_pretrained
 from layerwise.data.short_answers import Question
 from layerwise.evaluation import path_time, paths, verdicts
-from layerwise.evaluation.margins import plan_margins
+from layerwise.evaluation.margins import Kept, plan_margins
 from layerwise.evaluation.verdicts import written
 from layerwise.hub import save_adapter
 from layerwise.model import causal_lm
@@ -75,7 +75,7 @@ def test_verdicts_are_those_of_plain_passes(tmp_path: Path, monkeypatch: pytest.
     those = asked("names", 6) + asked("sums", 8)
     plans = [[MENU[number % 4], FULL, FULL] for number in range(len(those))]
     lines: list[str] = []
-    found = verdicts.verdicts(model, tokenizer, those, plans, tmp_path, lines.append)
+    found = verdicts.verdicts(model, tokenizer, those, plans, Kept(tmp_path), lines.append)
     said = []
     for one, own, right in zip(those, plans, found, strict=True):
         assert set(right) == set(own)
@@ -90,7 +90,9 @@ def test_verdicts_are_those_of_plain_passes(tmp_path: Path, monkeypatch: pytest.
             assert right[plan] == expected
     assert 0 < sum(said) < len(said)
     monkeypatch.setattr(verdicts, "written", lambda *_: pytest.fail("asked again"))
-    assert verdicts.verdicts(model, tokenizer, those, plans, tmp_path) == found
+    again = Kept(tmp_path)
+    assert verdicts.verdicts(model, tokenizer, those, plans, again) == found
+    assert again.reused == sum(map(len, found))
     assert any("questions scored" in line for line in lines) and any("answers written" in line for line in lines)
 
 
@@ -117,15 +119,33 @@ def test_a_written_answers_margin_says_whether_it_is_written() -> None:
 
 def test_margins_are_kept_by_question_and_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer, those = attach(tiny.model("llama")), number_tokenizer(), asked("names", 3)
-    first = plan_margins(model, tokenizer, those, [[FULL], [FULL, MENU[1]], []], tmp_path)
+    first = plan_margins(model, tokenizer, those, [[FULL], [FULL, MENU[1]], []], Kept(tmp_path))
     (file,) = tmp_path.iterdir()
     file.write_text(file.read_text() + '["half a li')  # a run was killed
     new: list[list[Plan]] = []
     real = PathEvaluator.margins
     monkeypatch.setattr(PathEvaluator, "margins", lambda self, plans: new.append(list(plans)) or real(self, plans))
-    found = plan_margins(model, tokenizer, those[::-1], [[MENU[1]], [MENU[1], FULL], [MENU[1], FULL]], tmp_path)
-    assert new == [[MENU[1]], [MENU[1]]]
+    kept, asked_again = Kept(tmp_path), [[MENU[1]], [MENU[1], FULL], [MENU[1], FULL]]
+    found = plan_margins(model, tokenizer, those[::-1], asked_again, kept)
+    assert new == [[MENU[1]], [MENU[1]]] and kept.reused == 3
     assert found[1] == first[1][::-1] and found[2][1] == first[0][0]
+
+
+def test_fresh_verdicts_take_the_place_of_those_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer, those = attach(tiny.model("llama")), number_tokenizer(), asked("names", 3) + asked("sums", 3)
+    plans = [[FULL]] * 6
+    true = verdicts.verdicts(model, tokenizer, those, plans, Kept(tmp_path))
+    with monkeypatch.context() as patched:  # a version with a mistake
+        patched.setattr(verdicts, "written", lambda _, __, those, ___: [not true[3][FULL]] * len(those))
+        patched.setattr(PathEvaluator, "margins", lambda self, plans: [9.0 if not true[0][FULL] else -9.0] * len(plans))
+        wrong = verdicts.verdicts(model, tokenizer, those, plans, Kept(tmp_path, fresh=True))
+    assert wrong[0] != true[0] and wrong[3] != true[3]
+    assert verdicts.verdicts(model, tokenizer, those, plans, Kept(tmp_path)) == wrong
+    for file in tmp_path.iterdir():
+        file.write_text(file.read_text() + '["half a li')  # a run was killed
+    fresh = Kept(tmp_path, fresh=True)
+    assert verdicts.verdicts(model, tokenizer, those, plans, fresh) == true and fresh.reused == 0
+    assert verdicts.verdicts(model, tokenizer, those, plans, Kept(tmp_path)) == true
 
 
 def test_a_batch_of_answers_is_each_answer(tmp_path: Path) -> None:
@@ -198,7 +218,7 @@ def test_the_suite_says_what_routing_gains(adapter: Path, few_questions: None, t
         prompts = [tokenizer(one.prompt)["input_ids"] for one in those]
         plans = [paths.decided_plans(model, model.policy, [ids])[0] for ids in prompts]
         depths += [(len(ids), plan.depth) for ids, plan in zip(prompts, plans, strict=True)]
-        right = verdicts.verdicts(model, tokenizer, those, [[FULL, plan] for plan in plans], tmp_path / "other")
+        right = verdicts.verdicts(model, tokenizer, those, [[FULL, plan] for plan in plans], Kept(tmp_path / "other"))
         assert table["base"] == pytest.approx(sum(one[FULL] for one in right) / 10)
         assert table["routed"] == pytest.approx(sum(one[plan] for one, plan in zip(right, plans, strict=True)) / 10)
         base, routed = base + table["base"] / 2, routed + table["routed"] / 2
@@ -217,6 +237,7 @@ def test_the_suite_says_what_routing_gains(adapter: Path, few_questions: None, t
     assert result["oracle"]["search"] is None and result["macro_f1"]["routed"] == 0.4
     assert result["time"]["prompts"] == 2 and result["commit"] == result["environment"]["commit"]
     again = paths.path_suite(model, tokenizer, adapter, **given)
+    assert (result["answers_kept"], again["answers_kept"]) == (0, result["answers"])
     assert {name: again[name] for name in ("in_domain", "controls", "routes")} == {
         name: result[name] for name in ("in_domain", "controls", "routes")
     }
@@ -259,6 +280,7 @@ def test_the_command_writes_prints_and_draws(
         (["somewhere", "--suite", "paths", "--limit", "0"], "limit must be 1"),
         (["somewhere", "--suite", "paths", "--labels", "no-such-file"], "layerwise search"),
         (["somewhere", "--limit", "3"], "--limit belongs to --suite paths"),
+        (["somewhere", "--fresh"], "--fresh belongs to --suite paths"),
         (["somewhere", "--suite", "paths", "--samples", "3"], "--suite exits and --suite tools-vs-planning"),
         (["somewhere", "--suite", "tools-vs-planning", "--dtype", "float32"], "--dtype belongs"),
     ],

@@ -94,9 +94,17 @@ def test_a_right_result_is_the_number() -> None:
     assert result("no mark") is None and called("none") is None
 
 
+def test_no_more_is_tokenized_than_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    those, seen = [one.example for one in asked(90)], []
+    monkeypatch.setattr(suite, "load", lambda name, split: those)
+    monkeypatch.setattr(suite, "tokenize", lambda *given: seen.append(given) or tokenize(*given))
+    assert len(suite.held_out(word_tokenizer(), 6, 1000, 0)) == len(seen) == 6 + 6 + 2 + 2
+
+
 def test_the_suite_says_what_it_measured(model: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     those = asked(12)
     monkeypatch.setattr(suite, "held_out", lambda *_: those)
+    monkeypatch.setattr(suite, "base_name", lambda *_: None)
     monkeypatch.setattr(suite, "load_tokenizer", lambda name: word_tokenizer())
     plain = attach(tiny.model("llama")).eval()
     monkeypatch.setattr(suite, "from_pretrained", lambda *_, adapter, **__: model if adapter == "routed" else plain)

@@ -209,11 +209,11 @@ def test_guesses_for_one_place_are_tried_one_after_the_other() -> None:
 def test_what_is_drawn_while_drafting() -> None:
     judge, logits = a_judge(8), torch.tensor([[0.0, 2.0, 1.0], [3.0, 0.0, 0.0]])
     vocabulary = torch.tensor([6, 1, 4])
-    pick = judge.pick(logits, vocabulary)
+    pick = judge.pick(logits, vocabulary, range(2), [])
     expected = torch.zeros(2, 8).index_copy(1, vocabulary, logits.softmax(-1))
     assert torch.allclose(pick.q, expected) and torch.isin(pick.tokens, vocabulary).all()
     assert pick.sure == pytest.approx(expected.gather(1, pick.tokens)[:, 0].tolist())
-    greedy = a_judge(8, sampling=False).pick(logits, vocabulary)
+    greedy = a_judge(8, sampling=False).pick(logits, vocabulary, range(2), [])
     assert greedy.q is None and greedy.tokens.tolist() == [[1], [6]]
     assert greedy.sure == pytest.approx(logits.softmax(-1).amax(-1).tolist())
 

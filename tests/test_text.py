@@ -277,7 +277,8 @@ def test_what_an_answer_says_about_itself() -> None:
     reply = Answer(("a", "", "é"), plans, 5, 0.25, 0.5, "end of answer")
     assert reply.text == "aé" and reply.tokens == 3 and reply.tokens_per_second == 4.0
     assert reply.layers_per_token == pytest.approx(9.5 / 3)
-    assert reply.summary() == "3 tokens, 4.0 tokens/s, 3.2 layers per token, stopped at end of answer"
+    told = "3 tokens, 1 of them by 2 layers, 4.0 tokens/s, 3.2 layers per token, stopped at end of answer"
+    assert reply.summary() == told
     assert reply.to_dict() == {
         "text": "aé",
         "tokens": 3,
@@ -287,9 +288,10 @@ def test_what_an_answer_says_about_itself() -> None:
         "prefill_seconds": 0.25,
         "decode_seconds": 0.5,
         "stop_reason": "end of answer",
-        "plan": "0 1m",
+        "plan": "0-3",
         "draft": "off",
         "drafted_tokens": 0,
+        "exited_tokens": 1,
         "acceptance": None,
     }
     made = (Source.DECODED, Source.DRAFTED, Source.VERIFIED)

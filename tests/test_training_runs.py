@@ -88,10 +88,10 @@ def test_ctrl_c_and_resume_equal_uninterrupted_training(
     assert [entry["step"] for entry in expected] == [1, 2, 3, 4, 5] and len({e["loss"] for e in expected}) == 5
 
     broken = replace(whole, out=str(tmp_path / "broken"))
-    usual = layerskip.LayerSkipTrainer.__init__
+    usual = layerskip.RecipeTrainer.__init__
     with monkeypatch.context() as patch:
         patch.setattr(
-            layerskip.LayerSkipTrainer,
+            layerskip.RecipeTrainer,
             "__init__",
             lambda self, *args, **options: usual(self, *args, callbacks=[StopAt(2)], **options),
         )

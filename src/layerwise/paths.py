@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
+from functools import lru_cache
 from pathlib import Path
 
 
@@ -13,6 +16,22 @@ def cache_dir(*parts: str) -> Path:
     folder = base.joinpath(*parts)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def kernel_dir() -> Path:
+    """The folder of code compiled for this CPU. A cache may be shared by machines, and another one's code may die here
+    of an instruction that this one lacks."""
+    return cache_dir("kernels", hashlib.sha256(cpu_features().encode()).hexdigest()[:12])
+
+
+@lru_cache
+def cpu_features() -> str:
+    """What tells CPUs apart for which a compiler makes different code."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line for line in lines if line.lower().startswith(("flags", "features")))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 def bundled_adapter(name: str) -> Path | None:

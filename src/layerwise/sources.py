@@ -126,6 +126,25 @@ def load_base(
     return model.to(device).eval()
 
 
+def read_device(name: str) -> torch.device:
+    """The device that `name` says: "auto" is the GPU if torch sees one, else the CPU.
+
+    Raises:
+        ValueError: torch knows no such device, or it is not there; one line.
+    """
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"cannot run on device '{name}': give auto, cpu or cuda ({reason})") from error
+    return device
+
+
 def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; names as in `from_pretrained`, adapters' folders too."""
     from transformers import AutoTokenizer

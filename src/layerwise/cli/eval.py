@@ -7,7 +7,7 @@ import shlex
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -30,6 +30,7 @@ OPTIONS_OF: dict[str, tuple[Suite, ...]] = {
     "questions": (Suite.exits,),
     "limit": (Suite.paths,),
     "labels": (Suite.paths,),
+    "fresh": (Suite.paths,),
     "reference": (Suite.routing,),
     "answers": (Suite.routing,),
     "timed": (Suite.routing,),
@@ -61,6 +62,9 @@ def run(
     labels: Annotated[
         Path | None, typer.Option(help="Suite paths: what 'layerwise search' found for test questions, an oracle.")
     ] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Suite paths: judge again the answers that an earlier run kept verdicts of.")
+    ] = False,
     reference: Annotated[
         Path | None, typer.Option(help="Suite tools-vs-planning: an adapter trained alike with --objective none.")
     ] = None,
@@ -72,6 +76,7 @@ def run(
     ] = 6,
     seed: Annotated[int, typer.Option(help="Decides which texts and questions are drawn.")] = 0,
     dtype: options.Dtype = options.DtypeChoice.bfloat16,
+    device: options.Device = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the result into this .png, .svg or .pdf.")] = None,
     json: options.Json = False,
@@ -91,57 +96,126 @@ def run(
         raise ValueError(f"there is no file '{labels}': make one with 'layerwise search'")
     _check_files(out, figure)
     command = shlex.join(["layerwise", *sys.argv[1:]])
-    if suite is Suite.routing:
-        from layerwise.cli import eval_tables
-        from layerwise.evaluation.routing import routing_suite
-
-        options.quiet()
-        assert adapter is not None
-        result = routing_suite(
-            adapter, model, reference, samples, answers, timed, seed=seed, command=command, notify=options.note
-        )
-        eval_tables.routing(result)
-    elif suite is Suite.paths:
-        from layerwise.cli import eval_tables
-        from layerwise.evaluation.paths import path_suite
-
-        loaded, tokenizer = options.load(model, adapter, None, options.EngineChoice.auto, dtype)
-        result = path_suite(
-            loaded, tokenizer, adapter, limit=limit, labels=labels, seed=seed, command=command, notify=options.note
-        )
-        eval_tables.paths(result)
+    if suite is Suite.exits:
+        result = _exits(adapter, model, chosen, names, samples, questions, seed, dtype, device)
+    elif suite is Suite.routing:
+        result = _routing(adapter, model, reference, samples, answers, timed, seed, command, device)
     else:
-        from layerwise.cli import eval_tables
-        from layerwise.evaluation.quality import exit_suite
-
-        loaded, tokenizer = options.load(model, adapter, None, options.EngineChoice.eager, dtype)
-        result = exit_suite(
-            loaded,
-            tokenizer,
-            exits=chosen,
-            datasets=names,
-            samples=samples,
-            questions=questions,
-            seed=seed,
-            adapter=adapter,
-            notify=options.note,
-        )
-        eval_tables.exits(result)
+        result = _paths(adapter, model, limit, labels, fresh, seed, command, dtype, device)
     if out is not None:
         out.write_text(json_text.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {out}")
     if figure is not None:
-        from layerwise.report import exit_figures, route_figures
-
-        if suite is Suite.paths:
-            route_figures.path_figure(result, figure)
-        elif suite is Suite.routing:
-            route_figures.layer_use_figure(result, figure)
-        else:
-            exit_figures.exit_figure({result["adapter"] or result["model"]: result}, figure)
+        _draw(suite, result, figure)
         print(f"wrote {figure}")
     if json:
         options.print_json(result)
+
+
+def _exits(
+    adapter: str | None,
+    model: str | None,
+    exits: list[int] | None,
+    datasets: list[str],
+    samples: int,
+    questions: int,
+    seed: int,
+    dtype: options.DtypeChoice,
+    device: str,
+) -> dict[str, Any]:
+    from layerwise.cli import eval_tables
+    from layerwise.evaluation.quality import exit_suite
+
+    loaded, tokenizer = options.load(model, adapter, None, options.EngineChoice.eager, dtype, device=device)
+    result = exit_suite(
+        loaded,
+        tokenizer,
+        exits=exits,
+        datasets=datasets,
+        samples=samples,
+        questions=questions,
+        seed=seed,
+        adapter=adapter,
+        notify=options.note,
+    )
+    eval_tables.exits(result)
+    return result
+
+
+def _routing(
+    adapter: str | None,
+    model: str | None,
+    reference: Path | None,
+    samples: int,
+    answers: int,
+    timed: int,
+    seed: int,
+    command: str,
+    device: str,
+) -> dict[str, Any]:
+    from layerwise.cli import eval_tables
+    from layerwise.evaluation.routing import routing_suite
+    from layerwise.sources import read_device
+
+    assert adapter is not None
+    options.quiet()
+    where = read_device(device)
+    result = routing_suite(
+        adapter,
+        model,
+        reference,
+        samples,
+        answers,
+        timed,
+        seed=seed,
+        command=command,
+        device=where,
+        notify=options.note,
+    )
+    eval_tables.routing(result)
+    return result
+
+
+def _paths(
+    adapter: str | None,
+    model: str | None,
+    limit: int | None,
+    labels: Path | None,
+    fresh: bool,
+    seed: int,
+    command: str,
+    dtype: options.DtypeChoice,
+    device: str,
+) -> dict[str, Any]:
+    from layerwise.cli import eval_tables
+    from layerwise.evaluation.paths import path_suite
+
+    assert adapter is not None
+    loaded, tokenizer = options.load(model, adapter, None, options.EngineChoice.auto, dtype, device=device)
+    result = path_suite(
+        loaded,
+        tokenizer,
+        adapter,
+        limit=limit,
+        labels=labels,
+        fresh=fresh,
+        seed=seed,
+        command=command,
+        notify=options.note,
+    )
+    eval_tables.paths(result)
+    return result
+
+
+def _draw(suite: Suite, result: dict[str, Any], figure: Path) -> None:
+    from layerwise.report import exit_figures, route_figures
+
+    if suite is Suite.paths:
+        route_figures.path_figure(result, figure)
+    elif suite is Suite.routing:
+        route_figures.layer_use_figure(result, figure)
+    else:
+        exit_figures.exit_figure({result["adapter"] or result["model"]: result}, figure)
 
 
 def _check_options(context: typer.Context, suite: Suite) -> None:

@@ -43,6 +43,8 @@ def paths(result: dict[str, Any]) -> None:
             f"{name.replace('_', ' ')}: {one['accuracy']:.1%}, {one['layers_saved']:.1%} of the layers saved; "
             f"the router is {one['routed_ahead']:+.2f} points ahead ({low:+.2f} to {high:+.2f})"
         )
+    if kept := result["answers_kept"]:
+        print(f"{kept} of {result['answers']} verdicts were kept by an earlier run; --fresh judges again")
 
 
 def routing(result: dict[str, Any]) -> None:

@@ -29,6 +29,7 @@ def run(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     engine: options.Engine = options.EngineChoice.auto,
     dtype: options.Dtype = options.DtypeChoice.bfloat16,
+    device: options.Device = "auto",
     html: Annotated[Path | None, typer.Option(help="Also write a page that shows the depth of each token.")] = None,
     json: options.Json = False,
 ) -> None:
@@ -42,7 +43,7 @@ def run(
         if draft is not None:
             raise ValueError("give either --draft, which is verified, or --early-exit, which is not")
         Draft.early_exit(early_exit)
-    loaded, tokenizer = options.load(model, adapter, plan, engine, dtype, draft)
+    loaded, tokenizer = options.load(model, adapter, plan, engine, dtype, draft, device)
     from layerwise.decoding.text import Sampling, answer
 
     if early_exit is not None:

@@ -39,6 +39,7 @@ DraftText = Annotated[
 ]
 Engine = Annotated[EngineChoice, typer.Option(help="How layers are run; auto is compiled where there is a compiler.")]
 Dtype = Annotated[DtypeChoice, typer.Option(help="Numbers the weights are held in.")]
+Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, or any other device of torch.")]
 Json = Annotated[bool, typer.Option("--json", help="End the output with one JSON object on the last line.")]
 
 
@@ -54,6 +55,7 @@ def load(
     engine: EngineChoice,
     dtype: DtypeChoice,
     draft: str | None = None,
+    device: str = "cpu",
 ) -> tuple[LayerwiseForCausalLM, PreTrainedTokenizerBase]:
     """The model and tokenizer that the options name; says on stderr what takes long."""
     from layerwise.plan import Plan
@@ -67,11 +69,14 @@ def load(
         Draft.parse(draft)
     quiet()
     from layerwise.hub import base_name, from_pretrained
-    from layerwise.sources import load_tokenizer, model_path
+    from layerwise.sources import load_tokenizer, model_path, read_device
 
+    where = read_device(device)
     name = base_name(model, adapter)
     model_path(name, note)
-    loaded = from_pretrained(model, adapter=adapter, plan=plan, dtype=dtype.value, engine=engine.value, notify=note)
+    loaded = from_pretrained(
+        model, adapter=adapter, plan=plan, dtype=dtype.value, engine=engine.value, device=where, notify=note
+    )
     if draft is not None:
         loaded.draft = draft
     return loaded, load_tokenizer(name)

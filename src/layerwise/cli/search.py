@@ -29,6 +29,7 @@ def run(
     workers: Annotated[int, typer.Option(help="Questions at a time, each in a process of its own.")] = 1,
     backend: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
     dtype: options.Dtype = options.DtypeChoice.bfloat16,
+    device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
     """Search for paths through the layers that answer better, or as well with fewer layers (labels for routers)."""
@@ -62,8 +63,9 @@ def run(
     )
     asked = chosen_questions(names, split, limit)
     options.quiet()
-    from layerwise.sources import model_path
+    from layerwise.sources import model_path, read_device
 
+    where = read_device(device)
     model_path(model, options.note)
     with _Bar() as bar:
         records = search(
@@ -73,6 +75,7 @@ def run(
             out,
             calibration=calibration,
             dtype=dtype.value,
+            device=where,
             workers=workers,
             backend=backend,
             notify=bar.say,

@@ -117,19 +117,20 @@ def layerroute(
 
 @app.command("drllm")
 @_with_flags(DrLLMConfig)
-def drllm(*, json: options.Json = False, **chosen: Any) -> None:
+def drllm(*, device: options.Device = "auto", json: options.Json = False, **chosen: Any) -> None:
     """Teach routers the paths that 'layerwise search' found, as Dr.LLM does (arXiv 2510.12773).
 
     The model is left as it is. A run that was stopped goes on where it was when the same command is given again.
     """
     config = DrLLMConfig(**chosen)
     options.quiet()
-    from layerwise.sources import model_path
+    from layerwise.sources import model_path, read_device
 
+    where = read_device(device)
     model_path(config.model, options.note)
     from layerwise.training import drllm as trained
 
-    out = trained.train(config, options.note)
+    out = trained.train(config, options.note, where)
     print(f"wrote {out}")
     if json:
         options.print_json({"adapter": str(out), "config": config.to_dict()})
@@ -159,18 +160,20 @@ def routed_attention(
 def routed_text(
     *,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    device: options.Device = "auto",
     json: options.Json = False,
     **chosen: Any,
 ) -> None:
     """Teach a pretrained model where it needs its attention: routers and short convolutions in its frozen layers."""
     config = RoutedTextConfig(**chosen)
     options.quiet()
-    from layerwise.sources import model_path
+    from layerwise.sources import model_path, read_device
 
+    where = read_device(device)
     model_path(config.model, options.note)
     from layerwise.training import routed_text as trained
 
-    result = trained.train(config, options.note, resume)
+    result = trained.train(config, options.note, resume, where)
     print(
         f"wrote {config.out}: perplexity {result['perplexity']:.2f} at {result['usage']:.1%} attention, "
         f"{result['base_perplexity']:.2f} with all"

@@ -33,7 +33,7 @@ from layerwise.plan import Plan
 from layerwise.policies import Policy, decide
 from layerwise.trace import Phase
 
-Choose = Callable[[Tensor, Tensor | None], Pick]  # logits (rows, tokens) and which tokens those are, if not all
+Choose = Callable[[Tensor, Tensor | None, Sequence[int], Sequence[Tensor]], Pick]  # `Judge.pick`
 Worth = Callable[[float], bool]  # is one more token worth drafting, if those before stand with this probability?
 
 
@@ -84,16 +84,18 @@ def _drafted(
     worth: Worth,
     choose: Choose,
     step: Callable[[Tensor, int], tuple[Tensor, Tensor | None]],
+    rows: Sequence[int],
     floor: float = 0.0,
 ) -> Proposal:
-    """Draft one token after another; `step` gives the logits that follow a token (rows, 1).
+    """Draft one token after another for `rows`, their numbers; `step` gives the logits that follow a token (rows, 1).
 
     A token of less probability than `floor` in any row is not proposed, and ends the draft.
     """
-    columns, q, token = [], [], last
+    columns: list[Tensor] = []
+    q, token = [], last
     trust = [1.0] * len(last)
     for number in range(most):
-        pick = choose(*step(token, number))
+        pick = choose(*step(token, number), rows, columns)
         if min(pick.sure) < floor:
             break
         token = pick.tokens
@@ -149,7 +151,7 @@ class PlanDrafter:
                 hidden = self._catch_up(hidden) if number == 0 else self._walk(hidden, [1] * len(token))
             return self.logits(hidden)[:, -1].float(), self.vocabulary
 
-        return _drafted(last, most, worth, self.choose, step, self.floor)
+        return _drafted(last, most, worth, self.choose, step, self.target.numbers, self.floor)
 
     def learn(self, read: Read) -> None:
         if self.own is None:
@@ -256,7 +258,7 @@ class HeadDrafter:
             state = self._walk(self.head.join(early, state)) if number else self._catch_up(early)
             return self.runtime.engine.logits(state)[:, -1].float(), self.head.vocabulary
 
-        return _drafted(last, most, worth, self.choose, step)
+        return _drafted(last, most, worth, self.choose, step, self.target.numbers)
 
     def learn(self, read: Read) -> None:
         self.cache.rollback(self.settled)  # what was drafted fed on the head's own states: it is read again

@@ -70,8 +70,10 @@ class Judge:
         trusting: bool = False,
         rows: int = 1,
     ) -> None:
-        if rows > 1 and any(isinstance(one, _REMEMBERING) for one in processors):
-            raise ValueError("guidance and SynthID watermarks do not draft in a batch: use draft='off', or one row")
+        if (rows > 1 or trusting) and any(isinstance(one, _REMEMBERING) for one in processors):
+            raise ValueError(
+                "guidance and SynthID watermarks draft neither in a batch nor without verification: use draft='off'"
+            )
         self.processors = processors
         self.trusting = trusting  # every drafted token stands: early exit without verification
         self.sampling = config.do_sample
@@ -92,6 +94,9 @@ class Judge:
         keep = config.return_dict_in_generate
         self.scores: tuple[Tensor, ...] | None = () if keep and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if keep and config.output_logits else None
+        if trusting and (self.scores is not None or self.logits is not None):
+            raise ValueError("scores and logits are not kept of tokens that leave early: use a draft that is verified")
+        self._texts: dict[int, tuple[Tensor, int]] = {}  # of trusted rows: what `judge` was given, how long it now is
 
     @property
     def plain(self) -> bool:
@@ -101,17 +106,27 @@ class Judge:
 
     # -- drafting ----------------------------------------------------------------------------------------
 
-    def pick(self, logits: Tensor, vocabulary: Tensor | None) -> Pick:
-        """Draft a token of each row from logits (rows, tokens), those of the ids `vocabulary` if it is given."""
+    def pick(self, logits: Tensor, vocabulary: Tensor | None, rows: Sequence[int], drafted: Sequence[Tensor]) -> Pick:
+        """Draft a token of each row from logits (rows, tokens), those of the ids `vocabulary` if it is given.
+
+        `rows` are their numbers in the batch, `drafted` the tokens (rows, 1) drafted before this one.
+        """
+        if self.trusting and self.processors:  # nobody will look at it again: it is chosen as the target's would be
+            logits = torch.cat([self._after_drafted(logits, at, row, drafted) for at, row in enumerate(rows)])
         if not self.sampling:
             sure, tokens = torch.softmax(logits, -1).max(-1, keepdim=True)
             return Pick(tokens if vocabulary is None else vocabulary[tokens], sure[:, 0].tolist())
         if vocabulary is not None:
             whole = logits.new_full((logits.shape[0], self.vocabulary), -torch.inf)
             logits = whole.index_copy(1, vocabulary, logits)
-        q = torch.softmax(self.warpers(None, logits), -1)
+        q = torch.softmax(logits if self.trusting else self.warpers(None, logits), -1)
         tokens = torch.multinomial(q, 1)
         return Pick(tokens, q.gather(1, tokens)[:, 0].tolist(), q)
+
+    def _after_drafted(self, logits: Tensor, at: int, row: int, drafted: Sequence[Tensor]) -> Tensor:
+        text, length = self._texts[row]
+        text = torch.cat([text[:, :length], *(one[at : at + 1] for one in drafted)], 1)
+        return self._processed(text, logits[at : at + 1], row)
 
     # -- verifying ---------------------------------------------------------------------------------------
 
@@ -146,6 +161,8 @@ class Judge:
                 choose = self._sampled if self.sampling else _likeliest
                 chosen, token = choose(scores, [(number, drafted[number]) for number in follow], q)
             if chosen < 0:
+                if self.trusting:
+                    self._texts[row] = (text, length + len(stand) + 1)
                 return stand, token
             text[0, length + len(stand)] = token
             stand.append(chosen)
@@ -162,14 +179,16 @@ class Judge:
     def _scores(self, text: Tensor, logits: Tensor, row: int) -> Tensor:
         if self.logits is not None:
             self.logits += (logits.clone(),)
-        if self.rows > 1 and len(self.processors) > len(self.warpers):  # some tell rows apart by their place
-            every = (self.rows, -1)
-            scores = self.processors(text.expand(every), logits.expand(every).clone())[row : row + 1]
-        else:
-            scores = self.processors(text, logits.clone()) if self.processors else logits
+        scores = self._processed(text, logits, row)
         if self.scores is not None:
             self.scores += (scores,)
         return scores
+
+    def _processed(self, text: Tensor, logits: Tensor, row: int) -> Tensor:
+        if self.rows > 1 and len(self.processors) > len(self.warpers):  # some tell rows apart by their place
+            every = (self.rows, -1)
+            return self.processors(text.expand(every), logits.expand(every).clone())[row : row + 1]
+        return self.processors(text, logits.clone()) if self.processors else logits
 
     def finished(self, token: int, text: Tensor, length: int, row: int) -> bool:
         """Whether `row` is done with `token`, the last of the `length` tokens in `text` (1, room)."""

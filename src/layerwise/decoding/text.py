@@ -49,8 +49,9 @@ class Sampling:
 class Answer:
     """A generated text; `pieces[i]`, `plans[i]` and `sources[i]` belong to token i.
 
-    `plans[i]` is the plan whose output token i is; with a draft, `layers_run` also counts what was drafted and what
-    was verified in vain. `acceptance` is the share of drafted tokens that stood, None if nothing was drafted.
+    `plans[i]` is the plan whose output token i is; the first token never leaves early, so `plans[0]` is the whole plan.
+    `layers_run` also counts what was drafted, what was verified in vain, and what ran of a token after its exit, for
+    the cache. `acceptance` is the share of drafted tokens that stood, None if nothing was drafted.
     `prefill_seconds` is the time to the first token, `decode_seconds` the time from there to the last.
     """
 
@@ -74,6 +75,11 @@ class Answer:
         return len(self.pieces)
 
     @property
+    def exited(self) -> int:
+        """Tokens that left early."""
+        return sum(plan != self.plans[0] for plan in self.plans)
+
+    @property
     def tokens_per_second(self) -> float:
         """Decoding speed; the time to the first token is reading the prompt and does not count."""
         return (self.tokens - 1) / self.decode_seconds if self.tokens > 1 and self.decode_seconds > 0 else 0.0
@@ -86,7 +92,7 @@ class Answer:
 
     def summary(self) -> str:
         """One line for people."""
-        drafted = ""
+        drafted = f"{self.exited} of them by {min(map(len, self.plans))} layers, " if self.exited else ""
         if self.acceptance is not None:
             drafted = f"{self.sources.count(Source.DRAFTED)} of them drafted ({self.acceptance:.0%} accepted), "
         return (
@@ -105,9 +111,10 @@ class Answer:
             "prefill_seconds": round(self.prefill_seconds, 4),
             "decode_seconds": round(self.decode_seconds, 4),
             "stop_reason": self.stop_reason,
-            "plan": str(self.plans[-1]),
+            "plan": str(self.plans[0]),
             "draft": self.draft,
             "drafted_tokens": self.sources.count(Source.DRAFTED),
+            "exited_tokens": self.exited,
             "acceptance": None if self.acceptance is None else round(self.acceptance, 4),
         }
 
@@ -238,16 +245,21 @@ def answer(
     limit = "max new tokens" if room == max_new_tokens else "end of context"
     # The first token comes out of the pass over the prompt, the later ones out of passes of their own.
     (plan,) = trace.targets
+    sources = trace.sources[0] if trace.sources else [Source.DECODED] * len(watch.pieces)
+    plans = [plan] * len(watch.pieces)
+    if draft.trust is not None:  # what was drafted is an early exit, and nothing was verified
+        plans = [plan[: draft.exit] if source is Source.DRAFTED else plan for source in sources]
+        sources = [Source.DECODED] * len(sources)
     spent = (Phase.DECODE, Phase.DRAFT, Phase.VERIFY)
     return Answer(
         pieces=tuple(watch.pieces),
-        plans=(plan,) * len(watch.pieces),
+        plans=tuple(plans),
         prompt_tokens=width,
         prefill_seconds=watch.times[0] - began,
         decode_seconds=watch.times[-1] - watch.times[0],
         stop_reason="end of answer" if ended else limit,
-        sources=tuple(trace.sources[0]) if trace.sources else (Source.DECODED,) * len(watch.pieces),
+        sources=tuple(sources),
         layers_run=plan.depth + trace.layers_per_token(*spent) * trace.tokens(*spent),
-        acceptance=trace.acceptance if trace.drafted else None,
+        acceptance=trace.acceptance if trace.drafted and draft.trust is None else None,
         draft=str(draft),
     )

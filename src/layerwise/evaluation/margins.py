@@ -7,6 +7,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,12 +24,25 @@ if TYPE_CHECKING:
 SAID_EVERY = 10.0  # seconds between lines of progress
 
 
+@dataclass
+class Kept:
+    """Files in `folder` with what earlier runs found out, and how many of this run's answers came from them.
+
+    They are named after the model's weights and what was asked, not after the code that answered: with `fresh` nothing
+    is taken from them, and what is found out takes the place of what they held.
+    """
+
+    folder: Path
+    fresh: bool = False
+    reused: int = 0
+
+
 def plan_margins(
     model: LayerwiseForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     plans: Sequence[Sequence[Plan]],
-    folder: Path,
+    kept: Kept,
     notify: Callable[[str], None] = lambda line: None,
 ) -> list[list[float]]:
     """The margin of the right answer, in nats, positive if it is given, of each question along its plans.
@@ -37,16 +51,17 @@ def plan_margins(
 
     Args:
         plans: of each question, any number.
-        folder: keeps what is known in a file, a line for each question and the plans that were new to it.
+        kept: what is known is in a file, a line for each question and the plans that were new to it.
         notify: gets a line of progress every few seconds.
     """
-    file = _file(folder, "margins", model, [])
+    file = _file(kept.folder, "margins", model, [])
     known: dict[str, dict[str, float]] = defaultdict(dict)
-    for key, found in complete_lines(file):
-        known[key] |= found
+    for key, found in complete_lines(file):  # later lines are newer
+        known[key] |= {} if kept.fresh else found
     keys = [_digest([one.task, one.prompt, one.answer, one.choices]) for one in questions]
     pairs = list(zip(keys, plans, strict=True))
     new = [[plan for plan in dict.fromkeys(own) if str(plan) not in known[key]] for key, own in pairs]
+    kept.reused += sum(len(set(own)) - len(those) for (_, own), those in zip(pairs, new, strict=True))
     left = [at for at, those in enumerate(new) if those]
     with file.open("a", encoding="utf-8") as out:
         for at in _announced(left, "questions scored", notify):
@@ -59,21 +74,22 @@ def plan_margins(
 
 
 def kept_lines(
-    folder: Path,
+    kept: Kept,
     name: str,
     model: LayerwiseForCausalLM,
     asked: Sequence[Any],
-    compute: Callable[[int], Any],
+    compute: Callable[[int], list[Any]],
     doing: str,
     notify: Callable[[str], None],
-) -> list[Any]:
-    """`compute(i)` for each of `asked`, a line of JSON each in a file whose name is made of the model and of `asked`.
+) -> list[list[Any]]:
+    """The answers `compute(i)` for each of `asked`, a line of JSON each in a file named after the model and `asked`.
 
     A run that was stopped goes on after its last complete line.
     """
-    file = _file(folder, name, model, asked)
-    known = complete_lines(file)
-    with file.open("a", encoding="utf-8") as out:
+    file = _file(kept.folder, name, model, asked)
+    known = [] if kept.fresh else complete_lines(file)
+    kept.reused += sum(map(len, known))
+    with file.open("w" if kept.fresh else "a", encoding="utf-8") as out:
         for number in _announced(range(len(known), len(asked)), doing, notify):
             known.append(compute(number))
             out.write(json.dumps(known[-1]) + "\n")

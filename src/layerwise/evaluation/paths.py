@@ -33,6 +33,7 @@ import torch
 from layerwise.benchmarks.environment import environment
 from layerwise.data.short_answers import IN_DOMAIN, OUT_OF_DOMAIN, Question, questions
 from layerwise.evaluation.intervals import bootstrap, ends
+from layerwise.evaluation.margins import Kept
 from layerwise.evaluation.path_time import timing
 from layerwise.evaluation.quality import shown_name
 from layerwise.evaluation.verdicts import verdicts
@@ -91,6 +92,7 @@ def path_suite(
     rounds: int = 5,
     command: str = "",
     folder: Path | None = None,
+    fresh: bool = False,
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Judge the routing policy of `model`, which is put in evaluation mode.
@@ -102,11 +104,13 @@ def path_suite(
         seed: of the controls and of the bootstrap.
         rounds: of the timing.
         folder: for verdicts, so that a stopped run goes on; a folder of the cache if None.
+        fresh: judge anew what an earlier run kept verdicts of, perhaps another version's.
 
     Returns:
         `in_domain` and `out_of_domain`: by task `n`, `base` and `routed` (shares right) and `interval` (95%, of
         routed - base, paired bootstrap); `accuracy_gain` and `out_of_domain_gain`: its mean over tasks, in points;
-        `layers_saved`, `time_realised`, `controls`, `oracle`, `macro_f1`, `routes`; command, commit, environment.
+        `layers_saved`, `time_realised`, `controls`, `oracle`, `macro_f1`, `routes`; `answers` judged, and how many
+        of the verdicts were kept by an earlier run; command, commit, environment.
 
     Raises:
         ValueError: the model has no routing policy, or there is no such file of labels, or it is of another model.
@@ -116,7 +120,7 @@ def path_suite(
     searched = None if labels is None else labels_for(model, labels)
     record = _record(adapter)
     model.eval()
-    folder = cache_dir("evaluation") if folder is None else folder
+    kept = Kept(cache_dir("evaluation") if folder is None else folder, fresh)
     found: list[Answers] = []
     # All data are fetched first: what cannot be had is told before hours of answers.
     domains = (IN_DOMAIN, OUT_OF_DOMAIN)
@@ -124,7 +128,7 @@ def path_suite(
     for names, asked in zip(domains, data, strict=True):
         notify(f"{len(asked)} questions of {', '.join(names)}")
         controls = _Controls(record, seed) if names is IN_DOMAIN else None
-        found.append(answer(model, tokenizer, asked, controls, folder, notify))
+        found.append(answer(model, tokenizer, asked, controls, kept, notify))
     inside, outside = found
     chance = np.random.default_rng(seed)
     result: dict[str, Any] = {"suite": "paths"}
@@ -150,6 +154,8 @@ def path_suite(
         "adapter": shown_name(adapter),
         "model": shown_name(model.runtime.backbone.model.config.name_or_path),
         "dtype": str(model.runtime.backbone.dtype).removeprefix("torch."),
+        "answers": sum(map(len, inside.right + outside.right)),
+        "answers_kept": kept.reused,
         "limit": limit,
         "seed": seed,
         "command": command,
@@ -194,7 +200,7 @@ def answer(
     tokenizer: PreTrainedTokenizerBase,
     asked: list[Question],
     controls: _Controls | None,
-    folder: Path,
+    kept: Kept,
     notify: Callable[[str], None],
 ) -> Answers:
     """Decide the plans of all questions, and judge them; with `controls`, the plans of these and of the menu too."""
@@ -206,7 +212,7 @@ def answer(
         plans |= controls.plans(plans["routed"], model.depth)
         others = model.policy.menu if isinstance(model.policy, MenuPolicy) else ()
     each = [(full, *own, *others) for own in zip(*plans.values(), strict=True)]
-    right = verdicts(model, tokenizer, asked, each, folder, notify)
+    right = verdicts(model, tokenizer, asked, each, kept, notify)
     return Answers(asked, [len(ids) for ids in prompts], full, plans, right)
 
 

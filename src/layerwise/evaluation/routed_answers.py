@@ -74,7 +74,7 @@ def generate(
     """Greedy answers one by one: `right`, `tokens`, and `stopped` (end or limit)."""
     answers = []
     for one in asked:
-        ids = torch.tensor([one.tokens.input_ids[: one.tokens.prompt_length]])
+        ids = torch.tensor([one.tokens.input_ids[: one.tokens.prompt_length]], device=model.device)
         made = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, plans=plans)[0, ids.shape[1] :]
         text = tokenizer.decode(made, skip_special_tokens=True)
         stopped = "limit" if len(made) == new_tokens else "end"
@@ -100,6 +100,7 @@ def answer_quality(
     tokenizer: PreTrainedTokenizerBase,
     asked: Sequence[Asked],
     count: int,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Answers of the routed model, of the same at full depth, and of the reference, by the fastest engine."""
     chosen = {
@@ -114,7 +115,7 @@ def answer_quality(
     ]
     contenders += [("reference", reference, None)] if reference is not None else []
     for contender, folder, plans in contenders:
-        loaded = from_pretrained(model, adapter=folder, dtype="bfloat16").eval()
+        loaded = from_pretrained(model, adapter=folder, dtype="bfloat16", device=device).eval()
         for name, (those, new_tokens) in chosen.items():
             found[name][contender] = _summed(generate(loaded, tokenizer, those, new_tokens, plans))
     return found
@@ -134,14 +135,20 @@ def deciding_seconds(model: LayerwiseForCausalLM, ids: torch.Tensor) -> float:
 
 
 def timed(
-    adapter: str | Path, model: str | None, asked: Sequence[Asked], prompts: int, new_tokens: int = 48, count: int = 5
+    adapter: str | Path,
+    model: str | None,
+    asked: Sequence[Asked],
+    prompts: int,
+    new_tokens: int = 48,
+    count: int = 5,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Decoding and prefill of tool calls, routed and at full depth, in turns; greedy, bfloat16, medians.
 
     `realised` is the share of decode time saved over the share of decode FLOPs skipped. `router_overhead` is the time
     of deciding over that of decoding `new_tokens` tokens.
     """
-    loaded = from_pretrained(model, adapter=adapter, dtype="bfloat16").eval()
+    loaded = from_pretrained(model, adapter=adapter, dtype="bfloat16", device=device).eval()
     shape, full = loaded.runtime.backbone.shape, Plan.full(loaded.depth)
     loaded.prepare()
     steps: dict[str, float] = {"routed": 0.0, "full": 0.0}
@@ -150,7 +157,7 @@ def timed(
     flops = {"routed": 0, "full": 0}
     chosen = [one for one in asked if one.side == "tools"][:prompts]
     for one in chosen:
-        ids = torch.tensor([one.tokens.input_ids[: one.tokens.prompt_length]])
+        ids = torch.tensor([one.tokens.input_ids[: one.tokens.prompt_length]], device=loaded.device)
 
         def run(plan: Plan | None, ids: torch.Tensor = ids) -> tuple[float, float, Plan]:
             watch, trace = Stopwatch(), Trace()

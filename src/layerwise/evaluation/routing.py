@@ -57,8 +57,10 @@ def held_out(tokenizer: PreTrainedTokenizerBase, samples: int, most_tokens: int,
         examples = load(name, "test")
         wanted = samples if name in ("tools", "planning") else -(-samples // 3)
         for example in random.Random(f"{name} {seed}").sample(examples, len(examples)):
+            if not wanted:
+                break
             tokens = tokenize(example, tokenizer, most_tokens)
-            if tokens is not None and wanted:
+            if tokens is not None:
                 asked.append(Asked(example, tokens, side(example.kind)))
                 wanted -= 1
     return asked
@@ -158,6 +160,7 @@ def routing_suite(
     most_tokens: int = 384,
     seed: int = 0,
     command: str = "",
+    device: torch.device | str = "cpu",
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
     """Measure a routed adapter; see the module. Cross entropies are computed in bfloat16, eagerly.
@@ -170,6 +173,7 @@ def routing_suite(
         most_tokens: longer examples are left out.
         seed: which examples, and the controls' chance.
         command: only noted in the result.
+        device: that models are loaded on.
 
     Raises:
         ValueError: the adapter has no gates.
@@ -177,7 +181,7 @@ def routing_suite(
     began = time.perf_counter()
     base = base_name(model, adapter)
     tokenizer = load_tokenizer(base)
-    routed = from_pretrained(model, adapter=adapter, dtype="bfloat16", engine="eager").eval()
+    routed = from_pretrained(model, adapter=adapter, dtype="bfloat16", engine="eager", device=device).eval()
     if not isinstance(routed.policy, GatedPolicy):
         raise ValueError(f"the adapter '{adapter}' has no gates: train one with 'layerwise train layerroute'")
     pad = tokenizer.pad_token_id or 0
@@ -189,7 +193,7 @@ def routing_suite(
     notify("full depth: done")
     others = {"base": None} | ({"reference": reference} if reference is not None else {})
     for name, other in others.items():
-        loaded = from_pretrained(base, adapter=other, dtype="bfloat16", engine="eager").eval()
+        loaded = from_pretrained(base, adapter=other, dtype="bfloat16", engine="eager", device=device).eval()
         by[name], _ = answer_losses(loaded, asked, pad)
         notify(f"{name}: done")
     found: dict[str, Any] = {
@@ -203,11 +207,11 @@ def routing_suite(
     }
     notify("controls: done")
     if answers:
-        found["generated"] = answer_quality(routed.depth, model, adapter, reference, tokenizer, asked, answers)
+        found["generated"] = answer_quality(routed.depth, model, adapter, reference, tokenizer, asked, answers, device)
         notify("answers: done")
     found["time_realised"] = None
     if time_prompts:
-        found["time"] = timed(adapter, model, asked, time_prompts)
+        found["time"] = timed(adapter, model, asked, time_prompts, device=device)
         found["time_realised"] = found["time"]["realised"]
     return found | {
         "samples": samples,

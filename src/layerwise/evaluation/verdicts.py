@@ -7,13 +7,12 @@ Options are compared by their log-likelihoods; numbers have to be written: the m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from layerwise.data.short_answers import Question
-from layerwise.evaluation.margins import kept_lines, plan_margins
+from layerwise.evaluation.margins import Kept, kept_lines, plan_margins
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.plan import Plan
 
@@ -28,7 +27,7 @@ def verdicts(
     tokenizer: PreTrainedTokenizerBase,
     questions: Sequence[Question],
     plans: Sequence[Sequence[Plan]],
-    folder: Path,
+    kept: Kept,
     notify: Callable[[str], None] = lambda line: None,
 ) -> list[dict[Plan, bool]]:
     """For each question, which of its plans answer rightly. Arguments as in `plan_margins`; files are kept likewise."""
@@ -36,7 +35,7 @@ def verdicts(
     found: list[dict[Plan, bool]] = [{} for _ in questions]
     compared = [at for at, one in enumerate(questions) if not one.generated]
     own = [unique[at] for at in compared]
-    margins = plan_margins(model, tokenizer, [questions[at] for at in compared], own, folder, notify)
+    margins = plan_margins(model, tokenizer, [questions[at] for at in compared], own, kept, notify)
     for at, those in zip(compared, margins, strict=True):
         found[at] = {plan: margin > 0 for plan, margin in zip(unique[at], those, strict=True)}
     # Rows of one plan share every call, rows of one length need no padding.
@@ -49,8 +48,8 @@ def verdicts(
         batch = batches[number]
         return written(model, tokenizer, [questions[at] for at, _ in batch], [plan for _, plan in batch])
 
-    kept = kept_lines(folder, "written", model, about, compute, "batches of answers written", notify)
-    for batch, right in zip(batches, kept, strict=True):
+    lines = kept_lines(kept, "written", model, about, compute, "batches of answers written", notify)
+    for batch, right in zip(batches, lines, strict=True):
         for (at, plan), one in zip(batch, right, strict=True):
             found[at][plan] = one
     return found

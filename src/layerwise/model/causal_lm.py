@@ -379,6 +379,8 @@ def attach(
         raise ValueError(f"no engine '{engine}': choose auto, eager or compiled")
     attached = LayerwiseForCausalLM(model)
     backbone = attached.runtime.backbone
+    if engine == "compiled" and backbone.device.type != "cpu":
+        raise ValueError(f"compiled kernels are for the CPU, and the model is on {backbone.device}: use auto or eager")
     check_fit(backbone)
     if plan is not None:
         attached.plan = plan

@@ -6,8 +6,8 @@ call overhead, and a matrix-vector product done by a matrix-matrix routine strea
 So a layer is compiled, by torch.export and Inductor, into a single kernel (`tracing.py`), in two forms: for one token
 of one row, and for a few tokens, where a draft is verified or a batch decoded.
 
-Every other call (prefill, a cache with holes, training) runs on the eager engine, which each kernel is compared with
-before it is used.
+Every other call (prefill, a cache with holes, training) runs on the eager engine, which the kernel of each layer is
+compared with before it is used; the head's, a norm and one product, is not.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from layerwise.model.few_tokens import compiler, load_operators
 from layerwise.model.frame import Frame
 from layerwise.model.runtime import EagerEngine
 from layerwise.model.tracing import FEW, ONE, HeadSource, LayerSource, package
-from layerwise.paths import cache_dir
+from layerwise.paths import kernel_dir
 from layerwise.plan import Part, Plan, Step, Visit
 
 log = logging.getLogger("layerwise")
@@ -61,8 +61,11 @@ class CompiledEngine:
         """Find or compile the head and every kind of visit in `plans`, for one token or for a `few` too.
 
         Kernels hold on to the parameters they were made for. Values may change under them; if parameters were
-        replaced since (another dtype or device, an adapter attached), their kernels are made anew here.
+        replaced since (another dtype, an adapter attached), their kernels are made anew here. They are for the CPU: a
+        model that is moved elsewhere runs eagerly.
         """
+        if self.backbone.device.type != "cpu":
+            return
         asked = dict.fromkeys(visit for plan in plans for visit in plan)
         visits = dict.fromkeys(replace(one, part=Part.MLP) if self._is_replaced(one) else one for one in asked)
         for form in (ONE, FEW) if few else (ONE,):
@@ -102,6 +105,8 @@ class CompiledEngine:
             return None
         if cache is None or step.rows is not None or rows * width > FEW_TOKENS or torch.is_grad_enabled():
             return None
+        if hidden.device.type != "cpu":
+            return None
         if step.slot is not None:
             store = cache.slots.get(step.slot)
             if store is None or store.seen is not None or store.ends != frame.starts:
@@ -129,12 +134,14 @@ class CompiledEngine:
         kernel = self._heads.get(form)
         if kernel is None or tokens > FEW_TOKENS or hidden.ndim != 3 or torch.is_grad_enabled():
             return self.eager.logits(hidden)
+        if hidden.device.type != "cpu":
+            return self.eager.logits(hidden)
         return kernel.run([hidden.contiguous(), *kernel.weights])[0]
 
     def _upto(self, stop: int) -> Tensor:
         """0 .. stop-1: its length tells the kernel how many keys there are."""
         if len(self._index) < stop:
-            self._index = torch.arange(2 * stop, device=self.backbone.device)
+            self._index = torch.arange(2 * stop)
         return self._index[:stop]
 
     # -- building ----------------------------------------------------------------------------------------
@@ -148,10 +155,13 @@ class CompiledEngine:
         return self._layers[visit, form]
 
     def _load(self, source: LayerSource | HeadSource) -> _Kernel | None:
+        key = source.key
+        if key in _failed:
+            return None
         try:
             if source.form == FEW:
                 load_operators(self.notify)
-            path = cache_dir("kernels") / f"{source.key}.pt2"
+            path = kernel_dir() / f"{key}.pt2"
             if not path.exists():
                 began = time.perf_counter()
                 self.notify(f"compiling a kernel for {source.title} (once; kept for later runs)")
@@ -161,6 +171,7 @@ class CompiledEngine:
                 self.compile_seconds += seconds
             return _Kernel(path, source)
         except Exception as error:  # whatever the compiler stack raises, eager still gives the right answer
+            _failed.add(key)  # of thirty layers alike none is tried again
             reason = str(error).strip().splitlines()[:1]
             log.warning("layerwise: no kernel for %s, running it eagerly (%s)", source.title, *reason or ["no reason"])
             return None
@@ -201,6 +212,7 @@ class _Kernel:
         return self.made_for != [(id(weight), weight.dtype, weight.device) for weight in source.weights]
 
 
+_failed: set[str] = set()  # keys of what could not be compiled or loaded in this process
 _packages: dict[Path, Callable[[list[Tensor]], list[Tensor]]] = {}
 
 

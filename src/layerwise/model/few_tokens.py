@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from layerwise.paths import cache_dir
+from layerwise.paths import kernel_dir
 
 SOURCE = Path(__file__).with_name("few_tokens.cpp")
 HEADER = SOURCE.with_name("vectors.h")
@@ -51,7 +51,7 @@ def load_operators(notify: Callable[[str], None]) -> None:
         return
     facts = (source_text(), _FLAGS, torch.__version__, torch.backends.cpu.get_cpu_capability())
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
-    path = cache_dir("kernels") / f"{key}.so"
+    path = kernel_dir() / f"{key}.so"
     if not path.exists():
         notify("compiling operators for a few tokens (once; kept for later runs)")
         _build(path)

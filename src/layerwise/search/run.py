@@ -15,6 +15,7 @@ from layerwise.search.prior import measured_prior
 from layerwise.search.searcher import Searcher, SearchOptions
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from layerwise.model.causal_lm import LayerwiseForCausalLM
@@ -38,6 +39,7 @@ def search(
     *,
     calibration: int = 8,
     dtype: str = "bfloat16",
+    device: torch.device | str = "cpu",
     workers: int = 1,
     backend: str = "local",
     notify: Callable[[str], None] = lambda line: None,
@@ -46,7 +48,7 @@ def search(
     """Label the questions that are not in the file `out` yet; all records of `asked` in the end, in its order.
 
     Args:
-        name: of the model, as `sources.load_base` takes it.
+        name, dtype, device: of the model, as `sources.load_base` takes them.
         calibration: training questions that the prior is measured on; 0 leaves all edits equal. A file that is
             continued brings its prior.
         progress: gets the number of questions done and to do, before the first and after each.
@@ -58,7 +60,7 @@ def search(
     from layerwise.model.fingerprint import fingerprint
     from layerwise.sources import load_base, load_tokenizer
 
-    base, tokenizer = load_base(name, dtype), load_tokenizer(name)
+    base, tokenizer = load_base(name, dtype, device), load_tokenizer(name)
     model = attach(base)
     known = read_labels(out)[0] if Path(out).exists() and Path(out).stat().st_size else {}
     if known.get("calibration") == calibration:
@@ -76,7 +78,7 @@ def search(
     file = LabelFile(out, about)
     left = [question for question in asked if question.id not in file.done]
     progress(len(asked) - len(left), len(asked))
-    make: Callable[[int], Work] = partial(_load, name, dtype, options)
+    make: Callable[[int], Work] = partial(_load, name, dtype, device, options)
     if workers == 1 and backend == "local":
         make = partial(_keep, Searcher(model, tokenizer, options))
     for number, record in enumerate(label_all(left, make, workers, backend), len(asked) - len(left) + 1):
@@ -108,7 +110,7 @@ def _keep(searcher: Work, workers: int) -> Work:
     return searcher
 
 
-def _load(name: str | None, dtype: str, options: SearchOptions, workers: int) -> Work:
+def _load(name: str | None, dtype: str, device: torch.device | str, options: SearchOptions, workers: int) -> Work:
     """A searcher of a worker's own, with its share of the machine's threads."""
     import torch
     from transformers.utils import logging
@@ -118,7 +120,7 @@ def _load(name: str | None, dtype: str, options: SearchOptions, workers: int) ->
 
     logging.disable_progress_bar()  # workers share the terminal with the search's own bar
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
-    return Searcher(attach(load_base(name, dtype)), load_tokenizer(name), options)
+    return Searcher(attach(load_base(name, dtype, device)), load_tokenizer(name), options)
 
 
 def describe(summary: dict[str, Any]) -> list[str]:

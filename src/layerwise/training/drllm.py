@@ -28,7 +28,7 @@ from torch import Tensor
 
 from layerwise.data import split_of
 from layerwise.data.short_answers import IN_DOMAIN, Question, questions
-from layerwise.evaluation.margins import plan_margins
+from layerwise.evaluation.margins import Kept, plan_margins
 from layerwise.hub import save_adapter
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.plan import Plan
@@ -91,19 +91,23 @@ class Material:
     def rewards(self, rows: Sequence[int], plans: Sequence[Sequence[Plan]]) -> Tensor:
         """The reward of plans[i] for question rows[i], (rows, plans); the first plan must be the full one."""
         questions = [self.questions[row] for row in rows]
-        found = plan_margins(self.model, self.tokenizer, questions, plans, self.folder, self.notify)
+        found = plan_margins(self.model, self.tokenizer, questions, plans, Kept(self.folder), self.notify)
         return soft_rewards(torch.tensor(found), [one.task for one in questions])
 
 
-def train(config: DrLLMConfig, notify: Callable[[str], None] = lambda line: None) -> Path:
+def train(
+    config: DrLLMConfig, notify: Callable[[str], None] = lambda line: None, device: torch.device | str = "cpu"
+) -> Path:
     """Train routers and save them as an adapter; `from_pretrained(adapter=...)` loads the folder it returns.
+
+    The model runs on `device`; routers are fitted on the CPU, in seconds.
 
     Raises:
         ValueError: the file holds no labels, is of another model, or has too few paths to learn from.
     """
     from layerwise.sources import load_base, load_tokenizer
 
-    model = attach(load_base(config.model, config.precision).eval())
+    model = attach(load_base(config.model, config.precision, device))
     labels = labels_for(model, config.labels)
     material = gather(config, labels, model, load_tokenizer(config.model), notify)
     learnt = [label for label, out in zip(labels, material.held_out, strict=False) if not out]

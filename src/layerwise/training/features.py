@@ -104,7 +104,7 @@ def _in_batches(
     groups = length_sorted_batches([len(ids) for ids in prompts], BATCH_TOKENS)
     found = [compute([prompts[at] for at in group], [paths[at] for at in group]) for group in groups]
     back = torch.argsort(torch.tensor([at for group in groups for at in group]))
-    return {name: torch.cat([one[name].half() for one in found])[back] for name in found[0]}
+    return {name: torch.cat([one[name].half().cpu() for one in found])[back] for name in found[0]}
 
 
 def _packed(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:

@@ -41,7 +41,7 @@ from layerwise.training.trainer import RecipeTrainer, run_training
 SAMPLE = 24  # examples to judge exits by
 AGREEMENT = 0.4  # below, drafting by an exit cannot pay
 
-__all__ = ["LayerSkip", "LayerSkipConfig", "LayerSkipRecipe", "LayerSkipTrainer", "survivors", "train"]
+__all__ = ["LayerSkip", "LayerSkipConfig", "LayerSkipRecipe", "survivors", "train"]
 
 
 class LayerSkip(nn.Module):
@@ -185,18 +185,11 @@ def survivors(rates: Sequence[float], places: Sequence[int], step: int, seed: in
     return [tuple(row for row, draw in enumerate(draws) if draw[layer] >= rate) for layer, rate in enumerate(rates)]
 
 
-class LayerSkipTrainer(RecipeTrainer):
-    """transformers' Trainer for `LayerSkip`; see `RecipeTrainer` for batches, checkpoints and processes."""
-
-    def __init__(self, module: LayerSkip, **options: Any) -> None:
-        super().__init__(module, **options)
-
-
 def train(config: LayerSkipConfig, notify: Callable[[str], None] = lambda line: None, resume: bool = False) -> Path:
     """Train and save an adapter; `from_pretrained(adapter=...)` loads the folder it returns.
 
-    Under `torchrun` (or `accelerate launch`) the processes share each batch. On CPUs `accelerate launch` starts a
-    single process unless there is MPI, whatever --num_processes says; `torchrun --nproc_per_node 2` starts two.
+    Under `torchrun` or `accelerate launch` the processes share each batch. `torchrun --nproc_per_node 2` starts two;
+    `accelerate launch --multi_gpu --num_processes 2` does so on CPUs too; with --cpu, without MPI, it starts one.
 
     Args:
         notify: gets lines of progress, from the main process only.
@@ -210,7 +203,7 @@ def train(config: LayerSkipConfig, notify: Callable[[str], None] = lambda line: 
     def make(steps: int) -> LayerSkip:
         return LayerSkip(load_for_training(config), config, steps, config.seed)
 
-    return run_training(config, make, LayerSkipTrainer, notify, resume, finish=note_exits)
+    return run_training(config, make, RecipeTrainer, notify, resume, finish=note_exits)
 
 
 def note_exits(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:

@@ -47,7 +47,10 @@ _MARGIN = 0.05  # below the usage aimed at, since articles differ: among ours, f
 
 
 def train(
-    config: RoutedTextConfig, notify: Callable[[str], None] = lambda line: None, resume: bool = False
+    config: RoutedTextConfig,
+    notify: Callable[[str], None] = lambda line: None,
+    resume: bool = False,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Run a training; writes an adapter and `result.json` to `config.out` and returns what is in the latter.
 
@@ -64,7 +67,7 @@ def train(
         split: cut([tokenizer(piece)["input_ids"] for piece in text("wikipedia", split)], config.text_length)
         for split in ("train", "validation", "test")
     }
-    run = TextRun(config, attach(base), texts, notify)
+    run = TextRun(config, attach(base), texts, notify, device)
     run.run(resume)
     return run.finish()
 
@@ -93,7 +96,7 @@ def convert(
 
 
 class TextRun(CurriculumRun):
-    """Routers and taps learn on `texts`, (texts, length) by split."""
+    """Routers and taps learn on `texts`, (texts, length) by split: fitted on the CPU, then trained on `device`."""
 
     def __init__(
         self,
@@ -101,10 +104,11 @@ class TextRun(CurriculumRun):
         model: LayerwiseForCausalLM,
         texts: dict[str, Tensor],
         notify: Callable[[str], None],
+        device: torch.device | str = "cpu",
     ) -> None:
         torch.manual_seed(config.seed)
         chosen = layers_of(config.convert, model.depth)
-        self.model, self.texts = model.eval(), texts
+        self.model, self.texts, self.device = model.eval(), texts, device
         self.routed = convert(model, chosen, config.taps, config.router_width, config.rank)
         layers = len(self.routed.numbers)
         self.title = f"{layers} of {model.depth} layers, {len(texts['train'])} texts of {config.text_length} tokens"
@@ -120,6 +124,8 @@ class TextRun(CurriculumRun):
         self.routed.train()
 
     def begin(self, resume: bool) -> None:
+        if resume:
+            self.model.to(self.device)
         super().begin(resume)
         if resume:
             return
@@ -139,6 +145,7 @@ class TextRun(CurriculumRun):
             with torch.no_grad(), self.routed.measure():
                 for row in texts[:_MEASURED]:
                     self.model(row[None])
+        self.model.to(self.device)
 
     def rate(self) -> float:
         return super().rate() * (1 - self.number / self.config.steps if self.fitted else 1.0)
@@ -202,7 +209,7 @@ class TextRun(CurriculumRun):
         tested = report(self.model, self.routed, texts[: config.test_rows], self.level, costs, config.seed)
         times = []
         for length in dict.fromkeys(min(wanted, texts.numel()) for wanted in CONTEXTS):
-            times.append(generate_times(self.model, self.routed, texts.flatten()[None, :length]))
+            times.append(generate_times(self.model, self.routed, texts.flatten()[None, :length].to(self.model.device)))
         told = {"task": "text", "seed": config.seed, "layers": list(self.routed.numbers)}
         result = {**told, **tested, "generate": times, **self.result()}
         (self.out / RESULT).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")

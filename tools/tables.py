@@ -142,6 +142,28 @@ def layerroute_table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def search_table(result: dict[str, Any]) -> str:
+    """One row an algorithm of `layerwise bench search --compare`."""
+    algorithms, where = result["algorithms"], result["environment"]
+    lines = [
+        "| search | questions answered by some path | layers of the shortest | worth of the best | tree's, above it |",
+        "|---|---|---|---|---|",
+    ]
+    for name, one in algorithms.items():
+        above = one.get("tree_minus_this", {}).get("value")
+        ahead = f"{above['mean']:+.3f} ({above['interval'][0]:+.3f} to {above['interval'][1]:+.3f})" if above else ""
+        lines.append(f"| {name} | {one['oracle']:.1%} | {one['layers']:.1f} | {one['value']:.3f} | {ahead} |")
+    first = next(iter(algorithms.values()))
+    lines += [
+        "",
+        f"{first['questions']} training questions, {first['evaluations']:.0f} paths of each, the same measured prior "
+        f"for all; 95% intervals. A question's paths are evaluated {result['speedup']:.0f} times as fast as one by one "
+        f"by plain forward passes, margins within {result['same_scores']:.0e} nats in float32. {where['threads']} "
+        f"thread, commit {where['commit']}. Again: `layerwise bench search --compare 2 --out results/search.json`.",
+    ]
+    return "\n".join(lines)
+
+
 def drllm_table(result: dict[str, Any]) -> str:
     """The table of `layerwise eval --suite paths`."""
     lines = [
@@ -251,6 +273,7 @@ TABLES = {
     "speculative": speculative_table,
     "layerskip_quality": layerskip_quality_table,
     "layerroute": layerroute_table,
+    "search": search_table,
     "drllm": drllm_table,
     "routed_attention": routed_attention_table,
     "routed_text": routed_text_table,

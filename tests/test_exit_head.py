@@ -84,7 +84,7 @@ def test_a_drafted_token_sees_what_its_training_pass_saw(name: str, exit: int, m
     live, read_so_far, drafted = [0, 1, 2], list(counts), 0
     logits: list[Tensor] = []
 
-    def along_the_text(found: Tensor, vocabulary: Tensor | None) -> Pick:
+    def along_the_text(found: Tensor, vocabulary: Tensor | None, *_: object) -> Pick:
         logits.append(found)
         chosen = [texts[row][read_so_far[row] + len(logits)] for row in live]
         return Pick(torch.tensor(chosen)[:, None], [1.0] * len(live))

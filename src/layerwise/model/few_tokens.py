@@ -15,6 +15,7 @@ import sysconfig
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,6 @@ from layerwise.paths import kernel_dir
 
 SOURCE = Path(__file__).with_name("few_tokens.cpp")
 HEADER = SOURCE.with_name("vectors.h")
-ROUTED = SOURCE.with_name("routed_tokens.cpp")
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
 
 
@@ -32,9 +32,9 @@ def compiler() -> str | None:
     return next((name for name in (os.environ.get("CXX") or "g++", "g++", "clang++") if shutil.which(name)), None)
 
 
-def source_text(source: Path = SOURCE) -> str:
+def source_text() -> str:
     """What is compiled: whoever keeps a result of it keeps it under this."""
-    return "".join(file.read_text(encoding="utf-8") for file in (HEADER, source))
+    return _text(HEADER, SOURCE)
 
 
 def load_operators(notify: Callable[[str], None]) -> None:
@@ -49,7 +49,7 @@ def load_operators(notify: Callable[[str], None]) -> None:
     """
     if hasattr(torch.ops.layerwise, "few_token_linear"):  # a process can register operators once only
         return
-    _load(SOURCE, notify)
+    _load(SOURCE, source_text(), notify)
 
     @torch.library.register_fake("layerwise::few_token_linear")
     def _(input: Tensor, weights: list[Tensor]) -> list[Tensor]:
@@ -61,15 +61,22 @@ def load_operators(notify: Callable[[str], None]) -> None:
         return query.new_empty((rows, tokens, heads, size))
 
 
-def load_routed_operators(notify: Callable[[str], None]) -> None:
-    """As `load_operators`, and with them those of `routed_tokens.cpp`: what a routed layer does for one token."""
+def load_routed_operator(name: str, notify: Callable[[str], None]) -> Callable[..., Any]:
+    """The operator `name` for one token of a routed layer, from the file of that name: "routed_token" or
+    "routed_layer". Errors as in `load_operators`, whose operators it calls."""
     load_operators(notify)
-    if not hasattr(torch.ops.layerwise, "routed_token"):
-        _load(ROUTED, notify)
+    if not hasattr(torch.ops.layerwise, name):
+        source = SOURCE.with_name(f"{name}.cpp")
+        _load(source, _text(HEADER, SOURCE.with_name("one_token.h"), source), notify)
+    return getattr(torch.ops.layerwise, name).default
 
 
-def _load(source: Path, notify: Callable[[str], None]) -> None:
-    facts = (source_text(source), _FLAGS, torch.__version__, torch.backends.cpu.get_cpu_capability())
+def _text(*files: Path) -> str:
+    return "".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def _load(source: Path, text: str, notify: Callable[[str], None]) -> None:
+    facts = (text, _FLAGS, torch.__version__, torch.backends.cpu.get_cpu_capability())
     key = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
     path = kernel_dir() / f"{key}.so"
     if not path.exists():

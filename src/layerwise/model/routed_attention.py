@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerwise.model.few_tokens import load_routed_operators
+from layerwise.model.few_tokens import load_routed_operator
 from layerwise.model.filters import causal_filter
 from layerwise.model.position_router import Router, Routing, gumbel_sigmoid
 
@@ -113,10 +113,9 @@ class RoutedAttention(nn.Module):
         Weights may be written to, moved and cast afterwards; if they are replaced, prepare again.
         """
         self.prepared = False
-        fits = self.hidden_size % 32 == 0 and self.head_dim % 16 == 0 and self.heads * self.head_dim % 32 == 0
-        if fits and all(one.bias is None for one in (self.q_proj, self.k_proj, self.v_proj)):
+        if all(one.bias is None for one in (self.q_proj, self.k_proj, self.v_proj)):
             try:
-                load_routed_operators(notify)
+                self._token = load_routed_operator("routed_token", notify)
                 maps, last = self.router.inputs, self.router.out
                 # Looking these up at each token takes a tenth of its time.
                 router = [maps.weight, maps.bias, last.weight, last.bias]
@@ -124,7 +123,6 @@ class RoutedAttention(nn.Module):
                 self._attention_weights = [one.weight for one in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)]
                 self._token_weights = [*router, *convolution, *self._attention_weights]
                 self._decay = self.router.decay
-                self._token = torch.ops.layerwise.routed_token.default
                 self._attend_token = torch.ops.layerwise.attend_token.default
                 self.prepared = True
             except (OSError, CalledProcessError) as error:

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -32,12 +33,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.model.backbone import Backbone
+from layerwise.model.few_tokens import load_routed_operator
 from layerwise.model.filters import causal_filter
 from layerwise.model.position_router import Routing, gumbel_sigmoid
 from layerwise.model.routed_attention import CHUNK, Mixing
 
 FILE = "routed_layers.safetensors"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MIXINGS = ("convolution", "attention", "routed")  # as routed_layer.cpp numbers them
 _FITTING = ("LlamaAttention", "Qwen2Attention", "MistralAttention")
 
 
@@ -82,10 +85,59 @@ class RoutedSelfAttention(nn.Module):
         self.sampled = True
         self.routing: Routing | None = None
         self.measuring: list[Tensor] | None = None
+        self._operator: Callable[..., Any] | None = None
 
     @property
     def attention(self) -> nn.Module:
         return self._attention[0]
+
+    def prepare(self, norm: nn.Module, notify: Callable[[str], None]) -> None:
+        """Get ready for `token`, in a layer with this `norm` in front. Without a compiler, or if something stands where
+        the pretrained projections were, `token` will decline. If weights are replaced, prepare again."""
+        self._operator = None
+        layer = self.attention
+        maps = [layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj]
+        plain = all(type(one) is nn.Linear for one in maps) and type(norm).__name__.endswith("RMSNorm")
+        if not plain or norm.weight.device.type != "cpu":
+            return
+        none = norm.weight.new_empty(0)
+        self._maps = [one.weight for one in maps] + [none if one.bias is None else one.bias for one in maps]
+        self._norm, self._epsilon = norm.weight, norm.variance_epsilon
+        self._local = [self.taps, self.sink, *self.router.parameters()]
+        self._local += [] if self.correction is None else self.correction.parameters()
+        if {one.dtype for one in self._maps} == {norm.weight.dtype}:
+            try:
+                self._operator = load_routed_operator("routed_layer", notify)
+            except (OSError, CalledProcessError) as error:
+                notify(f"routed layers run without an operator of their own ({type(error).__name__})")
+
+    def token(
+        self, hidden: Tensor, keys: Tensor, values: Tensor, place: int, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor | None:
+        """The attention half of a layer, norm and residual included, for one token of one row: (1, 1, hidden size) to
+        the same. Its key and value go to `place` in buffers (1, kv heads, capacity, head size). None, and nothing is
+        done, if it is not prepared or this is no plain inference."""
+        usual = self.measuring is not None or self.decide is not _positive or torch.is_grad_enabled()
+        if self._operator is None or usual or (self.training and self.sampled):
+            return None
+        if hidden.dtype != self._norm.dtype or self._local[0].dtype != torch.float32:
+            return None  # cast since
+        output, gate, logits = self._operator(
+            hidden,
+            self._norm,
+            self._epsilon,
+            self._maps,
+            keys,
+            values,
+            place,
+            *rotary,
+            self._local,
+            self.attention.scaling,
+            _MIXINGS.index(self.mixing),
+        )
+        if self.mixing == "routed":
+            self.routing = Routing(gate, logits)
+        return output
 
     def forward(
         self,

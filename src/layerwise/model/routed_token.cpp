@@ -1,101 +1,21 @@
 // What a layer with routed attention does for one token of one row: see routed_attention.py.
 //
 // Of a token so small that its weights are still in the processor's cache, most of the time is calls. So router,
-// convolution and attention are an operator each, and a matrix meets its one vector in runs of eight rows: as many sums
-// as hide the latency of a product, which streams a cached matrix as fast as it can be read.
+// convolution and attention are one operator.
 
-#include "vectors.h"
+#include "one_token.h"
 
-#include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <algorithm>
 #include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <initializer_list>
 #include <optional>
 #include <tuple>
-#include <vector>
-#ifdef __AVX512BF16__
-#include <immintrin.h>
-#endif
 
 namespace {
 
 using namespace vectors;
 
-constexpr int ROWS = 8;
-constexpr int64_t SHARE = 1 << 15;  // products that are worth a thread
-constexpr int64_t MANY = 12;        // tokens from which the framework's matrix product is faster than ours
-
-// sums[r] adds up to row r of W times x, of `rows` rows. k is a multiple of 2 * LANES.
-template <int rows, typename T>
-inline void dots(const T* w, const T* x, int64_t k, Floats* sums) {
-  Floats found[rows] = {};
-#ifdef __AVX512BF16__
-  if constexpr (std::is_same_v<T, at::BFloat16>) {
-    for (int64_t i = 0; i < k; i += 2 * LANES) {
-      const __m512bh inputs = (__m512bh)_mm512_loadu_si512(x + i);
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r)
-        found[r] = (Floats)_mm512_dpbf16_ps((__m512)found[r], (__m512bh)_mm512_loadu_si512(w + r * k + i), inputs);
-    }
-  } else
-#endif
-    for (int64_t i = 0; i < k; i += LANES) {
-      const Floats inputs = load(x + i);
-#pragma GCC unroll 8
-      for (int r = 0; r < rows; ++r) found[r] += load(w + r * k + i) * inputs;
-    }
-  for (int r = 0; r < rows; ++r) sums[r] = found[r];
-}
-
-// y = W x for `n` rows of W.
-template <typename T>
-void product(const T* w, const T* x, T* y, int64_t n, int64_t k) {
-  int64_t row = 0;
-  for (; row + LANES <= n; row += LANES) {
-    Floats sums[LANES];
-    for (int half = 0; half < LANES; half += ROWS) dots<ROWS>(w + (row + half) * k, x, k, sums + half);
-    const Floats found = totals(sums);
-    for (int lane = 0; lane < LANES; ++lane) y[row + lane] = static_cast<T>(found[lane]);
-  }
-  for (; row < n; ++row) {
-    Floats sum;
-    dots<1>(w + row * k, x, k, &sum);
-    y[row] = static_cast<T>(total(sum));
-  }
-}
-
-template <typename T>
-struct Map {
-  const T* weight;  // (n, k)
-  T* output;
-  int64_t n;
-};
-
-// The maps of one input: every thread takes its share of each.
-template <typename T>
-void multiply(std::initializer_list<Map<T>> maps, const T* x, int64_t k) {
-  int64_t work = 0;
-  for (const auto& map : maps) work += map.n * k;
-  const int64_t parts = std::clamp<int64_t>(work / SHARE, 1, at::get_num_threads());
-  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
-    for (const auto& map : maps) {
-      const auto bound = [&](int64_t part) { return part == parts ? map.n : map.n * part / parts / LANES * LANES; };
-      const int64_t first = bound(begin);
-      product(map.weight + first * k, x, map.output + first, bound(end) - first, k);
-    }
-  });
-}
-
-template <typename T>
-const T* weight(const at::Tensor& tensor) {
-  TORCH_CHECK(tensor.is_contiguous(), "routed tokens: weights and states must be contiguous");
-  return tensor.const_data_ptr<T>();  // checks the type as well
-}
+constexpr int64_t MANY = 12;  // tokens from which the framework's matrix product is faster than ours
 
 // What `map` (n, k) makes of `tokens` (count, k).
 template <typename T>
@@ -118,23 +38,6 @@ struct Attention {
   const at::Tensor &query, &key, &value, &output;
 };
 
-inline int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
-
-// weights . gelu(x), by the tanh form; both have `count` numbers and x room up to a multiple of LANES.
-template <typename T>
-float gelu_dot(float* x, const T* weights, int64_t count) {
-  std::vector<float> last(padded(count), 0.f);
-  for (int64_t i = 0; i < count; ++i) last[i] = weights[i];
-  for (int64_t i = count; i % LANES; ++i) x[i] = 0.f;
-  Floats sum = {};
-  for (int64_t i = 0; i < count; i += LANES) {
-    const Floats v = load(x + i), u = 0.7978845608f * (v + 0.044715f * v * v * v);
-    const Floats e = exponential(u < 0.f ? 2.f * u : -2.f * u), tanh = (1.f - e) / (1.f + e);
-    sum += load(last.data() + i) * 0.5f * v * (1.f + (u < 0.f ? -tanh : tanh));
-  }
-  return total(sum);
-}
-
 // The router: its logit, and into `kept` the moving average (width) after this token. inputs (2 width, size) are the
 // maps of the token and of the average; `old` (width) is the average so far, if any.
 template <typename T>
@@ -142,7 +45,7 @@ float route(const T* hidden, int64_t size, at::TensorList weights, const T* old,
   const int64_t width = weights[2].size(-1);
   std::vector<T> mapped(2 * width);
   std::vector<float> inner(padded(width));
-  product(weight<T>(weights[0]), hidden, mapped.data(), 2 * width, size);
+  product<CACHED>(weight<T>(weights[0]), hidden, mapped.data(), 2 * width, size);
   const T* const bias = weight<T>(weights[1]);
   for (int64_t i = 0; i < width; ++i) {
     const float past = (1.f - decay) * (mapped[width + i] + bias[width + i]) + (old ? decay * old[i] : 0.f);
@@ -170,17 +73,6 @@ void soften(const T* taps, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i] *= scale;
 }
 
-// `lanes` x LANES numbers of one head, filtered: several sums at once, since each waits for its last product.
-template <int lanes, typename T>
-inline void filter(const float* taps, int64_t count, const T* newest, int64_t size, T* to) {
-  Floats sums[lanes] = {};
-  for (int64_t j = 0; j < count; ++j)
-#pragma GCC unroll 4
-    for (int i = 0; i < lanes; ++i) sums[i] += taps[j] * load(newest - j * size + i * LANES);
-  for (int i = 0; i < lanes; ++i)
-    for (int lane = 0; lane < LANES; ++lane) to[i * LANES + lane] = static_cast<T>(sums[i][lane]);
-}
-
 // The convolution: of `tokens` inputs (tokens, k) the last one's output is wanted; the others waited for their values.
 // `window` (1, capacity, size) holds `filled` values and gets the new ones; taps (heads, count), the newest first.
 template <typename T>
@@ -188,7 +80,7 @@ at::Tensor convolve(const T* inputs, int64_t tokens, const at::Tensor& value, co
                     const at::Tensor& window, int64_t filled, const at::Tensor& taps) {
   const int64_t size = value.size(0), k = value.size(1), heads = taps.size(0), count = taps.size(1);
   const int64_t each = size / heads, last = filled + tokens - 1, seen = std::min(count, last + 1);
-  TORCH_CHECK(last < window.size(1) && window.is_contiguous() && each % LANES == 0, "routed_token: sizes do not fit");
+  TORCH_CHECK(last < window.size(1) && window.is_contiguous(), "routed_token: sizes do not fit");
   T* const kept = window.mutable_data_ptr<T>();
   if (tokens > 1) multiply_all(value, inputs, tokens, kept + filled * size);
   std::vector<T> mixed(size);
@@ -197,18 +89,15 @@ at::Tensor convolve(const T* inputs, int64_t tokens, const at::Tensor& value, co
   at::parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {  // head by head, so that none waits for another
     std::vector<float> share(padded(count));
     for (int64_t head = begin; head < end; ++head) {
-      int64_t at = head * each;
-      T* const newest = kept + last * size;
-      if (tokens == 1) product(from + at * k, inputs, newest + at, each, k);
+      const int64_t at = head * each;
+      T* const newest = kept + last * size + at;
+      if (tokens == 1) product<CACHED>(from + at * k, inputs, newest, each, k);
       soften(tap + head * count, count, share.data());
-      const int64_t stop = at + each;
-      T* const to = mixed.data();
-      for (; at + 4 * LANES <= stop; at += 4 * LANES) filter<4>(share.data(), seen, newest + at, size, to + at);
-      for (; at < stop; at += LANES) filter<1>(share.data(), seen, newest + at, size, to + at);
+      filter_head(share.data(), seen, newest, size, mixed.data() + at, each);
     }
   });
   auto result = at::empty({1, 1, output.size(0)}, window.options());
-  multiply<T>({{weight<T>(output), result.mutable_data_ptr<T>(), output.size(0)}}, mixed.data(), size);
+  multiply<CACHED, T>({{weight<T>(output), result.mutable_data_ptr<T>(), output.size(0)}}, mixed.data(), size);
   return result;
 }
 
@@ -219,7 +108,7 @@ at::Tensor attend(const T* tokens, int64_t count, const Attention& maps, const a
                   const at::Tensor& values, int64_t made) {
   const int64_t inner = maps.query.size(0), size = maps.query.size(1), length = made + count;
   const int64_t groups = keys.size(1), capacity = keys.size(2), each = keys.size(3), rows = groups * each;
-  TORCH_CHECK(inner % (2 * LANES) == 0 && length <= capacity && keys.is_contiguous() && values.is_contiguous(),
+  TORCH_CHECK(length <= capacity && keys.is_contiguous() && values.is_contiguous(),
               "attend_token: sizes do not fit");
   auto query = at::empty({1, inner / each, 1, each}, keys.options());
   std::vector<T> fresh(2 * count * rows);
@@ -228,9 +117,9 @@ at::Tensor attend(const T* tokens, int64_t count, const Attention& maps, const a
   const Map<T> asked{weight<T>(maps.query), query.template mutable_data_ptr<T>(), inner};
   const Map<T> key{weight<T>(maps.key), new_keys, rows}, value{weight<T>(maps.value), new_values, rows};
   if (count == 1) {
-    multiply<T>({asked, key, value}, newest, size);
+    multiply<CACHED, T>({asked, key, value}, newest, size);
   } else {
-    multiply<T>({asked}, newest, size);
+    multiply<CACHED, T>({asked}, newest, size);
     multiply_all(maps.key, tokens, count, new_keys);
     multiply_all(maps.value, tokens, count, new_values);
   }
@@ -245,21 +134,16 @@ at::Tensor attend(const T* tokens, int64_t count, const Attention& maps, const a
                                                       0.0, false, {}, inner != rows)
                          .contiguous();
   auto output = at::empty({1, 1, maps.output.size(0)}, keys.options());
-  multiply<T>({{weight<T>(maps.output), output.template mutable_data_ptr<T>(), output.size(2)}},
+  multiply<CACHED, T>({{weight<T>(maps.output), output.template mutable_data_ptr<T>(), output.size(2)}},
               mixed.template const_data_ptr<T>(), inner);
   return output;
-}
-
-template <typename Run>
-auto of_type(const at::Tensor& like, const Run& run) {
-  return like.scalar_type() == at::kFloat ? run(0.f) : run(at::BFloat16(0.f));
 }
 
 // `attend` for inputs (1, capacity, size) from `first` on.
 at::Tensor attend_token(const at::Tensor& inputs, int64_t first, int64_t count, at::TensorList weights,
                         const at::Tensor& keys, const at::Tensor& values, int64_t made) {
   const Attention maps{weights[0], weights[1], weights[2], weights[3]};
-  TORCH_CHECK(inputs.size(2) % (2 * LANES) == 0 && first >= 0 && first + count <= inputs.size(1),
+  TORCH_CHECK(first >= 0 && first + count <= inputs.size(1),
               "attend_token: sizes do not fit");
   return of_type(inputs, [&](auto zero) {
     using T = decltype(zero);
@@ -279,7 +163,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, bool> routed_token(
     const at::Tensor& window, int64_t filled, const std::optional<at::Tensor>& keys,
     const std::optional<at::Tensor>& values, int64_t position, int64_t made) {
   const int64_t size = hidden.size(2), width = weights[2].size(-1), count = position + 1 - made;
-  TORCH_CHECK(size % (2 * LANES) == 0 && place < inputs.size(1) && waiting <= place && count <= place + 1,
+  TORCH_CHECK(place < inputs.size(1) && waiting <= place && count <= place + 1,
               "routed_token: sizes do not fit");
   return of_type(hidden, [&](auto zero) {
     using T = decltype(zero);

@@ -107,6 +107,7 @@ def test_the_operator_for_a_token_equals_the_modules(
     monkeypatch.setattr(RoutedSelfAttention, "token", lambda *given: ran.append(usual(*given)) or ran[-1])
     for number, layer in zip(prepared.routed_layers.numbers, prepared.routed_layers, strict=True):
         layer.prepare(prepared.runtime.backbone.layers[number].input_layernorm, print)
+    assert [*prepared.routed_layers.state_dict()] == [*models[0].routed_layers.state_dict()]
     close = CLOSE if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
 
     def logits(model: LayerwiseForCausalLM) -> tuple[Tensor, Tensor]:

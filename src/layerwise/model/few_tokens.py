@@ -15,7 +15,6 @@ import sysconfig
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,14 +60,13 @@ def load_operators(notify: Callable[[str], None]) -> None:
         return query.new_empty((rows, tokens, heads, size))
 
 
-def load_routed_operator(name: str, notify: Callable[[str], None]) -> Callable[..., Any]:
-    """The operator `name` for one token of a routed layer, from the file of that name: "routed_token" or
-    "routed_layer". Errors as in `load_operators`, whose operators it calls."""
+def load_routed_operator(name: str, notify: Callable[[str], None]) -> None:
+    """Make `torch.ops.layerwise` ready for one token of a routed layer, by the operators of the file `name`:
+    "routed_token" or "routed_layer". Errors as in `load_operators`, whose operators they call."""
     load_operators(notify)
     if not hasattr(torch.ops.layerwise, name):
         source = SOURCE.with_name(f"{name}.cpp")
         _load(source, _text(HEADER, SOURCE.with_name("one_token.h"), source), notify)
-    return getattr(torch.ops.layerwise, name).default
 
 
 def _text(*files: Path) -> str:

@@ -115,7 +115,7 @@ class RoutedAttention(nn.Module):
         self.prepared = False
         if all(one.bias is None for one in (self.q_proj, self.k_proj, self.v_proj)):
             try:
-                self._token = load_routed_operator("routed_token", notify)
+                load_routed_operator("routed_token", notify)
                 maps, last = self.router.inputs, self.router.out
                 # Looking these up at each token takes a tenth of its time.
                 router = [maps.weight, maps.bias, last.weight, last.bias]
@@ -123,7 +123,6 @@ class RoutedAttention(nn.Module):
                 self._attention_weights = [one.weight for one in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)]
                 self._token_weights = [*router, *convolution, *self._attention_weights]
                 self._decay = self.router.decay
-                self._attend_token = torch.ops.layerwise.attend_token.default
                 self.prepared = True
             except (OSError, CalledProcessError) as error:
                 notify(f"single tokens are decoded without operators of their own ({type(error).__name__})")
@@ -191,7 +190,7 @@ class RoutedAttention(nn.Module):
             return self._attend_one(hidden, cache), Routing(hidden.new_ones(1, 1), hidden.new_zeros(1, 1))
         waiting, inputs, window = cache.room(self.kernel_size - 1, hidden), cache.inputs, cache.window
         keys, values = (cache.keys, cache.values) if self.rope_theta is None else (None, None)
-        logits, gate, cache.average, output, attends = self._token(
+        logits, gate, cache.average, output, attends = torch.ops.layerwise.routed_token.default(
             hidden,
             self._token_weights,
             cache.average,
@@ -224,7 +223,7 @@ class RoutedAttention(nn.Module):
             return self._attend_everywhere(hidden, cache.positions(1, hidden.device), cache)
         keys, values = cache.key_room(cache.length, self.kv_heads, self.head_dim, hidden)
         inputs, count = cache.inputs, cache.length - cache.made
-        output = self._attend_token(
+        output = torch.ops.layerwise.attend_token.default(
             inputs.buffer, inputs.end - count, count, self._attention_weights, keys, values, cache.made
         )
         cache.made = cache.length

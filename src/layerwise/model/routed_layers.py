@@ -53,6 +53,7 @@ class RoutedSelfAttention(nn.Module):
         measuring: add up what attention gives to each distance, for `start`.
         decide: who attends, given logits (rows, width): True or False for each.
         sampled: in training, decide by chance with the router's probability; otherwise as in inference.
+        prepared: single tokens may go through an operator of their own; see `token`.
 
     Raises:
         ValueError: attention of another kind.
@@ -85,7 +86,7 @@ class RoutedSelfAttention(nn.Module):
         self.sampled = True
         self.routing: Routing | None = None
         self.measuring: list[Tensor] | None = None
-        self._operator: Callable[..., Any] | None = None
+        self.prepared = False
 
     @property
     def attention(self) -> nn.Module:
@@ -94,20 +95,20 @@ class RoutedSelfAttention(nn.Module):
     def prepare(self, norm: nn.Module, notify: Callable[[str], None]) -> None:
         """Get ready for `token`, in a layer with this `norm` in front. Without a compiler, or if something stands where
         the pretrained projections were, `token` will decline. If weights are replaced, prepare again."""
-        self._operator = None
+        self.prepared = False
         layer = self.attention
         maps = [layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj]
-        plain = all(type(one) is nn.Linear for one in maps) and type(norm).__name__.endswith("RMSNorm")
-        if not plain or norm.weight.device.type != "cpu":
+        if not all(type(one) is nn.Linear for one in maps) or not type(norm).__name__.endswith("RMSNorm"):
             return
         none = norm.weight.new_empty(0)
         self._maps = [one.weight for one in maps] + [none if one.bias is None else one.bias for one in maps]
-        self._norm, self._epsilon = norm.weight, norm.variance_epsilon
+        self._norm = (norm.weight, norm.variance_epsilon)  # in a tuple, as the attention
         self._local = [self.taps, self.sink, *self.router.parameters()]
         self._local += [] if self.correction is None else self.correction.parameters()
-        if {one.dtype for one in self._maps} == {norm.weight.dtype}:
+        if all(one.dtype == norm.weight.dtype and one.is_contiguous() and one.is_cpu for one in self._maps):
             try:
-                self._operator = load_routed_operator("routed_layer", notify)
+                load_routed_operator("routed_layer", notify)
+                self.prepared = True
             except (OSError, CalledProcessError) as error:
                 notify(f"routed layers run without an operator of their own ({type(error).__name__})")
 
@@ -118,14 +119,13 @@ class RoutedSelfAttention(nn.Module):
         the same. Its key and value go to `place` in buffers (1, kv heads, capacity, head size). None, and nothing is
         done, if it is not prepared or this is no plain inference."""
         usual = self.measuring is not None or self.decide is not _positive or torch.is_grad_enabled()
-        if self._operator is None or usual or (self.training and self.sampled):
+        if not self.prepared or usual or (self.training and self.sampled):
             return None
-        if hidden.dtype != self._norm.dtype or self._local[0].dtype != torch.float32:
+        if hidden.dtype != self._norm[0].dtype or self._local[0].dtype != torch.float32:
             return None  # cast since
-        output, gate, logits = self._operator(
+        output, gate, logits = torch.ops.layerwise.routed_layer.default(
             hidden,
-            self._norm,
-            self._epsilon,
+            *self._norm,
             self._maps,
             keys,
             values,

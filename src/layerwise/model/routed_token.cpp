@@ -111,8 +111,8 @@ at::Tensor attend(const T* tokens, int64_t count, const Attention& maps, const a
   TORCH_CHECK(length <= capacity && keys.is_contiguous() && values.is_contiguous(),
               "attend_token: sizes do not fit");
   auto query = at::empty({1, inner / each, 1, each}, keys.options());
-  std::vector<T> fresh(2 * count * rows);
-  T *const new_keys = fresh.data(), *const new_values = new_keys + count * rows;
+  auto fresh = at::empty({2, count, rows}, keys.options());  // not a vector: those of a long text are not filled twice
+  T *const new_keys = fresh.template mutable_data_ptr<T>(), *const new_values = new_keys + count * rows;
   const T* const newest = tokens + (count - 1) * size;
   const Map<T> asked{weight<T>(maps.query), query.template mutable_data_ptr<T>(), inner};
   const Map<T> key{weight<T>(maps.key), new_keys, rows}, value{weight<T>(maps.value), new_values, rows};

@@ -13,7 +13,8 @@ The first position has only itself to look at, so its attention is its value: it
 
 Keys and values are made and cached for every position, so whoever attends later sees all of them; positions that do not
 attend make no query and no score. All that a router and a convolution need of the past stands in the cache of values,
-so rollback, batches and slots work as for any layer.
+so rollback, batches and slots work as for any layer. A single token of one row goes through one operator
+(`RoutedSelfAttention.token`), if the engine asks for it; everything else runs as written here.
 
 The sink is there because heads that find nothing look at the first token (arXiv 2309.17453). The correction says what a
 head's attention tends to bring to a position like this one. Taps and sink begin as the mean of what each head's

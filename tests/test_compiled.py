@@ -82,19 +82,22 @@ def test_kernels_equal_eager(name: str, text: str, monkeypatch: pytest.MonkeyPat
     assert torch.allclose(found, expected, atol=1e-4), (found - expected).abs().max()
 
 
-def test_of_converted_layers_attention_alone_runs_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("plain", [True, False])
+def test_of_converted_layers_attention_alone_has_no_kernel(plain: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs by an operator for one token, or eagerly if something is asked for that the operator cannot do."""
     plan, results = Plan.full(6), []
     for name in ("eager", "compiled"):
         model = attached("llama", name)
         torch.manual_seed(2)
         for layer in convert(model, (1, 3), taps=5, router_width=8):
-            layer.mixing = "convolution"
+            layer.decide = layer.decide if plain else lambda logits: logits > 0.1
             with torch.no_grad():
                 layer.taps += torch.rand_like(layer.taps)
+        model.eval()
         model.runtime.engine.prepare([plan])
         fallen = no_eager_calls(model, monkeypatch) if name == "compiled" else []
         results.append(stepwise_logits(model, plan))
-    assert fallen == ["1a", "3a"] * 12
+    assert fallen == ([] if plain else ["1a", "3a"] * 12)
     assert torch.allclose(*results, atol=1e-4)
 
 

@@ -224,21 +224,32 @@ def test_cached_with_forced_gates_equals_uncached() -> None:
 
 @pytest.mark.parametrize("rotary", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_operators_for_single_tokens_equal_the_usual_way(rotary: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"hidden_size": 64, "heads": 2},
+        {"hidden_size": 48, "heads": 4, "kv_heads": 2, "kernel_size": 19},  # no multiples of what is done at once
+        {"hidden_size": 20, "heads": 2},
+    ],
+)
+def test_operators_for_single_tokens_equal_the_usual_way(
+    sizes: dict[str, int], rotary: bool, dtype: torch.dtype
+) -> None:
     """Through prompts, runs of attending tokens longer than the window, snapshots and the router's own choices."""
-    sizes = {"hidden_size": 64, "heads": 2, "router_width": 6, "rope_theta": 50.0 if rotary else None}
+    sizes = {**sizes, "router_width": 6, "rope_theta": 50.0 if rotary else None}
+    size = sizes["hidden_size"]
     usual, fast = layer(**sizes).to(dtype), layer(**sizes).to(dtype)
     assert fast.prepare() and not usual.prepared
     close = CLOSE if dtype == torch.float32 else {"rtol": 5e-2, "atol": 5e-2}
-    gates = [0, 1, 0, 0, *[1] * 12, 0, 1, 0, *[None] * 12, 0]
+    gates = [0, 1, 0, 0, *[1] * 22, 0, 1, *[0] * 14, 1, *[None] * 12, 0]
     with torch.no_grad():
         for prompt in (0, 3, 40):
             caches = [RoutedLayerCache(), RoutedLayerCache()]
             if prompt:
-                first = torch.randn(1, prompt, 64, dtype=dtype)
+                first = torch.randn(1, prompt, size, dtype=dtype)
                 for mix, cache in zip((usual, fast), caches, strict=True):
                     mix(first, cache=cache)
-            tokens = torch.randn(len(gates), 1, 1, 64, dtype=dtype)
+            tokens = torch.randn(len(gates), 1, 1, size, dtype=dtype)
             state = caches[1].snapshot()
             for number, (token, gate) in enumerate([*zip(tokens, gates, strict=True)] * 2):
                 if number == len(gates):  # once more, from a snapshot

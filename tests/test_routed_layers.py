@@ -15,8 +15,11 @@ from torch import Tensor
 
 from layerwise import attach, from_pretrained
 from layerwise.evaluation.routed_text import CURVE
+from layerwise.model.cache import Cache
 from layerwise.model.causal_lm import LayerwiseForCausalLM
+from layerwise.model.compiled import CompiledEngine
 from layerwise.model.routed_layers import RoutedSelfAttention
+from layerwise.plan import Plan
 from layerwise.report.attention_figures import routed_text_figure
 from layerwise.training.curriculum import RoutedTextConfig
 from layerwise.training.routed_fit import States, fit_layer, fit_taps, metric
@@ -86,6 +89,46 @@ def test_cached_equals_uncached_in_a_batch_of_different_lengths(kind: str) -> No
                 found[row].append(logits[row])
         for row, length in enumerate(lengths):
             torch.testing.assert_close(torch.cat(found[row]), model(rows[row]).logits[0, length:], **CLOSE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_operator_for_a_token_equals_the_modules(
+    kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With every mixing, and after a rollback, also to the start."""
+    tokens, prepared, ran = ids(1, 40), routed(kind), []
+    monkeypatch.setattr(CompiledEngine, "_kernel", lambda *_: None)  # all else runs eagerly
+    prepared.runtime.engine = CompiledEngine(prepared.runtime.backbone)
+    models = [model.to(dtype) for model in (routed(kind), prepared)]
+    for model in models:
+        model.routed_layers.float()
+    usual = RoutedSelfAttention.token
+    monkeypatch.setattr(RoutedSelfAttention, "token", lambda *given: ran.append(usual(*given)) or ran[-1])
+    for number, layer in zip(prepared.routed_layers.numbers, prepared.routed_layers, strict=True):
+        layer.prepare(prepared.runtime.backbone.layers[number].input_layernorm, print)
+    assert [*prepared.routed_layers.state_dict()] == [*models[0].routed_layers.state_dict()]
+    close = CLOSE if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.1}
+
+    def logits(model: LayerwiseForCausalLM) -> tuple[Tensor, Tensor]:
+        cache, found, gates = Cache(1, 64), [], []
+        for at in (*range(30), 17, 0):
+            cache.rollback(at)
+            mixings = {20: "attention", 21: "convolution", 22: "routed"}
+            for layer in model.routed_layers:
+                layer.mixing = mixings.get(at, layer.mixing)
+            hidden = model.runtime.forward(model.embed(tokens[:, at : at + 1]), [Plan.full(6)], None, cache)
+            found.append(model.runtime.engine.logits(hidden)[0, -1])
+            gates.append(model.routed_layers.routing().gate.flatten())
+        return torch.stack(found), torch.stack(gates)
+
+    with torch.no_grad():
+        (expected, gates), (found, said) = map(logits, models)
+    assert len(ran) == 31 * 3 and all(one is not None for one in ran)  # the first pass makes the cache
+    assert 0.1 < gates.mean() < 0.9
+    agree = (gates == said).all(1)
+    assert agree.all() if dtype == torch.float32 else agree.float().mean() > 0.9
+    torch.testing.assert_close(found[agree], expected[agree], **close)
 
 
 def test_causality() -> None:

@@ -1,7 +1,7 @@
 """Time `generate` of adapters/routed-text as it is loaded, beside the model without it; into results/routed_text.json.
 
-Three ways take turns: routed, attention everywhere by the same modules, and the base as it was, whose layers all run as
-compiled kernels; converted layers run eagerly.
+Three ways take turns: routed, attention everywhere by the same modules, and the base as it was. The base's layers run
+as compiled kernels; of a converted layer the MLP does, and its attention half is an operator of its own.
 """
 
 from __future__ import annotations

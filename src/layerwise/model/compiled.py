@@ -78,6 +78,10 @@ class CompiledEngine:
                     known and known.outdated(LayerSource(self.backbone, visit, form))
                 ):
                     self._build(visit, form)
+        for number in {one.layer for one in asked if self._is_replaced(one)}:
+            prepare = getattr(self.backbone.attention[number], "prepare", None)
+            if prepare is not None:
+                prepare(self.backbone.layers[number].input_layernorm, self.notify)
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         kernel = self._kernel(step, hidden, frame)
@@ -85,10 +89,9 @@ class CompiledEngine:
             return self._in_parts(step, hidden, frame)
         if kernel is None:
             return self.eager.visit(step, hidden, frame)
-        slot, cache = step.slot, frame.cache
-        if slot is None:
+        if step.slot is None:
             return kernel.run([hidden, *kernel.weights])[0]
-        store, layer = cache.slots[slot], step.visit.layer
+        store, layer = frame.cache.slots[step.slot], step.visit.layer
         if kernel.form == ONE:
             state = [hidden, store.keys, store.values, self._upto(frame.stop), *frame.rotary(layer, None)]
         else:
@@ -100,9 +103,10 @@ class CompiledEngine:
 
     def _kernel(self, step: Step, hidden: Tensor, frame: Frame) -> _Kernel | None:
         """The kernel that can do this call, if there is one."""
-        cache, (rows, width) = frame.cache, hidden.shape[:2]
-        if self._is_replaced(step.visit):
+        rows, width = hidden.shape[:2]
+        if self._is_replaced(step.visit) or rows * width > FEW_TOKENS or not self._goes_on(step, frame):
             return None
+<<<<<<< HEAD
         if cache is None or step.rows is not None or rows * width > FEW_TOKENS or torch.is_grad_enabled():
             return None
         if hidden.device.type != "cpu":
@@ -111,21 +115,46 @@ class CompiledEngine:
             store = cache.slots.get(step.slot)
             if store is None or store.seen is not None or store.ends != frame.starts:
                 return None
+=======
+>>>>>>> 62afb40 (The attention half of a converted layer is one operator for a single token)
         form = ONE if rows == width == 1 else FEW
         known = self._layers.get((step.visit, form), _UNKNOWN)
         return self._build(step.visit, form) if known is _UNKNOWN else known
+
+    def _goes_on(self, step: Step, frame: Frame) -> bool:
+        """Whether this is inference on all rows, and the cache holds every token before these."""
+        if frame.cache is None or step.rows is not None or torch.is_grad_enabled():
+            return False
+        store = None if step.slot is None else frame.cache.slots.get(step.slot)
+        return step.slot is None or (store is not None and store.seen is None and store.ends == frame.starts)
 
     def _is_replaced(self, visit: Visit) -> bool:
         """Whether something else than the layer's attention runs, which kernels do not know of."""
         return visit.attends and visit.layer in self.backbone.attention
 
     def _in_parts(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
-        """A visit whose attention is replaced: that eagerly; then the MLP, most of the weights, as any other."""
-        attention = replace(step.visit, part=Part.ATTENTION)
-        hidden = self.eager.visit(Step(attention, step.slot, step.rows), hidden, frame)
+        """A visit whose attention is replaced: that by its operator or eagerly; then the MLP, most of the weights, as
+        any other."""
+        mixed = self._token(step, hidden, frame)
+        if mixed is None:
+            attention = replace(step.visit, part=Part.ATTENTION)
+            mixed = self.eager.visit(Step(attention, step.slot, step.rows), hidden, frame)
+        hidden = mixed
         if step.visit.part is Part.ATTENTION:
             return hidden
         return self.visit(Step(replace(step.visit, part=Part.MLP), None, step.rows), hidden, frame)
+
+    def _token(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor | None:
+        """One token through the attention half of a visit, if what replaces its attention has a way of its own."""
+        layer = step.visit.layer
+        token = getattr(self.backbone.attention[layer], "token", None)
+        if token is None or step.slot is None or hidden.shape[:2].numel() != 1 or not self._goes_on(step, frame):
+            return None
+        store = frame.cache.slots[step.slot]
+        mixed = token(hidden, store.keys, store.values, frame.starts[0], frame.rotary(layer, None))
+        if mixed is not None:
+            store.ends = [frame.stop]
+        return mixed
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As `Engine.logits`; of few tokens in float32, which is what their sums are made in."""

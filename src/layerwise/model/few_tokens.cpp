@@ -1,4 +1,4 @@
-// The two products of a decoder layer, for a few tokens; and what a routed layer does for one.
+// The two products of a decoder layer, for a few tokens.
 //
 // Linear maps, y = x W^T: x (tokens, k), W (n, k), both row-major.
 // A general matrix product is made for large x; for 2 to 32 tokens it reaches a fraction of the memory bandwidth.
@@ -20,8 +20,6 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <optional>
-#include <tuple>
 #include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -297,104 +295,13 @@ at::Tensor few_token_attention(const at::Tensor& query, const at::Tensor& keys, 
   return out;
 }
 
-// -- one token of a routed layer: see routed_attention.py -------------------------------------------------------------
-
-// The router: the logit of hidden (1, 1, size), and the moving average (1, width) after it. inputs (2 width, size) are
-// the maps of the token and of the average, out (1, width); `before` (1, width) is the average so far, if any.
-template <typename T>
-std::tuple<float, at::Tensor> route(const at::Tensor& hidden, const at::Tensor& inputs, const at::Tensor& bias,
-                                    const at::Tensor& out, const at::Tensor& out_bias,
-                                    const std::optional<at::Tensor>& before, float decay) {
-  const auto both = few_token_linear(hidden, {inputs})[0];
-  const int64_t width = out.size(-1);
-  auto average = at::empty({1, width}, hidden.options());
-  const T *const mapped = both.const_data_ptr<T>(), *const b = bias.const_data_ptr<T>();
-  const T *const last = out.const_data_ptr<T>(), *const old = before ? before->const_data_ptr<T>() : nullptr;
-  T* const kept = average.mutable_data_ptr<T>();
-  float logit = out_bias.const_data_ptr<T>()[0];
-  for (int64_t i = 0; i < width; ++i) {
-    const float past = (1.f - decay) * (mapped[width + i] + b[width + i]) + (old ? decay * old[i] : 0.f);
-    kept[i] = static_cast<T>(past);
-    const float x = mapped[i] + b[i] + past;
-    logit += last[i] * 0.5f * x * (1.f + std::tanh(0.7978845608f * (x + 0.044715f * x * x * x)));
-  }
-  return {logit, average};
-}
-
-// `lanes` x LANES numbers of one head, filtered: several sums at once, since each waits for its last product.
-template <int lanes, typename T>
-inline void filter(const float* taps, int64_t count, const T* newest, int64_t size, T* to) {
-  Floats sums[lanes] = {};
-  for (int64_t j = 0; j < count; ++j)
-#pragma GCC unroll 4
-    for (int i = 0; i < lanes; ++i) sums[i] += taps[j] * load(newest - j * size + i * LANES);
-  for (int i = 0; i < lanes; ++i)
-    for (int lane = 0; lane < LANES; ++lane) to[i * LANES + lane] = static_cast<T>(sums[i][lane]);
-}
-
-// The convolution: of hidden (1, tokens, size) the last token's output (1, 1, size) is wanted; the others waited for
-// their values. `window` (1, capacity, size) holds `filled` values and gets the new ones; taps (heads, count) are
-// float32, the newest first.
-template <typename T>
-at::Tensor convolve(const at::Tensor& hidden, const at::Tensor& value, const at::Tensor& output,
-                    const at::Tensor& window, int64_t filled, const at::Tensor& taps) {
-  const int64_t tokens = hidden.size(1), size = value.size(0), heads = taps.size(0), count = taps.size(1);
-  const int64_t each = size / heads, last = filled + tokens - 1, seen = std::min(count, last + 1);
-  TORCH_CHECK(last < window.size(1) && window.is_contiguous() && each % LANES == 0, "routed_token: sizes do not fit");
-  const auto values = few_token_linear(hidden, {value})[0];
-  auto mixed = at::empty({1, 1, size}, hidden.options());
-  T* const kept = window.mutable_data_ptr<T>();
-  std::memcpy(kept + filled * size, values.const_data_ptr<T>(), tokens * size * sizeof(T));
-  T* const to = mixed.mutable_data_ptr<T>();
-  for (int64_t head = 0; head < heads; ++head) {
-    const float* const tap = taps.const_data_ptr<float>() + head * count;
-    int64_t at = head * each;
-    for (; at + 4 * LANES <= (head + 1) * each; at += 4 * LANES) filter<4>(tap, seen, kept + last * size + at, size, to + at);
-    for (; at < (head + 1) * each; at += LANES) filter<1>(tap, seen, kept + last * size + at, size, to + at);
-  }
-  return few_token_linear(mixed, {output})[0];
-}
-
-// The router's logit and gate (1, 1), its average, and the convolution's output: (1, 1, size), or (1, 0, size) if the
-// token attends. `gate` (1, 1) decides instead of the router, if given; `waiting` are the inputs of earlier tokens that
-// the convolution has not seen yet.
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> routed_token(
-    const at::Tensor& hidden, at::TensorList router, const std::optional<at::Tensor>& before, double decay,
-    const std::optional<at::Tensor>& gate, at::TensorList waiting, at::TensorList maps, const at::Tensor& window,
-    int64_t filled, const at::Tensor& taps) {
-  const auto run = [&](auto zero) {
-    using T = decltype(zero);
-    auto [score, average] = route<T>(hidden, router[0], router[1], router[2], router[3], before, decay);
-    auto logit = at::empty({1, 1}, hidden.options()), chosen = at::empty({1, 1}, hidden.options());
-    const bool attends = gate ? gate->item().toFloat() > 0 : score > 0;
-    logit.mutable_data_ptr<T>()[0] = static_cast<T>(score);
-    chosen.mutable_data_ptr<T>()[0] = static_cast<T>(attends ? 1.f : 0.f);
-    at::Tensor mixed;
-    if (attends) {
-      mixed = at::empty({1, 0, hidden.size(2)}, hidden.options());
-    } else if (waiting.empty()) {
-      mixed = convolve<T>(hidden, maps[0], maps[1], window, filled, taps);
-    } else {
-      auto inputs = waiting.vec();
-      inputs.push_back(hidden);
-      mixed = convolve<T>(at::cat(inputs, 1), maps[0], maps[1], window, filled, taps);
-    }
-    return std::make_tuple(logit, chosen, average, mixed);
-  };
-  return hidden.scalar_type() == at::kFloat ? run(0.f) : run(at::BFloat16(0.f));
-}
-
 }  // namespace
 
 TORCH_LIBRARY(layerwise, library) {
   library.def("few_token_linear(Tensor input, Tensor[] weights) -> Tensor[]");
   library.def("few_token_attention(Tensor query, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
-  library.def(
-      "routed_token(Tensor hidden, Tensor[] router, Tensor? before, float decay, Tensor? gate, Tensor[] waiting,"
-      " Tensor[] maps, Tensor(a!) window, int filled, Tensor taps) -> (Tensor, Tensor, Tensor, Tensor)");
 }
 TORCH_LIBRARY_IMPL(layerwise, CPU, library) {
   library.impl("few_token_linear", few_token_linear);
   library.impl("few_token_attention", few_token_attention);
-  library.impl("routed_token", routed_token);
 }

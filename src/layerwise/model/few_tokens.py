@@ -33,7 +33,7 @@ def compiler() -> str | None:
 
 def source_text() -> str:
     """What is compiled: whoever keeps a result of it keeps it under this."""
-    return "".join(file.read_text(encoding="utf-8") for file in (HEADER, SOURCE))
+    return _text(HEADER, SOURCE)
 
 
 def load_operators(notify: Callable[[str], None]) -> None:
@@ -42,20 +42,13 @@ def load_operators(notify: Callable[[str], None]) -> None:
     few_token_linear: input (..., k) and any number of weights (n, k), to as many outputs (..., n).
     few_token_attention: query (rows, heads, tokens, size), keys and values (rows, key heads, capacity, size), additive
         float32 mask (rows, 1, tokens, length), scale, to (rows, tokens, heads, size); the first `length` keys count.
-    routed_token: one token of a routed layer, see there.
 
     Raises:
         OSError, subprocess.CalledProcessError: there is no compiler, or it fails.
     """
     if hasattr(torch.ops.layerwise, "few_token_linear"):  # a process can register operators once only
         return
-    facts = (source_text(), _FLAGS, torch.__version__, torch.backends.cpu.get_cpu_capability())
-    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
-    path = kernel_dir() / f"{key}.so"
-    if not path.exists():
-        notify("compiling operators for a few tokens (once; kept for later runs)")
-        _build(path)
-    torch.ops.load_library(str(path))
+    _load(SOURCE, source_text(), notify)
 
     @torch.library.register_fake("layerwise::few_token_linear")
     def _(input: Tensor, weights: list[Tensor]) -> list[Tensor]:
@@ -67,8 +60,31 @@ def load_operators(notify: Callable[[str], None]) -> None:
         return query.new_empty((rows, tokens, heads, size))
 
 
-def _build(path: Path) -> None:
-    """Compile into `path`; the file appears whole or not at all."""
+def load_routed_operator(name: str, notify: Callable[[str], None]) -> None:
+    """Make `torch.ops.layerwise` ready for one token of a routed layer, by the operators of the file `name`:
+    "routed_token" or "routed_layer". Errors as in `load_operators`, whose operators they call."""
+    load_operators(notify)
+    if not hasattr(torch.ops.layerwise, name):
+        source = SOURCE.with_name(f"{name}.cpp")
+        _load(source, _text(HEADER, SOURCE.with_name("one_token.h"), source), notify)
+
+
+def _text(*files: Path) -> str:
+    return "".join(file.read_text(encoding="utf-8") for file in files)
+
+
+def _load(source: Path, text: str, notify: Callable[[str], None]) -> None:
+    facts = (text, _FLAGS, torch.__version__, torch.backends.cpu.get_cpu_capability())
+    key = hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+    path = kernel_dir() / f"{key}.so"
+    if not path.exists():
+        notify(f"compiling {source.stem.replace('_', ' ')} operators (once; kept for later runs)")
+        _build(source, path)
+    torch.ops.load_library(str(path))
+
+
+def _build(source: Path, path: Path) -> None:
+    """Compile `source` into `path`; the file appears whole or not at all."""
     from torch.utils.cpp_extension import include_paths
 
     found = compiler()
@@ -78,6 +94,6 @@ def _build(path: Path) -> None:
     includes = [f"-I{folder}" for folder in [*include_paths(), sysconfig.get_paths()["include"]]]
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [found, *_FLAGS, str(SOURCE), "-o", str(made), *includes, f"-L{library}", "-lc10", "-ltorch_cpu"]
+        command = [found, *_FLAGS, str(source), "-o", str(made), *includes, f"-L{library}", "-lc10", "-ltorch_cpu"]
         subprocess.run(command, check=True, capture_output=True)
         os.replace(made, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,7 @@ from torch.nn import functional as F
 from layerwise.model.filters import moving_average
 
 
-@dataclass(frozen=True)
-class Routing:
+class Routing(NamedTuple):
     """What the router said: `gate` (rows, width) in {0, 1}, 1 attends, with the straight-through gradient in training;
     `logits` (rows, width), positive where attention is preferred. Padding has gate 0."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,32 +31,73 @@ _log = logging.getLogger(__name__)
 _ROOM = 256  # positions by which a full buffer grows at least
 
 
+class Columns:
+    """The last columns of what grows at its end: (rows, columns, size) in a buffer that is only written behind `end`.
+
+    So a copy (`copy.copy`) made earlier stays true, as long as whoever returns to it forgets what came later.
+    """
+
+    def __init__(self) -> None:
+        self.buffer: Tensor | None = None
+        self.end = self.capacity = 0
+
+    def last(self, count: int) -> Tensor:
+        """The last `count` columns."""
+        assert self.buffer is not None and count <= self.end
+        return self.buffer[:, self.end - count : self.end]
+
+    def room(self, count: int, keep: int, like: Tensor) -> None:
+        """Make room for `count` columns more; of those that are there the last `keep` may be asked for."""
+        if self.end + count > self.capacity:
+            # A new one even if the old one has columns to spare in front: an earlier copy may still need them.
+            self.capacity = keep + count + max(_ROOM, keep // 4)
+            buffer = like.new_empty(len(like), self.capacity, like.shape[2])
+            if keep:
+                buffer[:, :keep] = self.last(keep)
+            self.buffer, self.end = buffer, keep
+
+    def append(self, columns: Tensor, keep: int) -> None:
+        """Put `columns` behind; see `room`. They are not copied if nothing is kept."""
+        if keep == 0:
+            self.replace(columns)
+            return
+        count = columns.shape[1]
+        self.room(count, keep, columns)
+        assert self.buffer is not None
+        self.buffer[:, self.end : self.end + count] = columns
+        self.end += count
+
+    def replace(self, columns: Tensor) -> None:
+        """Hold `columns`, not a copy of them, and nothing else."""
+        self.buffer, self.end, self.capacity = columns, columns.shape[1], columns.shape[1]
+
+
 class RoutedLayerCache:
     """What one layer remembers of earlier positions.
 
     Attributes:
         length: columns seen, padding included.
-        made: columns of them with keys and values; the inputs of the others wait.
+        made: columns of them with keys and values.
+        mixed: columns of them that the convolution has seen.
+        reach: how many columns a convolution goes back.
         starts: where each row's tokens start, or None if there is no padding.
         average: the router's moving average (rows, router width).
-        window: the convolution's last values (rows, taps - 1 or more, hidden size).
-        waiting: inputs of later tokens that the convolution has not seen yet, since all attended.
+        inputs: of columns that wait for keys and values, or for the convolution since all attended.
+        window: the convolution's last values (rows, taps - 1 or more, hidden size), unless it has none.
+        keys, values: buffers (rows, kv heads, capacity, head size), filled up to `made`; None before the first.
     """
 
     def __init__(self) -> None:
-        self.length = self.made = 0
+        self.length = self.made = self.mixed = self.reach = 0
         self.starts: list[int] | None = None
         self.average: Tensor | None = None
-        self._window: Tensor | None = None
-        self._buffer: Tensor | None = None  # takes the place of `_window` while single tokens are decoded
-        self._filled = 0
-        self.waiting: list[Tensor] = []
-        self._pending: list[Tensor] = []
-        self._keys: Tensor | None = None
-        self._values: Tensor | None = None
+        self.inputs, self.window = Columns(), Columns()
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
 
-    def advance(self, hidden: Tensor, mask: Tensor | None, keep: bool = True) -> None:
-        """Note new positions (rows, width, hidden size), which someone may look at if `keep`.
+    def advance(self, hidden: Tensor, mask: Tensor | None, reach: int | None) -> None:
+        """Note new positions (rows, width, hidden size), which someone may look at, and a convolution that goes back
+        `reach` positions may ask for; nobody will if it is None.
 
         Raises:
             ValueError: padding after a token.
@@ -70,8 +112,9 @@ class RoutedLayerCache:
             self.starts = [start + gap for start, gap in zip(starts, missing.tolist(), strict=True)]
             if not any(self.starts):
                 self.starts = None
-        if keep:
-            self._pending.append(hidden)
+        if reach is not None:
+            self.reach = reach
+            self.inputs.append(hidden, self.needed())
         self.length += hidden.shape[1]
 
     def positions(self, width: int, device: torch.device) -> Tensor:
@@ -85,47 +128,28 @@ class RoutedLayerCache:
             return columns
         return (columns - torch.tensor(self.starts, device=device)[:, None]).clamp(min=0)
 
-    @property
-    def window(self) -> Tensor | None:
-        return self._window if self._buffer is None else self._buffer[:, : self._filled]
+    def waiting(self) -> int:
+        """How many of the last columns a convolution would ask for and has not seen."""
+        return min(self.length - self.mixed, self.reach)
 
-    @window.setter
-    def window(self, values: Tensor) -> None:
-        self._window, self._buffer = values, None
+    def room(self, reach: int, token: Tensor) -> int:
+        """Make room for one `token` more, of which a convolution may want `reach` others; how many of those wait."""
+        self.reach, inputs, window = reach, self.inputs, self.window
+        waiting = min(self.length - self.mixed, reach)
+        if inputs.end == inputs.capacity:
+            inputs.room(1, self.needed(), token)
+        if window.end + waiting >= window.capacity:
+            window.room(waiting + 1, min(window.end, reach), token)
+        return waiting
 
-    def room(self, tokens: int, reach: int, like: Tensor) -> tuple[Tensor, int]:
-        """A buffer (rows, capacity, hidden size) for values of the convolution with room for `tokens` more, and how
-        many it holds: the last `reach` or more, if there were so many. See `fill`."""
-        buffer, filled = self._buffer, self._filled
-        if buffer is None or filled + tokens > buffer.shape[1]:
-            kept = self.window
-            kept = (
-                like.new_zeros(len(like), 0, like.shape[2])
-                if kept is None
-                else kept[:, max(0, kept.shape[1] - reach) :]
-            )
-            filled = kept.shape[1]
-            # A new one even if the old one has room: a snapshot may still hold that.
-            buffer = like.new_empty(len(like), filled + tokens + _ROOM, like.shape[2])
-            buffer[:, :filled] = kept
-            self._window, self._buffer, self._filled = None, buffer, filled
-        return buffer, filled
+    def waiting_before(self, width: int) -> Tensor | None:
+        """Inputs that wait for the convolution, in front of the last `width` columns."""
+        count = min(self.length - width - self.mixed, self.reach)
+        return self.inputs.last(width + count)[:, :count] if count else None
 
-    def fill(self) -> None:
-        """The values of those that waited and of one token more are in the buffer now."""
-        self._filled += 1 + sum(one.shape[1] for one in self.waiting)
-        self.waiting = []
-
-    def wait(self, hidden: Tensor, reach: int) -> None:
-        """Keep the last `reach` inputs for a convolution that may come."""
-        if reach == 0:
-            return
-        if hidden.shape[1] >= reach:
-            self.waiting = [hidden[:, -reach:].clone()]
-            return
-        self.waiting.append(hidden)
-        if len(self.waiting) > 2 * reach:  # now and then: dropping what no window reaches is not urgent
-            self.waiting = [torch.cat(self.waiting, dim=1)[:, -reach:]]
+    def needed(self) -> int:
+        """How many of the last inputs may still be asked for."""
+        return max(self.length - self.made, self.waiting())
 
     def keys_and_values(
         self, project: Callable[[Tensor, int, int], tuple[Tensor, Tensor]], needed: int
@@ -135,47 +159,49 @@ class RoutedLayerCache:
         `project` makes them of inputs (rows, width, hidden size), given the first column and one past the last.
         """
         if needed > self.made:
-            inputs = self._pending[0] if len(self._pending) == 1 else torch.cat(self._pending, dim=1)
-            count = needed - self.made
-            keys, values = project(inputs[:, :count], self.made, needed)
-            self._pending = [inputs[:, count:].clone()] if count < inputs.shape[1] else []
-            self._keys = self._store(self._keys, keys)
-            self._values = self._store(self._values, values)
+            inputs = self.inputs.last(self.length - self.made)[:, : needed - self.made]
+            keys, values = project(inputs, self.made, needed)
+            buffers = self.key_room(needed, keys.shape[1], keys.shape[3], keys)
+            for buffer, new in zip(buffers, (keys, values), strict=True):
+                buffer[:, :, self.made : needed] = new
             self.made = needed
-        assert self._keys is not None and self._values is not None
-        return self._keys[:, :, :needed], self._values[:, :, :needed]
+            if self.inputs.end > self.needed() + _ROOM:  # a text's inputs are large
+                self.inputs.replace(self.inputs.last(self.needed()).clone())
+        assert self.keys is not None and self.values is not None
+        return self.keys[:, :, :needed], self.values[:, :, :needed]
 
-    def _store(self, buffer: Tensor | None, new: Tensor) -> Tensor:
-        end = self.made + new.shape[2]
-        if buffer is None or buffer.shape[2] < end:
-            rows, heads, _, size = new.shape
-            larger = new.new_empty(rows, heads, end + max(_ROOM, end // 4), size)
-            if buffer is not None:
-                larger[:, :, : self.made] = buffer[:, :, : self.made]
-            buffer = larger
-        buffer[:, :, self.made : end] = new
-        return buffer
+    def key_room(self, needed: int, heads: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Buffers of keys and of values (rows, heads, `needed` columns or more, size), of rows and dtype of `like`."""
+        keys, values = self.keys, self.values
+        if keys is None or values is None or keys.shape[2] < needed:
+            capacity = needed + max(_ROOM, needed // 4)
+            grown = [like.new_empty(len(like), heads, capacity, size) for _ in range(2)]
+            for larger, buffer in zip(grown, (keys, values), strict=True):
+                if buffer is not None:
+                    larger[:, :, : self.made] = buffer[:, :, : self.made]
+            self.keys, self.values = keys, values = grown
+        return keys, values
 
     def snapshot(self) -> dict[str, Any]:
         """What `restore` needs to come back to this point; buffers are shared, not copied."""
-        state = dict(self.__dict__)
-        return {**state, "waiting": list(self.waiting), "_pending": list(self._pending)}
+        return {**self.__dict__, "inputs": copy(self.inputs), "window": copy(self.window)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Forget everything since `snapshot`."""
-        buffers = (self._keys, self._values)
-        self.__dict__.update({**state, "waiting": list(state["waiting"]), "_pending": list(state["_pending"])})
+        buffers = (self.keys, self.values)
+        self.__dict__.update({**state, "inputs": copy(state["inputs"]), "window": copy(state["window"])})
         if self.made and buffers[0] is not None:
-            self._keys, self._values = buffers  # grown since, perhaps; what was made then is in them
+            self.keys, self.values = buffers  # grown since, perhaps; what was made then is in them
 
     def reorder(self, rows: Tensor) -> None:
         """Keep `rows`, in this order."""
 
-        def picked(value: Any) -> Any:
-            return value.index_select(0, rows) if isinstance(value, Tensor) else value
+        def picked(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.index_select(0, rows)
 
-        for name, value in self.__dict__.items():
-            self.__dict__[name] = [picked(one) for one in value] if isinstance(value, list) else picked(value)
+        self.average, self.keys, self.values = (picked(one) for one in (self.average, self.keys, self.values))
+        for columns in (self.inputs, self.window):
+            columns.buffer = picked(columns.buffer)
         if self.starts is not None:
             self.starts = [self.starts[row] for row in rows.tolist()]
 

@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from subprocess import CalledProcessError
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerwise.model.few_tokens import load_operators
+from layerwise.model.few_tokens import load_routed_operator
 from layerwise.model.filters import causal_filter
 from layerwise.model.position_router import Router, Routing, gumbel_sigmoid
 
@@ -98,7 +98,6 @@ class RoutedAttention(nn.Module):
         self.kernel: Kernel = "auto"
         self.chunk, self.blend, self.tau = CHUNK, True, 1.0
         self.prepared = False
-        self._kept_weights: tuple[Any, Tensor] | None = None
         self.start_taps()
 
     def start_taps(self) -> None:
@@ -110,17 +109,20 @@ class RoutedAttention(nn.Module):
     def prepare(self, notify: Callable[[str], None] = lambda line: None) -> bool:
         """Decode single tokens by operators made for that; False, and all stays as it is, without a compiler.
 
-        Of a small layer's token most of the time is the calls, not the work: some thirty become one, or five if it
-        attends. Weights may be written to, moved and cast afterwards; if they are replaced, prepare again.
+        Of a small layer's token most of the time is the calls, not the work: some thirty become one.
+        Weights may be written to, moved and cast afterwards; if they are replaced, prepare again.
         """
         self.prepared = False
-        if all(one.bias is None for one in (self.q_proj, self.k_proj, self.v_proj)) and self.head_dim % 16 == 0:
+        if all(one.bias is None for one in (self.q_proj, self.k_proj, self.v_proj)):
             try:
-                load_operators(notify)
+                load_routed_operator("routed_token", notify)
                 maps, last = self.router.inputs, self.router.out
                 # Looking these up at each token takes a tenth of its time.
-                self._router_weights = [maps.weight, maps.bias, last.weight, last.bias]
-                self._decay, self._conv_weights = self.router.decay, [self.conv_value.weight, self.conv_output.weight]
+                router = [maps.weight, maps.bias, last.weight, last.bias]
+                convolution = [self.conv_value.weight, self.conv_output.weight, self.conv_taps]
+                self._attention_weights = [one.weight for one in (self.q_proj, self.k_proj, self.v_proj, self.o_proj)]
+                self._token_weights = [*router, *convolution, *self._attention_weights]
+                self._decay = self.router.decay
                 self.prepared = True
             except (OSError, CalledProcessError) as error:
                 notify(f"single tokens are decoded without operators of their own ({type(error).__name__})")
@@ -142,7 +144,7 @@ class RoutedAttention(nn.Module):
             cache: earlier positions of the same rows, continued in place.
             gate: (rows, width) who attends, instead of the router.
         """
-        if self.prepared and cache is not None and self._single(hidden, mask, cache):
+        if self.prepared and cache is not None and mask is None and self._single(hidden, cache):
             return self._decode(hidden, cache, gate)
         routing = self._route(hidden, mask, cache, gate)
         if self.training and self.blend and cache is None and self.mixing == "routed":
@@ -177,40 +179,55 @@ class RoutedAttention(nn.Module):
 
     # -- one token by operators ----------------------------------------------------------------------------------
 
-    def _single(self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache) -> bool:
-        one = hidden.shape[0] == 1 and hidden.shape[1] == 1 and hidden.is_cpu
-        usual = mask is not None or cache.starts is not None or self.mixing == "convolution" or torch.is_grad_enabled()
-        return one and not usual
+    def _single(self, hidden: Tensor, cache: RoutedLayerCache) -> bool:
+        one = hidden.numel() == self.hidden_size and hidden.is_cpu and cache.starts is None
+        return one and self.mixing != "convolution" and not torch.is_grad_enabled()
 
     def _decode(self, hidden: Tensor, cache: RoutedLayerCache, gate: Tensor | None) -> tuple[Tensor, Routing]:
         """`_route` and `_mix` of one token of one row."""
-        reach = self.kernel_size - 1
-        if self.mixing == "routed":
-            waiting = cache.waiting
-            buffer, filled = cache.room(1 + sum(one.shape[1] for one in waiting), reach, hidden)
-            logits, gate, cache.average, output = torch.ops.layerwise.routed_token(
-                hidden,
-                self._router_weights,
-                cache.average,
-                self._decay,
-                gate,
-                waiting,
-                self._conv_weights,
-                buffer,
-                filled,
-                self._taps(),
-            )
-            routing = Routing(gate, logits)
-            cache.advance(hidden, None)
-            if output.shape[1]:
-                cache.fill()
-                return output, routing
-            cache.wait(hidden, reach)
+        if self.mixing == "attention":
+            cache.advance(hidden, None, 0)
+            return self._attend_one(hidden, cache), Routing(hidden.new_ones(1, 1), hidden.new_zeros(1, 1))
+        waiting, inputs, window = cache.room(self.kernel_size - 1, hidden), cache.inputs, cache.window
+        keys, values = (cache.keys, cache.values) if self.rope_theta is None else (None, None)
+        logits, gate, cache.average, output, attends = torch.ops.layerwise.routed_token.default(
+            hidden,
+            self._token_weights,
+            cache.average,
+            self._decay,
+            gate,
+            inputs.buffer,
+            inputs.end,
+            waiting,
+            window.buffer,
+            window.end,
+            keys,
+            values,
+            cache.length,
+            cache.made,
+        )
+        cache.length += 1
+        inputs.end += 1
+        if not attends:
+            cache.mixed = cache.length
+            window.end += waiting + 1
+        elif output.shape[1]:
+            cache.made = cache.length
         else:
-            routing = Routing(hidden.new_ones(1, 1), hidden.new_zeros(1, 1))
-            cache.advance(hidden, None)
-        places = None if self.rope_theta is None else cache.positions(1, hidden.device)
-        return self._attend_everywhere(hidden, places, cache), routing
+            output = self._attend_one(hidden, cache)
+        return output, Routing(gate, logits)
+
+    def _attend_one(self, hidden: Tensor, cache: RoutedLayerCache) -> Tensor:
+        """Attention of the newest token, once it is in the cache."""
+        if self.rope_theta is not None:
+            return self._attend_everywhere(hidden, cache.positions(1, hidden.device), cache)
+        keys, values = cache.key_room(cache.length, self.kv_heads, self.head_dim, hidden)
+        inputs, count = cache.inputs, cache.length - cache.made
+        output = torch.ops.layerwise.attend_token.default(
+            inputs.buffer, inputs.end - count, count, self._attention_weights, keys, values, cache.made
+        )
+        cache.made = cache.length
+        return output
 
     def _map(self, hidden: Tensor, *maps: nn.Module) -> list[Tensor]:
         """What each of `maps` makes of `hidden`."""
@@ -244,13 +261,12 @@ class RoutedAttention(nn.Module):
             counts = [int(attends)] if attends.numel() == 1 else attends.sum(1).tolist()
         everybody = min(counts) == width
         if cache is not None:
-            cache.advance(hidden, mask, keep=self.mixing != "convolution")
+            reach = {"routed": self.kernel_size - 1, "attention": 0, "convolution": None}
+            cache.advance(hidden, mask, reach[self.mixing])
         output = places = None
         if not everybody:
             few = sum(counts) * 2 > attends.numel() and not gate.requires_grad
             output = self._convolve(hidden, mask, cache, ~attends if few else None)
-        elif cache is not None and self.mixing == "routed":
-            cache.wait(hidden, self.kernel_size - 1)  # a later token may convolve over these
         if max(counts) == 0:
             return output
         if self.rope_theta is not None:
@@ -346,17 +362,6 @@ class RoutedAttention(nn.Module):
 
         return project
 
-    def _taps(self) -> Tensor:
-        """The convolution's weights (heads, taps), float32, the newest first.
-
-        Kept between the tokens of a text; made anew whenever the parameter was written to, moved or cast.
-        """
-        taps = self.conv_taps
-        state = None if taps.is_inference() else (taps._version, taps.data_ptr(), taps.dtype)
-        if state is None or self._kept_weights is None or self._kept_weights[0] != state:
-            self._kept_weights = (state, taps.detach().float().softmax(-1))
-        return self._kept_weights[1]
-
     def _convolve(
         self, hidden: Tensor, mask: Tensor | None, cache: RoutedLayerCache | None, wanted: Tensor | None = None
     ) -> Tensor:
@@ -368,13 +373,16 @@ class RoutedAttention(nn.Module):
         width = hidden.shape[1]
         if mask is not None:
             hidden = hidden * mask[..., None]  # the map has no bias: the value of padding is zero
-        window, waiting = (None, []) if cache is None else (cache.window, cache.waiting)
+        window = waiting = None
+        if cache is not None:
+            window = cache.window.last(cache.window.end) if cache.window.end else None
+            waiting = cache.waiting_before(width)
         outputs, size = [], width if torch.is_grad_enabled() else BLOCK
         for first in range(0, width, size):
             part = slice(first, first + size)
             block = hidden[:, part]
             values = self._conv_values(block, window, waiting)
-            window, waiting = values[:, block.shape[1] :], []
+            window, waiting = values[:, block.shape[1] :], None
             mixed = self._filter(values)
             if wanted is None:
                 outputs.append(self.conv_output(mixed))
@@ -382,14 +390,15 @@ class RoutedAttention(nn.Module):
                 outputs.append(torch.zeros_like(block))
                 outputs[-1][wanted[:, part]] = self.conv_output(mixed[wanted[:, part]])
         if cache is not None:  # of a long text a copy, so that the text's values are not kept
-            cache.window, cache.waiting = window.clone() if width > 1 else window, []
+            cache.window.replace(window.clone() if width > 1 else window)
+            cache.mixed = cache.length
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
 
-    def _conv_values(self, hidden: Tensor, window: Tensor | None, waiting: list[Tensor]) -> Tensor:
+    def _conv_values(self, hidden: Tensor, window: Tensor | None, waiting: Tensor | None) -> Tensor:
         """The convolution's values of `hidden`, behind those of the kernel size - 1 positions before it."""
         length = hidden.shape[1] + self.kernel_size - 1
         # Earlier tokens that all attended have waited for this.
-        values = self.conv_value(torch.cat((*waiting, hidden), dim=1) if waiting else hidden)[:, -length:]
+        values = self.conv_value(hidden if waiting is None else torch.cat((waiting, hidden), dim=1))[:, -length:]
         if window is not None and values.shape[1] < length:
             values = torch.cat((window[:, max(0, window.shape[1] + values.shape[1] - length) :], values), dim=1)
         missing = length - values.shape[1]
@@ -398,7 +407,7 @@ class RoutedAttention(nn.Module):
     def _filter(self, values: Tensor) -> Tensor:
         """`values` filtered by each head's taps; those of the first kernel size - 1 positions are the past."""
         if values.shape[1] == self.kernel_size and not torch.is_grad_enabled():
-            oldest_first = self._taps().flip(-1).T[..., None].to(values.dtype)
+            oldest_first = self.conv_taps.softmax(-1).flip(-1).T[..., None]
             return (values.unflatten(-1, (self.heads, -1)) * oldest_first).sum(1, keepdim=True).flatten(2)
         return causal_filter(values, self.conv_taps.softmax(-1))
 

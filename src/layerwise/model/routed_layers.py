@@ -13,7 +13,8 @@ The first position has only itself to look at, so its attention is its value: it
 
 Keys and values are made and cached for every position, so whoever attends later sees all of them; positions that do not
 attend make no query and no score. All that a router and a convolution need of the past stands in the cache of values,
-so rollback, batches and slots work as for any layer.
+so rollback, batches and slots work as for any layer. A single token of one row goes through one operator
+(`RoutedSelfAttention.token`), if the engine asks for it; everything else runs as written here.
 
 The sink is there because heads that find nothing look at the first token (arXiv 2309.17453). The correction says what a
 head's attention tends to bring to a position like this one. Taps and sink begin as the mean of what each head's
@@ -25,6 +26,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import CalledProcessError
 from typing import Any
 
 import torch
@@ -32,12 +34,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.model.backbone import Backbone
+from layerwise.model.few_tokens import load_routed_operator
 from layerwise.model.filters import causal_filter
 from layerwise.model.position_router import Routing, gumbel_sigmoid
 from layerwise.model.routed_attention import CHUNK, Mixing
 
 FILE = "routed_layers.safetensors"
 _PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MIXINGS = ("convolution", "attention", "routed")  # as routed_layer.cpp numbers them
 _FITTING = ("LlamaAttention", "Qwen2Attention", "MistralAttention")
 
 
@@ -50,6 +54,7 @@ class RoutedSelfAttention(nn.Module):
         measuring: add up what attention gives to each distance, for `start`.
         decide: who attends, given logits (rows, width): True or False for each.
         sampled: in training, decide by chance with the router's probability; otherwise as in inference.
+        prepared: single tokens may go through an operator of their own; see `token`.
 
     Raises:
         ValueError: attention of another kind.
@@ -82,10 +87,58 @@ class RoutedSelfAttention(nn.Module):
         self.sampled = True
         self.routing: Routing | None = None
         self.measuring: list[Tensor] | None = None
+        self.prepared = False
 
     @property
     def attention(self) -> nn.Module:
         return self._attention[0]
+
+    def prepare(self, norm: nn.Module, notify: Callable[[str], None]) -> None:
+        """Get ready for `token`, in a layer with this `norm` in front. Without a compiler, or if something stands where
+        the pretrained projections were, `token` will decline. If weights are replaced, prepare again."""
+        self.prepared = False
+        layer = self.attention
+        maps = [layer.q_proj, layer.k_proj, layer.v_proj, layer.o_proj]
+        if not all(type(one) is nn.Linear for one in maps) or not type(norm).__name__.endswith("RMSNorm"):
+            return
+        none = norm.weight.new_empty(0)
+        self._maps = [one.weight for one in maps] + [none if one.bias is None else one.bias for one in maps]
+        self._norm = (norm.weight, norm.variance_epsilon)  # in a tuple, as the attention
+        self._local = [self.taps, self.sink, *self.router.parameters()]
+        self._local += [] if self.correction is None else self.correction.parameters()
+        if all(one.dtype == norm.weight.dtype and one.is_contiguous() and one.is_cpu for one in self._maps):
+            try:
+                load_routed_operator("routed_layer", notify)
+                self.prepared = True
+            except (OSError, CalledProcessError) as error:
+                notify(f"routed layers run without an operator of their own ({type(error).__name__})")
+
+    def token(
+        self, hidden: Tensor, keys: Tensor, values: Tensor, place: int, rotary: tuple[Tensor, Tensor]
+    ) -> Tensor | None:
+        """The attention half of a layer, norm and residual included, for one token of one row: (1, 1, hidden size) to
+        the same. Its key and value go to `place` in buffers (1, kv heads, capacity, head size). None, and nothing is
+        done, if it is not prepared or this is no plain inference."""
+        usual = self.measuring is not None or self.decide is not _positive or torch.is_grad_enabled()
+        if not self.prepared or usual or (self.training and self.sampled):
+            return None
+        if hidden.dtype != self._norm[0].dtype or self._local[0].dtype != torch.float32:
+            return None  # cast since
+        output, gate, logits = torch.ops.layerwise.routed_layer.default(
+            hidden,
+            *self._norm,
+            self._maps,
+            keys,
+            values,
+            place,
+            *rotary,
+            self._local,
+            self.attention.scaling,
+            _MIXINGS.index(self.mixing),
+        )
+        if self.mixing == "routed":
+            self.routing = Routing(gate, logits)
+        return output
 
     def forward(
         self,

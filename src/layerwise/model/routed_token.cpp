@@ -1,0 +1,207 @@
+// What a layer with routed attention does for one token of one row: see routed_attention.py.
+//
+// Of a token so small that its weights are still in the processor's cache, most of the time is calls. So router,
+// convolution and attention are one operator.
+
+#include "one_token.h"
+
+#include <torch/library.h>
+
+#include <cmath>
+#include <optional>
+#include <tuple>
+
+namespace {
+
+using namespace vectors;
+
+constexpr int64_t MANY = 12;  // tokens from which the framework's matrix product is faster than ours
+
+// What `map` (n, k) makes of `tokens` (count, k).
+template <typename T>
+void multiply_all(const at::Tensor& map, const T* tokens, int64_t count, T* to) {
+  const int64_t n = map.size(0), k = map.size(1);
+  if (count >= MANY) {
+    const auto inputs = at::from_blob(const_cast<T*>(tokens), {count, k}, map.options());
+    auto outputs = at::from_blob(to, {count, n}, map.options());
+    at::mm_out(outputs, inputs, map.t());
+  } else {
+    static const auto few = c10::Dispatcher::singleton()
+                                .findSchemaOrThrow("layerwise::few_token_linear", "")
+                                .typed<std::vector<at::Tensor>(const at::Tensor&, at::TensorList)>();
+    const auto outputs = few.call(at::from_blob(const_cast<T*>(tokens), {count, k}, map.options()), {map});
+    std::memcpy(to, outputs[0].template const_data_ptr<T>(), count * n * sizeof(T));
+  }
+}
+
+struct Attention {
+  const at::Tensor &query, &key, &value, &output;
+};
+
+// The router: its logit, and into `kept` the moving average (width) after this token. inputs (2 width, size) are the
+// maps of the token and of the average; `old` (width) is the average so far, if any.
+template <typename T>
+float route(const T* hidden, int64_t size, at::TensorList weights, const T* old, T* kept, float decay) {
+  const int64_t width = weights[2].size(-1);
+  std::vector<T> mapped(2 * width);
+  std::vector<float> inner(padded(width));
+  product<CACHED>(weight<T>(weights[0]), hidden, mapped.data(), 2 * width, size);
+  const T* const bias = weight<T>(weights[1]);
+  for (int64_t i = 0; i < width; ++i) {
+    const float past = (1.f - decay) * (mapped[width + i] + bias[width + i]) + (old ? decay * old[i] : 0.f);
+    kept[i] = static_cast<T>(past);
+    inner[i] = mapped[i] + bias[i] + past;
+  }
+  return weights[3].const_data_ptr<T>()[0] + gelu_dot(inner.data(), weight<T>(weights[2]), width);
+}
+
+// Softmax of a head's `count` taps into `to`, which has room up to a multiple of LANES.
+template <typename T>
+void soften(const T* taps, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = taps[i];
+  for (int64_t i = count; i % LANES; ++i) to[i] = -INFINITY;
+  Floats bests = load(to), sums = {};
+  for (int64_t i = LANES; i < count; i += LANES) bests = load(to + i) > bests ? load(to + i) : bests;
+  float most = bests[0];
+  for (int lane = 1; lane < LANES; ++lane) most = std::max(most, bests[lane]);
+  for (int64_t i = 0; i < count; i += LANES) {
+    const Floats e = exponential(load(to + i) - most);
+    std::memcpy(to + i, &e, sizeof e);
+    sums += e;  // what stands beyond `count` is exp(-87)
+  }
+  const float scale = 1.f / total(sums);
+  for (int64_t i = 0; i < count; ++i) to[i] *= scale;
+}
+
+// The convolution: of `tokens` inputs (tokens, k) the last one's output is wanted; the others waited for their values.
+// `window` (1, capacity, size) holds `filled` values and gets the new ones; taps (heads, count), the newest first.
+template <typename T>
+at::Tensor convolve(const T* inputs, int64_t tokens, const at::Tensor& value, const at::Tensor& output,
+                    const at::Tensor& window, int64_t filled, const at::Tensor& taps) {
+  const int64_t size = value.size(0), k = value.size(1), heads = taps.size(0), count = taps.size(1);
+  const int64_t each = size / heads, last = filled + tokens - 1, seen = std::min(count, last + 1);
+  TORCH_CHECK(last < window.size(1) && window.is_contiguous(), "routed_token: sizes do not fit");
+  T* const kept = window.mutable_data_ptr<T>();
+  if (tokens > 1) multiply_all(value, inputs, tokens, kept + filled * size);
+  std::vector<T> mixed(size);
+  const T *const tap = weight<T>(taps), *const from = weight<T>(value);
+  const int64_t grain = std::max<int64_t>(1, SHARE / (each * k));
+  at::parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {  // head by head, so that none waits for another
+    std::vector<float> share(padded(count));
+    for (int64_t head = begin; head < end; ++head) {
+      const int64_t at = head * each;
+      T* const newest = kept + last * size + at;
+      if (tokens == 1) product<CACHED>(from + at * k, inputs, newest, each, k);
+      soften(tap + head * count, count, share.data());
+      filter_head(share.data(), seen, newest, size, mixed.data() + at, each);
+    }
+  });
+  auto result = at::empty({1, 1, output.size(0)}, window.options());
+  multiply<CACHED, T>({{weight<T>(output), result.mutable_data_ptr<T>(), output.size(0)}}, mixed.data(), size);
+  return result;
+}
+
+// Attention of the last of `count` inputs (count, size), the first of which stands at `made`: their keys and values go
+// into the buffers (1, key heads, capacity, head size), of which earlier ones are filled. Gives (1, 1, size).
+template <typename T>
+at::Tensor attend(const T* tokens, int64_t count, const Attention& maps, const at::Tensor& keys,
+                  const at::Tensor& values, int64_t made) {
+  const int64_t inner = maps.query.size(0), size = maps.query.size(1), length = made + count;
+  const int64_t groups = keys.size(1), capacity = keys.size(2), each = keys.size(3), rows = groups * each;
+  TORCH_CHECK(length <= capacity && keys.is_contiguous() && values.is_contiguous(),
+              "attend_token: sizes do not fit");
+  auto query = at::empty({1, inner / each, 1, each}, keys.options());
+  auto fresh = at::empty({2, count, rows}, keys.options());  // not a vector: those of a long text are not filled twice
+  T *const new_keys = fresh.template mutable_data_ptr<T>(), *const new_values = new_keys + count * rows;
+  const T* const newest = tokens + (count - 1) * size;
+  const Map<T> asked{weight<T>(maps.query), query.template mutable_data_ptr<T>(), inner};
+  const Map<T> key{weight<T>(maps.key), new_keys, rows}, value{weight<T>(maps.value), new_values, rows};
+  if (count == 1) {
+    multiply<CACHED, T>({asked, key, value}, newest, size);
+  } else {
+    multiply<CACHED, T>({asked}, newest, size);
+    multiply_all(maps.key, tokens, count, new_keys);
+    multiply_all(maps.value, tokens, count, new_values);
+  }
+  T *const all_keys = keys.mutable_data_ptr<T>(), *const all_values = values.mutable_data_ptr<T>();
+  for (int64_t token = 0; token < count; ++token)
+    for (int64_t group = 0; group < groups; ++group) {
+      const int64_t to = (group * capacity + made + token) * each, from = token * rows + group * each;
+      std::memcpy(all_keys + to, new_keys + from, each * sizeof(T));
+      std::memcpy(all_values + to, new_values + from, each * sizeof(T));
+    }
+  const auto mixed = at::scaled_dot_product_attention(query, keys.narrow(2, 0, length), values.narrow(2, 0, length), {},
+                                                      0.0, false, {}, inner != rows)
+                         .contiguous();
+  auto output = at::empty({1, 1, maps.output.size(0)}, keys.options());
+  multiply<CACHED, T>({{weight<T>(maps.output), output.template mutable_data_ptr<T>(), output.size(2)}},
+              mixed.template const_data_ptr<T>(), inner);
+  return output;
+}
+
+// `attend` for inputs (1, capacity, size) from `first` on.
+at::Tensor attend_token(const at::Tensor& inputs, int64_t first, int64_t count, at::TensorList weights,
+                        const at::Tensor& keys, const at::Tensor& values, int64_t made) {
+  const Attention maps{weights[0], weights[1], weights[2], weights[3]};
+  TORCH_CHECK(first >= 0 && first + count <= inputs.size(1),
+              "attend_token: sizes do not fit");
+  return of_type(inputs, [&](auto zero) {
+    using T = decltype(zero);
+    return attend<T>(weight<T>(inputs) + first * inputs.size(2), count, maps, keys, values, made);
+  });
+}
+
+// The router's logit and gate (1, 1), its average, the token's output (1, 1, size), and whether it attends. weights: the
+// router's four, the convolution's value, output and taps, attention's four. `gate` (1, 1) decides instead, if given.
+//
+// hidden is stored in inputs (1, capacity, size) at `place`, behind `waiting` inputs that the convolution has not seen.
+// Its values go into `window` behind `filled` others. Keys and values of all inputs from `made` on go into their
+// buffers if the token attends; without room in them the output is then (1, 0, size), and up to the caller.
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, bool> routed_token(
+    const at::Tensor& hidden, at::TensorList weights, const std::optional<at::Tensor>& before, double decay,
+    const std::optional<at::Tensor>& gate, const at::Tensor& inputs, int64_t place, int64_t waiting,
+    const at::Tensor& window, int64_t filled, const std::optional<at::Tensor>& keys,
+    const std::optional<at::Tensor>& values, int64_t position, int64_t made) {
+  const int64_t size = hidden.size(2), width = weights[2].size(-1), count = position + 1 - made;
+  TORCH_CHECK(place < inputs.size(1) && waiting <= place && count <= place + 1,
+              "routed_token: sizes do not fit");
+  return of_type(hidden, [&](auto zero) {
+    using T = decltype(zero);
+    const T* const token = weight<T>(hidden);
+    T* const kept = inputs.mutable_data_ptr<T>() + place * size;
+    std::memcpy(kept, token, size * sizeof(T));
+    auto average = at::empty({1, width}, hidden.options());
+    const T* const old = before ? weight<T>(*before) : nullptr;
+    const float score = route<T>(token, size, weights, old, average.mutable_data_ptr<T>(), decay);
+    auto logit = at::empty({1, 1}, hidden.options()), chosen = at::empty({1, 1}, hidden.options());
+    const bool attends = gate ? gate->item().toFloat() > 0 : score > 0;
+    logit.mutable_data_ptr<T>()[0] = static_cast<T>(score);
+    chosen.mutable_data_ptr<T>()[0] = static_cast<T>(attends ? 1.f : 0.f);
+    at::Tensor mixed;
+    if (!attends) {
+      mixed = convolve<T>(kept - waiting * size, waiting + 1, weights[4], weights[5], window, filled, weights[6]);
+    } else if (keys && values && keys->size(2) > position) {
+      const Attention maps{weights[7], weights[8], weights[9], weights[10]};
+      mixed = attend<T>(kept - (count - 1) * size, count, maps, *keys, *values, made);
+    } else {
+      mixed = at::empty({1, 0, size}, hidden.options());
+    }
+    return std::make_tuple(logit, chosen, average, mixed, attends);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(layerwise, library) {
+  library.def(
+      "routed_token(Tensor hidden, Tensor[] weights, Tensor? before, float decay, Tensor? gate, Tensor(a!) inputs,"
+      " int place, int waiting, Tensor(b!) window, int filled, Tensor(c!)? keys, Tensor(d!)? values,"
+      " int position, int made) -> (Tensor, Tensor, Tensor, Tensor, bool)");
+  library.def(
+      "attend_token(Tensor inputs, int first, int count, Tensor[] weights, Tensor(a!) keys, Tensor(b!) values,"
+      " int made) -> Tensor");
+}
+TORCH_LIBRARY_IMPL(layerwise, CPU, library) {
+  library.impl("routed_token", routed_token);
+  library.impl("attend_token", attend_token);
+}

@@ -106,24 +106,13 @@ class CompiledEngine:
         rows, width = hidden.shape[:2]
         if self._is_replaced(step.visit) or rows * width > FEW_TOKENS or not self._goes_on(step, frame):
             return None
-<<<<<<< HEAD
-        if cache is None or step.rows is not None or rows * width > FEW_TOKENS or torch.is_grad_enabled():
-            return None
-        if hidden.device.type != "cpu":
-            return None
-        if step.slot is not None:
-            store = cache.slots.get(step.slot)
-            if store is None or store.seen is not None or store.ends != frame.starts:
-                return None
-=======
->>>>>>> 62afb40 (The attention half of a converted layer is one operator for a single token)
         form = ONE if rows == width == 1 else FEW
         known = self._layers.get((step.visit, form), _UNKNOWN)
         return self._build(step.visit, form) if known is _UNKNOWN else known
 
     def _goes_on(self, step: Step, frame: Frame) -> bool:
-        """Whether this is inference on all rows, and the cache holds every token before these."""
-        if frame.cache is None or step.rows is not None or torch.is_grad_enabled():
+        """Whether this is inference on all rows, on the CPU, and the cache holds every token before these."""
+        if frame.cache is None or step.rows is not None or torch.is_grad_enabled() or frame.device.type != "cpu":
             return False
         store = None if step.slot is None else frame.cache.slots.get(step.slot)
         return step.slot is None or (store is not None and store.seen is None and store.ends == frame.starts)

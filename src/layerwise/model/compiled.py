@@ -90,7 +90,7 @@ class CompiledEngine:
         if kernel is None:
             return self.eager.visit(step, hidden, frame)
         if step.slot is None:
-            return kernel.run([hidden, *kernel.weights])[0]
+            return kernel.run([hidden.contiguous(), *kernel.weights])[0]
         store, layer = frame.cache.slots[step.slot], step.visit.layer
         if kernel.form == ONE:
             state = [hidden, store.keys, store.values, self._upto(frame.stop), *frame.rotary(layer, None)]

@@ -192,9 +192,10 @@ def test_kernels_are_for_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CompiledEngine, "_load", lambda *_: pytest.fail("compiled for another device"))
     engine.prepare([Plan.full(6)], few=True)
     hidden = torch.empty(1, 1, 32, device="meta")
+    frame = SimpleNamespace(cache=Cache(1, 8), device=hidden.device)
     with torch.no_grad():
         assert engine.logits(hidden).device.type == "meta"
-        assert engine._kernel(Step(Plan.full(6).visits[0], None), hidden, SimpleNamespace(cache=Cache(1, 8))) is None
+        assert engine._kernel(Step(Plan.full(6).visits[0], None), hidden, frame) is None
     monkeypatch.setattr("layerwise.model.causal_lm.check_fit", lambda *_: None)
     monkeypatch.setattr(Backbone, "device", torch.device("cuda"))
     assert isinstance(attached("llama", "auto").runtime.engine, EagerEngine)

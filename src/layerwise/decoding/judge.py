@@ -72,7 +72,8 @@ class Judge:
     ) -> None:
         if (rows > 1 or trusting) and any(isinstance(one, _REMEMBERING) for one in processors):
             raise ValueError(
-                "guidance and SynthID watermarks draft neither in a batch nor without verification: use draft='off'"
+                "guidance and SynthID watermarks follow one row token by token: use draft='off', or one row and a "
+                "draft that is verified"
             )
         self.processors = processors
         self.trusting = trusting  # every drafted token stands: early exit without verification

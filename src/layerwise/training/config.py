@@ -217,6 +217,10 @@ class LayerRouteRecipe:
     settle: float = field(
         default=1.0, metadata=_help("Share of the steps after which gates learn no more; LoRA learns alone again.")
     )
+    fits: int = field(
+        default=0,
+        metadata=_help("Quality: how often after the held steps routers are fitted to measured gaps; 0: by gradient."),
+    )
     start_bias: float = field(default=1.0, metadata=_help("Bias of gates that begin open; closed ones have its minus."))
     reads: Reads | None = field(
         default=None, metadata=_help("What a router sees: mean, or last token, of the prompt; paper: mean, else last.")
@@ -236,9 +240,13 @@ class LayerRouteRecipe:
         for name in ("tolerance", "start_bias"):
             value = getattr(self, name)
             _require(value is None or value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
-        for name in ("penalty", "dual_rate", "weight_decay", "candidates"):
+        for name in ("penalty", "dual_rate", "weight_decay", "candidates", "fits"):
             value = getattr(self, name)
             _require(value >= 0, f"{name.replace('_', '-')} must be 0 or more, not {value}")
+        _require(
+            not self.fits or (self.objective == "quality" and self.reads != "mean" and self.settle == 1),
+            "fits are of the objective quality: leave out settle, and reads mean",
+        )
         rate = self.router_learning_rate
         _require(rate is None or rate > 0, f"router-learning-rate must be above 0, not {rate}")
         _require(0 <= self.lora_dropout < 1, f"lora-dropout must be at least 0 and below 1, not {self.lora_dropout}")

@@ -37,9 +37,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import TrainerCallback
 
-from layerwise.data.examples import Tokens
+from layerwise.data.examples import Tokens, collate, length_sorted_batches
 from layerwise.model.backbone import Backbone
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.frame import Frame
@@ -54,6 +55,9 @@ from layerwise.training.trainer import RecipeTrainer, read_examples, run_trainin
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
 DIRECTIONS = 8  # that a router which reads the last token sees
 PROMPTS = 64  # they are found with so many
+FITTED = 128  # and fitted to so many
+FITTED_AT_ONCE = 2048  # tokens
+RIDGE = 1e-3  # keeps fitted weights finite where the examples are told apart without error
 MEASURED = 8  # examples that are answered without each layer in turn
 SHRINK = 0.8  # of the mean gap is borne while that is above the tolerance
 RECENT = 0.2  # weight of a step in the mean gap
@@ -105,7 +109,7 @@ class LayerRoute(nn.Module):
             model.policy = GatedPolicy(self.weight, self.bias, keep, reads, center, basis)
 
     @torch.no_grad()
-    def choose_basis(self, examples: Sequence[Tokens]) -> None:
+    def choose_basis(self, examples: Sequence[Tokens], bears: Tensor | None = None) -> None:
         """Let each router see only the DIRECTIONS in which the prompts of these examples differ most at its layer.
 
         They are the first principal components of what it reads, each divided by its standard deviation. A router of
@@ -114,30 +118,73 @@ class LayerRoute(nn.Module):
 
         Prompts take the path that gates now take, with the LoRA as it now is: at the end of the held steps, for both
         move the states by many of the deviations measured before.
+
+        Args:
+            bears: (examples,), above 0 for those that should skip and below for those that should not, the more the
+                surer. If given, routers are fitted to it, layer after layer, as logistic regressions.
         """
-        runtime, everything = Runtime(self.model.runtime.backbone), Plan.full(self.model.depth)
+        runtime, policy, one_layer = Runtime(self.model.runtime.backbone), self.model.policy, Plan.full(self.model.depth)
         modes = [(module, module.training) for module in self.model.modules()]
         self.model.eval()
-        seen: list[list[Tensor]] = []
-        for one in examples:
-            ids = torch.tensor([one.input_ids[: one.prompt_length]], device=self.model.device)
-            hidden, gates = self.model.embed(ids), Gates(self.model.policy, [one.prompt_length])
-            states = []
-            for layer in range(self.model.depth):
-                states.append(summary(hidden, [one.prompt_length], self.model.policy.reads)[0])
-                if gates.decide(layer, hidden)[1].item():
-                    hidden = runtime.forward(hidden, [everything[layer : layer + 1]])
-            seen.append(torch.stack(states))
+        walks: list[tuple[Tensor, Gates]] = []
+        groups = length_sorted_batches([one.prompt_length for one in examples], FITTED_AT_ONCE)
+        for group in groups:
+            prompts = [examples[at].input_ids[: examples[at].prompt_length] for at in group]
+            ids = torch.zeros(len(group), max(map(len, prompts)), dtype=torch.long)
+            for row, prompt in enumerate(prompts):
+                ids[row, : len(prompt)] = torch.tensor(prompt)
+            gates = Gates(policy, [len(prompt) for prompt in prompts])
+            walks.append((self.model.embed(ids.to(self.model.device)), gates))
+        order = torch.tensor([at for group in groups for at in group])
+        kept = min(DIRECTIONS, len(examples) - 1)
+        for layer in range(self.model.depth):
+            found = torch.cat([summary(hidden, gates.lengths, policy.reads) for hidden, gates in walks])
+            center = found.mean(0)
+            _, sizes, components = torch.linalg.svd(found - center, full_matrices=False)
+            policy.center[layer] = center
+            policy.basis[layer].zero_()
+            policy.basis[layer, :kept] = components[:kept] / (sizes[:kept, None].clamp(min=1e-6) / len(found) ** 0.5)
+            if bears is not None and layer not in policy.keep:
+                seen = (found - center) @ policy.basis[layer].T
+                policy.weight[layer], policy.bias[layer] = _fitted(seen, -bears[order].to(seen.device))
+            for hidden, gates in walks:
+                _, run = gates.decide(layer, hidden)
+                rows = run.nonzero()[:, 0]
+                if len(rows):
+                    counts = [gates.lengths[row] for row in rows.tolist()]
+                    plans = [one_layer[layer : layer + 1]] * len(rows)
+                    hidden[rows] = runtime.forward(hidden[rows], plans, counts)
         for module, training in modes:
             module.training = training
-        found = torch.stack(seen, 1)  # (layers, prompts, hidden size)
-        center = found.mean(1)
-        _, sizes, components = torch.linalg.svd(found - center[:, None], full_matrices=False)
-        kept = min(DIRECTIONS, len(examples) - 1)
-        deviations = sizes[:, :kept, None].clamp(min=1e-6) / len(examples) ** 0.5
-        policy = self.model.policy
-        policy.center.copy_(center)
-        policy.basis.zero_()[:, :kept] = components[:, :kept] / deviations
+
+    @torch.no_grad()
+    def fit_gates(self, examples: Sequence[Tokens]) -> tuple[float, float]:
+        """Fit the routers to what these examples lose without all layers that may be skipped.
+
+        Returns:
+            the mean gap, nats a token, and the share of examples whose gap is bearable.
+        """
+        backbone, full = self.model.runtime.backbone, Plan.full(self.model.depth)
+        modes = [(module, module.training) for module in self.model.modules()]
+        self.model.eval()
+        short = full.skip(*(layer for layer in range(self.model.depth) if layer not in self.model.policy.keep))
+        gaps = torch.zeros(len(examples))
+        for group in length_sorted_batches([len(one.input_ids) for one in examples], FITTED_AT_ONCE):
+            batch = collate([examples[at] for at in group], 0)
+            hidden = self.model.embed(batch["input_ids"].to(self.model.device))
+            labels, counts = batch["labels"].to(hidden.device), [len(examples[at].input_ids) for at in group]
+            sums = []
+            for plan in (short, full):
+                deep = Runtime(backbone).forward(hidden, [plan] * len(group), counts)
+                losses, positions = self.row_losses(deep, labels, counts)
+                sums.append(losses / positions.clamp(min=1))
+            gaps[group] = (sums[0] - sums[1]).float().cpu()
+        for module, training in modes:
+            module.training = training
+        self.gap = gaps.mean().item()
+        bearable = max(self.recipe.tolerance, SHRINK * self.gap)
+        self.choose_basis(examples, (1 - gaps / bearable).clamp(-1, 1))
+        return self.gap, (gaps < bearable).float().mean().item()
 
     @torch.no_grad()
     def choose_candidates(self, examples: Sequence[Tokens]) -> None:
@@ -207,7 +254,8 @@ class LayerRoute(nn.Module):
             hidden = hidden.float()  # the residual stream, which autocast would leave in the weights' dtype
         runtime = self.model.runtime
         everything = [Plan.full(self.model.depth)] * rows
-        held, settled = step < self.recipe.hold * self.steps, step >= self.recipe.settle * self.steps
+        held = step < self.recipe.hold * self.steps
+        settled = bool(self.recipe.fits) or step >= self.recipe.settle * self.steps
         if self.weight is None or not self.training or held or settled:
             walked: list[Plan] | Route = everything
             if self.weight is not None:
@@ -303,6 +351,30 @@ class LayerRoute(nn.Module):
         }
 
 
+@torch.enable_grad()
+def _fitted(seen: Tensor, needs: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight (directions,) and bias () of the logistic regression that tells `needs` > 0 from < 0 by `seen`.
+
+    Args:
+        seen: (examples, directions).
+        needs: (examples,); its magnitude is the example's weight.
+    """
+    parameters = torch.zeros(seen.shape[1] + 1, device=seen.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        optimizer.zero_grad()
+        scores = seen.float() @ parameters[:-1] + parameters[-1]
+        wrong = binary_cross_entropy_with_logits(scores, (needs > 0).float(), needs.abs().float())
+        total = wrong + RIDGE * parameters.square().sum()
+        total.backward()
+        return total
+
+    optimizer.step(loss)
+    fitted = parameters.detach()
+    return fitted[:-1], fitted[-1]
+
+
 class _Mixed(EagerEngine):
     """Runs every layer, and mixes what it gives by straight-through gates; keeps both kinds, (rows,) a layer."""
 
@@ -368,12 +440,19 @@ class _Dual(TrainerCallback):
         self.trainer = trainer
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        module = self.trainer.model
-        free = state.global_step == ceil(module.recipe.hold * module.steps)
-        if free and isinstance(module.model.policy, GatedPolicy) and module.model.policy.reads == "last":
-            # The same examples in all processes.
-            examples = self.trainer.train_dataset.examples
-            module.choose_basis(random.Random(args.seed).sample(examples, min(PROMPTS, len(examples))))
+        module, examples = self.trainer.model, self.trainer.train_dataset.examples
+        recipe = module.recipe
+        if not isinstance(module.model.policy, GatedPolicy) or module.model.policy.reads != "last":
+            return
+        times = [recipe.hold + (1 - recipe.hold) * fit / max(1, recipe.fits) for fit in range(max(1, recipe.fits))]
+        if state.global_step not in [ceil(time * module.steps) for time in times]:
+            return
+        # The same examples in all processes.
+        if recipe.fits:
+            gap, bearing = module.fit_gates(_drawn(examples, args.seed, FITTED))
+            self.trainer.log({"gap_of_all_skips": gap, "share_that_bears_it": bearing})
+        else:
+            module.choose_basis(_drawn(examples, args.seed, PROMPTS))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         module = self.trainer.model
@@ -390,20 +469,28 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
     Processes, `notify`, `resume` and what is raised are those of `layerskip.train`.
     """
 
+    made: list[LayerRoute] = []
+
     def make(steps: int) -> LayerRoute:
-        module = LayerRoute(_load(config), config, steps)
+        made.append(module := LayerRoute(_load(config), config, steps))
         if config.candidates:
             examples, _ = read_examples(config, lambda line: None)
-            module.choose_candidates(random.Random(config.seed).sample(examples, min(MEASURED, len(examples))))
+            module.choose_candidates(_drawn(examples, config.seed, MEASURED))
         return module
 
-    return run_training(config, make, LayerRouteTrainer, notify, resume, finish=_round)
+    def finish(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:
+        """The routers as they are shipped, so that what is saved decides as what is in memory."""
+        if config.fits:  # once more to the finished LoRA
+            gap, bearing = made[0].fit_gates(_drawn(examples, config.seed, FITTED))
+            notify(f"routers fitted: {bearing:.0%} of the examples bear every skip, which costs {gap:.3f} on average")
+        if isinstance(model.policy, GatedPolicy):
+            model.policy = model.policy.rounded()
+
+    return run_training(config, make, LayerRouteTrainer, notify, resume, finish=finish)
 
 
-def _round(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:
-    """The routers as they are shipped, so that what is saved decides as what is in memory."""
-    if isinstance(model.policy, GatedPolicy):
-        model.policy = model.policy.rounded()
+def _drawn(examples: Sequence[Tokens], seed: int, most: int) -> list[Tokens]:
+    return random.Random(seed).sample(examples, min(most, len(examples)))
 
 
 def _load(config: LayerRouteConfig) -> LayerwiseForCausalLM:

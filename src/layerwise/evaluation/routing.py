@@ -8,8 +8,8 @@ function fits; questions about functions. What is reported of each kind:
 - exp(CE) of the reference answers, never with a penalty in it: routed, by the same adapter with every layer run, by the
   base model, and by a LoRA trained alike without routing (`reference`);
 - what other ways to skip as much would cost, the same number of layers over the same prompts: `static`, the layers
-  that are skipped most often, the same for all prompts; `random`, as many random layers a prompt; `shuffled`, each
-  prompt by the route of another. Intervals are of the difference of the mean CE, by bootstrap over prompts.
+  that are skipped most often, the same for all prompts; `random`, as many layers drawn for each prompt, of those that
+  may be skipped; `shuffled`, each prompt by the route of another. Intervals are of the difference of the mean CE, by bootstrap over prompts.
 
 And what comes of it when text is generated: right tool calls, right results, lengths, reasons to stop, time.
 """
@@ -106,7 +106,11 @@ def perplexity(losses: Sequence[float], chosen: Sequence[int]) -> float:
 
 
 def control_plans(plans: Sequence[Plan], layers: int, keep: Sequence[int], seed: int) -> dict[str, list[Plan]]:
-    """For each control a plan for each prompt; each control skips as many layers over all prompts as `plans` do."""
+    """For each control a plan for each prompt; each control skips as many layers over all prompts as `plans` do.
+
+    Static and random skip the same number for every prompt, give or take one: that a prompt bears many is what routers
+    have to find out.
+    """
     chance, full = random.Random(seed), Plan.full(layers)
     skipped = [[layer for layer, ran in enumerate(plan.counts(layers)) if not ran] for plan in plans]
     times = [sum(layer in those for those in skipped) for layer in range(layers)]
@@ -115,7 +119,7 @@ def control_plans(plans: Sequence[Plan], layers: int, keep: Sequence[int], seed:
     low, more = divmod(total, len(plans))
     extra = set(chance.sample(range(len(plans)), more))
     static = [full.skip(*free[: low + (at in extra)]) for at in range(len(plans))]
-    drawn = [full.skip(*chance.sample(free, len(those))) for those in skipped]
+    drawn = [full.skip(*chance.sample(free, low + (at in extra))) for at in range(len(plans))]
     order = list(range(len(plans)))
     chance.shuffle(order)
     return {"static": static, "random": drawn, "shuffled": [plans[at] for at in order]}

@@ -9,7 +9,8 @@ function fits; questions about functions. What is reported of each kind:
   base model, and by a LoRA trained alike without routing (`reference`);
 - what other ways to skip as much would cost, the same number of layers over the same prompts: `static`, the layers
   that are skipped most often, the same for all prompts; `random`, as many layers drawn for each prompt, of those that
-  may be skipped; `shuffled`, each prompt by the route of another. Intervals are of the difference of the mean CE, by bootstrap over prompts.
+  may be skipped; `shuffled`, each prompt by the route of another. Intervals are of the difference of the mean CE, by
+  bootstrap over prompts.
 
 And what comes of it when text is generated: right tool calls, right results, lengths, reasons to stop, time.
 """

@@ -37,27 +37,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
 from transformers import TrainerCallback
 
-from layerwise.data.examples import Tokens, collate, length_sorted_batches
+from layerwise.data.examples import Tokens
 from layerwise.model.backbone import Backbone
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.frame import Frame
 from layerwise.model.packing import Packing, lengths_of_prompts
 from layerwise.model.runtime import EagerEngine, Runtime
 from layerwise.plan import Plan, Route, Step, schedule
-from layerwise.policies.gates import GatedPolicy, Gates, summary
+from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, layers_of
-from layerwise.training.exit_loss import IGNORED, LOGITS_AT_ONCE, exit_losses, labelled
+from layerwise.training.exit_loss import IGNORED
+from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, row_losses
 from layerwise.training.trainer import RecipeTrainer, read_examples, run_training
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
-DIRECTIONS = 8  # that a router which reads the last token sees
-PROMPTS = 64  # they are found with so many
-FITTED = 128  # and fitted to so many
-FITTED_AT_ONCE = 2048  # tokens
-RIDGE = 1e-3  # keeps fitted weights finite where the examples are told apart without error
+PROMPTS = 64  # in whose states the directions are found that routers see
+FITTED = 128  # examples that routers are fitted to
 MEASURED = 8  # examples that are answered without each layer in turn
 SHRINK = 0.8  # of the mean gap is borne while that is above the tolerance
 RECENT = 0.2  # weight of a step in the mean gap
@@ -108,109 +105,27 @@ class LayerRoute(nn.Module):
             center = None if reads == "mean" else torch.zeros(layers, hidden, device=device)
             model.policy = GatedPolicy(self.weight, self.bias, keep, reads, center, basis)
 
-    @torch.no_grad()
-    def choose_basis(self, examples: Sequence[Tokens], bears: Tensor | None = None) -> None:
-        """Let each router see only the DIRECTIONS in which the prompts of these examples differ most at its layer.
+    def choose_candidates(self, examples: Sequence[Tokens]) -> None:
+        """Keep all layers but the recipe's `candidates`, those without which these answers lose least.
 
-        They are the first principal components of what it reads, each divided by its standard deviation. A router of
-        576 weights would learn the rows of a batch by heart, and a step along what all prompts share would open or
-        close its gate for every input at once; what tells kinds of inputs apart is in the first few components.
-
-        Prompts take the path that gates now take, with the LoRA as it now is: at the end of the held steps, for both
-        move the states by many of the deviations measured before.
-
-        Args:
-            bears: (examples,), above 0 for those that should skip and below for those that should not, the more the
-                surer. If given, routers are fitted to it, layer after layer, as logistic regressions.
+        Gates start the closer to closing the cheaper their layer, so that they close one after another.
         """
-        runtime, policy, one_layer = Runtime(self.model.runtime.backbone), self.model.policy, Plan.full(self.model.depth)
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        walks: list[tuple[Tensor, Gates]] = []
-        groups = length_sorted_batches([one.prompt_length for one in examples], FITTED_AT_ONCE)
-        for group in groups:
-            prompts = [examples[at].input_ids[: examples[at].prompt_length] for at in group]
-            ids = torch.zeros(len(group), max(map(len, prompts)), dtype=torch.long)
-            for row, prompt in enumerate(prompts):
-                ids[row, : len(prompt)] = torch.tensor(prompt)
-            gates = Gates(policy, [len(prompt) for prompt in prompts])
-            walks.append((self.model.embed(ids.to(self.model.device)), gates))
-        order = torch.tensor([at for group in groups for at in group])
-        kept = min(DIRECTIONS, len(examples) - 1)
-        for layer in range(self.model.depth):
-            found = torch.cat([summary(hidden, gates.lengths, policy.reads) for hidden, gates in walks])
-            center = found.mean(0)
-            _, sizes, components = torch.linalg.svd(found - center, full_matrices=False)
-            policy.center[layer] = center
-            policy.basis[layer].zero_()
-            policy.basis[layer, :kept] = components[:kept] / (sizes[:kept, None].clamp(min=1e-6) / len(found) ** 0.5)
-            if bears is not None and layer not in policy.keep:
-                seen = (found - center) @ policy.basis[layer].T
-                policy.weight[layer], policy.bias[layer] = _fitted(seen, -bears[order].to(seen.device))
-            for hidden, gates in walks:
-                _, run = gates.decide(layer, hidden)
-                rows = run.nonzero()[:, 0]
-                if len(rows):
-                    counts = [gates.lengths[row] for row in rows.tolist()]
-                    plans = [one_layer[layer : layer + 1]] * len(rows)
-                    hidden[rows] = runtime.forward(hidden[rows], plans, counts)
-        for module, training in modes:
-            module.training = training
+        cheapest = layer_costs(self.model, examples).argsort().tolist()
+        free = [layer for layer in cheapest if layer not in self.model.policy.keep]
+        self._may_skip(free[: self.recipe.candidates])
 
-    @torch.no_grad()
     def fit_gates(self, examples: Sequence[Tokens]) -> tuple[float, float]:
-        """Fit the routers to what these examples lose without all layers that may be skipped.
+        """Fit the routers to what these examples lose without all the layers that may be skipped.
 
         Returns:
             the mean gap, nats a token, and the share of examples whose gap is bearable.
         """
-        backbone, full = self.model.runtime.backbone, Plan.full(self.model.depth)
-        modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-        short = full.skip(*(layer for layer in range(self.model.depth) if layer not in self.model.policy.keep))
-        gaps = torch.zeros(len(examples))
-        for group in length_sorted_batches([len(one.input_ids) for one in examples], FITTED_AT_ONCE):
-            batch = collate([examples[at] for at in group], 0)
-            hidden = self.model.embed(batch["input_ids"].to(self.model.device))
-            labels, counts = batch["labels"].to(hidden.device), [len(examples[at].input_ids) for at in group]
-            sums = []
-            for plan in (short, full):
-                deep = Runtime(backbone).forward(hidden, [plan] * len(group), counts)
-                losses, positions = self.row_losses(deep, labels, counts)
-                sums.append(losses / positions.clamp(min=1))
-            gaps[group] = (sums[0] - sums[1]).float().cpu()
-        for module, training in modes:
-            module.training = training
-        self.gap = gaps.mean().item()
-        bearable = max(self.recipe.tolerance, SHRINK * self.gap)
-        self.choose_basis(examples, (1 - gaps / bearable).clamp(-1, 1))
-        return self.gap, (gaps < bearable).float().mean().item()
-
-    @torch.no_grad()
-    def choose_candidates(self, examples: Sequence[Tokens]) -> None:
-        """Keep all layers but the recipe's `candidates`, those without which these answers lose least.
-
-        The gradient of a gate does not tell: layers that write the huge state of the first token have small ones, and
-        nothing works without them. Gates start the closer to closing the cheaper their layer, so that they close one
-        after another.
-        """
-        depth, everything = self.model.depth, Plan.full(self.model.depth)
-        runtime = Runtime(self.model.runtime.backbone)
-        rise = torch.zeros(depth)
-        for one in examples:
-            labels, counts = torch.tensor([one.labels], device=self.model.device), [len(one.input_ids)]
-            hidden = self.model.embed(torch.tensor([one.input_ids], device=self.model.device))
-            entering = []
-            for layer in range(depth):
-                entering.append(hidden)
-                hidden = runtime.forward(hidden, [everything[layer : layer + 1]])
-            whole = self.row_losses(hidden, labels, counts)[0]
-            for layer, state in enumerate(entering):
-                last = layer == depth - 1
-                deep = state if last else runtime.forward(state, [everything[layer + 1 :]])
-                rise[layer] += ((self.row_losses(deep, labels, counts)[0] - whole) / labels.ne(IGNORED).sum()).item()
-        cheapest = [layer for layer in rise.argsort().tolist() if layer not in self.model.policy.keep]
-        self._may_skip(cheapest[: self.recipe.candidates])
+        full = Plan.full(self.model.depth)
+        kept = self.model.policy.keep
+        gaps = lost(self.model, examples, full.skip(*(layer for layer in range(len(full)) if layer not in kept)))
+        bearable = max(self.recipe.tolerance, SHRINK * gaps.mean().item())
+        choose_basis(self.model, examples, (1 - gaps / bearable).clamp(-1, 1))
+        return gaps.mean().item(), (gaps < bearable).float().mean().item()
 
     def _may_skip(self, candidates: Sequence[int]) -> None:
         """Keep all layers but these, cheapest first; their gates start open, the cheapest next to closing."""
@@ -218,7 +133,7 @@ class LayerRoute(nn.Module):
         self.model.policy = replace(self.model.policy, keep=tuple(sorted(kept)))
         assert self.bias is not None
         for rank, layer in enumerate(candidates, 1):
-            self.bias[layer] = 2 * self.recipe.start_bias * rank / len(candidates)
+            self.bias.data[layer] = 2 * self.recipe.start_bias * rank / len(candidates)
 
     @property
     def config(self) -> Any:
@@ -263,12 +178,12 @@ class LayerRoute(nn.Module):
             deep = Runtime(runtime.backbone).forward(hidden, walked, counts)
             plans = walked if isinstance(walked, Sequence) else walked.plans
             run = torch.tensor([float(len(plan)) for plan in plans], device=hidden.device)
-            losses, positions = self.row_losses(deep, packed, counts)
+            losses, positions = row_losses(self.model.runtime.backbone, deep, packed, counts)
             return self._report(losses.sum(), losses, positions, run, real)
         engine = _Mixed(runtime.backbone, Gates(self.model.policy, lengths))
         frame = Frame(runtime.backbone, counts, width, hidden.device, hidden.dtype)
         deep = Runtime(runtime.backbone, engine).run(hidden, schedule(tuple(everything)), frame)
-        losses, positions = self.row_losses(deep, packed, counts)
+        losses, positions = row_losses(self.model.runtime.backbone, deep, packed, counts)
         soft, hard = torch.stack(engine.soft, 1).mean(1), torch.stack(engine.hard, 1).mean(1)
         of_real = real / real.sum().clamp(min=1)
         extra: dict[str, Tensor] = {}
@@ -289,25 +204,6 @@ class LayerRoute(nn.Module):
         loss = losses.sum() + self.price * penalty * positions.sum()
         extra["price"] = loss.detach().new_tensor([self.price, 1.0])
         return self._report(loss, losses, positions, hard.detach() * self.model.depth, real) | extra
-
-    def row_losses(self, deep: Tensor, labels: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Cross entropy (rows,) summed over the labelled positions of each row, and how many there are (rows,).
-
-        Args:
-            deep: (rows, width, hidden size) before the final norm, packed to the left.
-            labels: (rows, width) packed likewise.
-        """
-        backbone = self.model.runtime.backbone
-        chunk = max(1, LOGITS_AT_ONCE // backbone.head.weight.shape[0])
-        head = {id(p): p for part in (backbone.norm, backbone.head) for p in part.parameters() if p.requires_grad}
-        sums, positions = [], []
-        for row, count in enumerate(counts):
-            at, targets = labelled(labels[row : row + 1], [count])
-            picked = deep[row].index_select(0, at)[None]
-            total, _ = exit_losses(backbone.logits, list(head.values()), picked, targets, [1.0], chunk)
-            sums.append(total)
-            positions.append(len(targets))
-        return torch.stack(sums), torch.tensor(positions, device=deep.device)
 
     def adapt(self, mean: float) -> None:
         """One step of the dual variable, after an optimizer step in which its constraint stood at `mean` (over rows).
@@ -330,7 +226,7 @@ class LayerRoute(nn.Module):
         """Cross entropy of each row with every layer run, by the same LoRA."""
         backbone = self.model.runtime.backbone
         deep = Runtime(backbone).forward(hidden.detach(), [Plan.full(self.model.depth)] * len(counts), counts)
-        return self.row_losses(deep, labels, counts)[0]
+        return row_losses(self.model.runtime.backbone, deep, labels, counts)[0]
 
     def _held_plans(self, rows: int) -> list[Plan]:
         """For each row, by chance: every layer, or those whose gates are open by their bias."""
@@ -349,30 +245,6 @@ class LayerRoute(nn.Module):
             "routed_loss": torch.stack([losses.detach().sum(), positions.sum()]),
             "layers_run": torch.stack([(run * real).sum(), real.sum()]),
         }
-
-
-@torch.enable_grad()
-def _fitted(seen: Tensor, needs: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight (directions,) and bias () of the logistic regression that tells `needs` > 0 from < 0 by `seen`.
-
-    Args:
-        seen: (examples, directions).
-        needs: (examples,); its magnitude is the example's weight.
-    """
-    parameters = torch.zeros(seen.shape[1] + 1, device=seen.device, requires_grad=True)
-    optimizer = torch.optim.LBFGS([parameters], max_iter=100, line_search_fn="strong_wolfe")
-
-    def loss() -> Tensor:
-        optimizer.zero_grad()
-        scores = seen.float() @ parameters[:-1] + parameters[-1]
-        wrong = binary_cross_entropy_with_logits(scores, (needs > 0).float(), needs.abs().float())
-        total = wrong + RIDGE * parameters.square().sum()
-        total.backward()
-        return total
-
-    optimizer.step(loss)
-    fitted = parameters.detach()
-    return fitted[:-1], fitted[-1]
 
 
 class _Mixed(EagerEngine):
@@ -452,7 +324,7 @@ class _Dual(TrainerCallback):
             gap, bearing = module.fit_gates(_drawn(examples, args.seed, FITTED))
             self.trainer.log({"gap_of_all_skips": gap, "share_that_bears_it": bearing})
         else:
-            module.choose_basis(_drawn(examples, args.seed, PROMPTS))
+            choose_basis(module.model, _drawn(examples, args.seed, PROMPTS))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         module = self.trainer.model

@@ -26,9 +26,9 @@ from layerwise.training.exit_loss import IGNORED, LOGITS_AT_ONCE, exit_losses, l
 if TYPE_CHECKING:
     from layerwise.model.causal_lm import LayerwiseForCausalLM
 
-DIRECTIONS = 8  # that a router which reads the last token sees
+DIRECTIONS = 16  # that a router which reads the last token sees
 TOKENS_AT_ONCE = 2048
-RIDGE = 1e-3  # keeps fitted weights finite where the examples are told apart without error
+RIDGE = 1e-2  # of the squared weights: as many examples as are measured would else be learnt by heart
 
 
 def row_losses(backbone: Backbone, deep: Tensor, labels: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:

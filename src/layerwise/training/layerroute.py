@@ -54,7 +54,7 @@ from layerwise.training.trainer import RecipeTrainer, read_examples, run_trainin
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
 PROMPTS = 64  # in whose states the directions are found that routers see
-FITTED = 128  # examples that routers are fitted to
+FITTED = 192  # examples that routers are fitted to
 MEASURED = 8  # examples that are answered without each layer in turn
 SHRINK = 0.8  # of the mean gap is borne while that is above the tolerance
 RECENT = 0.2  # weight of a step in the mean gap

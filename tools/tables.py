@@ -37,7 +37,8 @@ def decode_table(result: dict[str, Any]) -> str:
         "",
         f"Medians of {result['rounds']} interleaved rounds, {result['new_tokens']} new tokens; {where['cpu']}, "
         f"{where['threads']} threads, torch {where['torch']}, transformers {where['transformers']}, commit "
-        f"{where['commit']}. Again: `layerwise bench decode --out results/decode.json`, then `python tools/tables.py`.",
+        f"{where['commit']}. Again: `layerwise bench decode --rounds {result['rounds']} --out results/decode.json`, "
+        "then `python tools/tables.py`.",
     ]
     return "\n".join(lines)
 
@@ -47,14 +48,15 @@ def speculative_table(result: dict[str, Any]) -> str:
     tasks = [task for run in result["runs"] for task in run["tasks"]]
     economize = all("speedup_vs_economize" in task for task in tasks)
     lines = [
-        "| held-out prompts | weights | speed-up | tokens/s | accepted | tokens a pass | vs transformers |"
-        " vs its early exit |" + " vs economize |" * economize,
-        "|---|---|---|---|---|---|---|---|" + "---|" * economize,
+        "| held-out prompts | weights | speed-up | with the prompt | tokens/s | accepted | tokens a pass |"
+        " vs transformers | vs its early exit |" + " vs economize |" * economize,
+        "|---|---|---|---|---|---|---|---|---|" + "---|" * economize,
     ]
     for run in result["runs"]:
         for task in run["tasks"]:
             lines.append(
-                f"| {task['task']} | {run['label']} | **{task['speedup']:.2f}x** | {task['tokens_per_second']:.0f} "
+                f"| {task['task']} | {run['label']} | **{task['speedup']:.2f}x** "
+                f"| {task['speedup_whole_call']:.2f}x | {task['tokens_per_second']:.0f} "
                 f"| {task['acceptance']:.0%} | {task['tokens_per_pass']:.2f} | {task['speedup_vs_hf']:.1f}x "
                 f"| {task['speedup_vs_hf_early_exit']:.1f}x |"
                 + (f" {task['speedup_vs_economize']:.1f}x |" if economize else "")
@@ -66,9 +68,10 @@ def speculative_table(result: dict[str, Any]) -> str:
         "",
         f"Greedy float32 tokens were identical to plain decoding's in {same} of {len(tasks)} rows, batches of 8 "
         "included. "
-        f"Speed-up is over layerwise's own plain decoding of the same weights, `--draft auto`; "
-        f"{prompts} prompts a task, up to {one['new_tokens']} new tokens, {one['rounds']} "
-        "interleaved rounds, one of the other libraries. Eight rows at once: "
+        "Speed-up is over layerwise's own plain decoding of the same weights, `--draft auto`, from the first token to "
+        "the last; in the third column from the call to its end, which reading the prompt of a short answer makes up "
+        f"much of. The first {prompts} held-out prompts of a task, up to {one['new_tokens']} new tokens, "
+        f"{one['rounds']} interleaved rounds, one of the other libraries. Eight rows at once: "
         f"{_range([task['batch']['speedup'] for task in tasks], '.2f')} times plain batches. {_swept(tasks)}"
         f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, transformers {where['transformers']}, "
         f"commit {where['commit']}. Again: `layerwise bench speculative --task TASK --adapter ADAPTER "
@@ -146,7 +149,7 @@ def search_table(result: dict[str, Any]) -> str:
     """One row an algorithm of `layerwise bench search --compare`."""
     algorithms, where = result["algorithms"], result["environment"]
     lines = [
-        "| search | questions answered by some path | layers of the shortest | worth of the best | tree's, above it |",
+        "| search | questions answered by some path | layers of the shortest | value of the best | tree minus this |",
         "|---|---|---|---|---|",
     ]
     for name, one in algorithms.items():
@@ -157,7 +160,8 @@ def search_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{first['questions']} training questions, {first['evaluations']:.0f} paths of each, the same measured prior "
-        f"for all; 95% intervals. A question's paths are evaluated {result['speedup']:.0f} times as fast as one by one "
+        f"for all; value: probability of the right answer, less half of the share of layers run; 95% intervals. "
+        f"A question's paths are evaluated {result['speedup']:.0f} times as fast as one by one "
         f"by plain forward passes, margins within {result['same_scores']:.0e} nats in float32. {where['threads']} "
         f"thread, commit {where['commit']}. Again: `layerwise bench search --compare 2 --out results/search.json`.",
     ]
@@ -205,7 +209,7 @@ def routed_attention_table(result: dict[str, Any]) -> str:
     for run in result["runs"]:
         groups.setdefault((run["task"] != "recall", run["distance"], run["mode"]), []).append(run)
     lines = [
-        "| task, distance | taught by | seeds | accuracy | positions that attend | needed | steps |",
+        "| task, distance | taught by | seeds | accuracy | positions that attend | least possible | steps |",
         "|---|---|---|---|---|---|---|",
     ]
     for _, runs in sorted(groups.items()):
@@ -219,7 +223,9 @@ def routed_attention_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         "Lowest to highest over seeds. Accuracy on held-out pairs of key and value; a question needs one position of "
-        "one layer. Again: `python tools/routed_attention_runs.py`.",
+        "one layer. Joint: the penalty at its full weight from the first step. Convolution, joint and, of mqar, "
+        "attention end with their steps, not with all they might learn. Again: "
+        "`python tools/routed_attention_runs.py`.",
     ]
     return "\n".join(lines)
 
@@ -228,6 +234,31 @@ def _range(values: list[float], form: str) -> str:
     """The lowest and the highest, or the one they are when written."""
     lowest, highest = format(min(values), form), format(max(values), form)
     return lowest if lowest == highest else f"{lowest} to {highest}"
+
+
+def routed_attention_speed_table(result: dict[str, Any]) -> str:
+    """The table of `layerwise bench routed-attention`: times as fast as full attention, and as the usage allows."""
+    points = result["points"]
+    shares = (0.01, 0.05, 0.25, 0.5, 1.0)
+    lines = [
+        "| tokens | phase | " + " | ".join(f"{share:.0%} attend" for share in shares) + " |",
+        "|---|---|" + "---|" * len(shares),
+    ]
+    for length in sorted({point["length"] for point in points}):
+        for phase in ("forward", "decode"):
+            those = [point for point in points if (point["length"], point["phase"]) == (length, phase)]
+            nearest = [min(those, key=lambda point, share=share: abs(point["usage"] - share)) for share in shares]
+            cells = (f"{point['measured']:.2f}x ({point['ideal']:.2f})" for point in nearest)
+            lines.append(f"| {length:,} | {phase} | {' | '.join(cells)} |")
+    where = result["environment"]
+    lines += [
+        "",
+        "Times as fast as the same layer with torch's fused attention everywhere; in brackets what counting allows. "
+        f"Medians of {result['rounds']} interleaved rounds, float32, {where['threads']} threads, commit "
+        f"{where['commit']}. Again: `layerwise bench routed-attention --rounds {result['rounds']} "
+        "--out results/routed_attention_speed.json`.",
+    ]
+    return "\n".join(lines)
 
 
 def routed_text_table(result: dict[str, Any]) -> str:
@@ -256,14 +287,14 @@ def routed_text_table(result: dict[str, Any]) -> str:
         + (f", {1e3 * one['base_step_seconds']:.0f} without them)" if "base_step_seconds" in one else ")")
         for one in result["generate"]
     )
-    where = result["environment"]
+    where, timed_at = result["environment"], result["generate"][0].get("environment", result["environment"])
     note = f" {result['note']}" if "note" in result else ""
     lines += [
         "",
         f"{result['texts']} held-out Wikipedia texts of {result['config']['text_length']} tokens; routed, perplexity "
         f"is {result['ratio']:.3f} of the base's (95% interval {low:.3f} to {high:.3f}). A token of `generate`: "
-        f"{times}. {where['threads']} thread, commit {where['commit']}. Again: `python tools/adapters.py "
-        f"routed-text`, times `python tools/routed_text_times.py`.{note}",
+        f"{times}; {timed_at['threads']} threads, commit {timed_at['commit']}. Perplexities: commit {where['commit']}. "
+        f"Again: `python tools/adapters.py routed-text`, times `python tools/routed_text_times.py`.{note}",
     ]
     return "\n".join(lines)
 
@@ -276,6 +307,7 @@ TABLES = {
     "search": search_table,
     "drllm": drllm_table,
     "routed_attention": routed_attention_table,
+    "routed_attention_speed": routed_attention_speed_table,
     "routed_text": routed_text_table,
 }
 

@@ -62,23 +62,24 @@ inline void dots(const T* w, const T* x, int64_t k, Floats* sums) {
   }
 }
 
-// y = W x for `n` rows of W, each of `k` numbers.
+// y = W x for `n` rows of W, each of `k` numbers; `back`: the last rows first.
 template <int rows, typename T>
-void product(const T* w, const T* x, T* y, int64_t n, int64_t k) {
+void product(const T* w, const T* x, T* y, int64_t n, int64_t k, bool back = false) {
   const int64_t whole = k / STEP<T> * STEP<T>;
   const auto rest = [&](int64_t row) {
     float sum = 0.f;
     for (int64_t i = whole; i < k; ++i) sum += static_cast<float>(w[row * k + i]) * static_cast<float>(x[i]);
     return sum;
   };
-  int64_t row = 0;
-  for (; row + LANES <= n; row += LANES) {
+  const int64_t blocks = n / LANES;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t row = (back ? blocks - 1 - block : block) * LANES;
     Floats sums[LANES];
     for (int at = 0; at < LANES; at += rows) dots<rows>(w + (row + at) * k, x, k, sums + at);
     const Floats found = totals(sums);
     for (int lane = 0; lane < LANES; ++lane) y[row + lane] = static_cast<T>(found[lane] + rest(row + lane));
   }
-  for (; row < n; ++row) {
+  for (int64_t row = blocks * LANES; row < n; ++row) {
     Floats sum;
     dots<1>(w + row * k, x, k, &sum);
     y[row] = static_cast<T>(total(sum) + rest(row));
@@ -94,7 +95,7 @@ struct Map {
 
 // The maps of one input: every thread takes its share of each.
 template <int rows, typename T>
-void multiply(std::initializer_list<Map<T>> maps, const T* x, int64_t k) {
+void multiply(std::initializer_list<Map<T>> maps, const T* x, int64_t k, bool back = false) {
   int64_t work = 0;
   for (const auto& map : maps) work += map.n * k;
   const int64_t parts = std::clamp<int64_t>(work / SHARE, 1, at::get_num_threads());
@@ -102,7 +103,7 @@ void multiply(std::initializer_list<Map<T>> maps, const T* x, int64_t k) {
     for (const auto& map : maps) {
       const auto bound = [&](int64_t part) { return part == parts ? map.n : map.n * part / parts / LANES * LANES; };
       const int64_t first = bound(begin);
-      product<rows>(map.weight + first * k, x, map.output + first, bound(end) - first, k);
+      product<rows>(map.weight + first * k, x, map.output + first, bound(end) - first, k, back);
     }
   });
 }

@@ -7,6 +7,7 @@
 
 #include <torch/library.h>
 
+#include <atomic>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -15,23 +16,21 @@ namespace {
 
 using namespace vectors;
 
-constexpr int64_t MANY = 12;  // tokens from which the framework's matrix product is faster than ours
+constexpr int64_t MANY = 12, MANY_BY_THREADS = 48;  // from so many tokens the framework's matrix product is faster
 
-// What `map` (n, k) makes of `tokens` (count, k).
+// What each of `maps` (n, k) makes of `tokens` (count, k).
 template <typename T>
-void multiply_all(const at::Tensor& map, const T* tokens, int64_t count, T* to) {
-  const int64_t n = map.size(0), k = map.size(1);
-  if (count >= MANY) {
-    const auto inputs = at::from_blob(const_cast<T*>(tokens), {count, k}, map.options());
-    auto outputs = at::from_blob(to, {count, n}, map.options());
-    at::mm_out(outputs, inputs, map.t());
-  } else {
-    static const auto few = c10::Dispatcher::singleton()
-                                .findSchemaOrThrow("layerwise::few_token_linear", "")
-                                .typed<std::vector<at::Tensor>(const at::Tensor&, at::TensorList)>();
-    const auto outputs = few.call(at::from_blob(const_cast<T*>(tokens), {count, k}, map.options()), {map});
-    std::memcpy(to, outputs[0].template const_data_ptr<T>(), count * n * sizeof(T));
+std::vector<at::Tensor> multiply_all(at::TensorList maps, const T* tokens, int64_t count) {
+  const auto inputs = at::from_blob(const_cast<T*>(tokens), {count, maps[0].size(1)}, maps[0].options());
+  if (count >= (at::get_num_threads() > 1 ? MANY_BY_THREADS : MANY)) {
+    std::vector<at::Tensor> outputs;
+    for (const auto& map : maps) outputs.push_back(at::mm(inputs, map.t()));
+    return outputs;
   }
+  static const auto few = c10::Dispatcher::singleton()
+                              .findSchemaOrThrow("layerwise::few_token_linear", "")
+                              .typed<std::vector<at::Tensor>(const at::Tensor&, at::TensorList)>();
+  return few.call(inputs, maps);
 }
 
 struct Attention {
@@ -82,22 +81,27 @@ at::Tensor convolve(const T* inputs, int64_t tokens, const at::Tensor& value, co
   const int64_t each = size / heads, last = filled + tokens - 1, seen = std::min(count, last + 1);
   TORCH_CHECK(last < window.size(1) && window.is_contiguous(), "routed_token: sizes do not fit");
   T* const kept = window.mutable_data_ptr<T>();
-  if (tokens > 1) multiply_all(value, inputs, tokens, kept + filled * size);
+  if (tokens > 1)
+    std::memcpy(kept + filled * size, multiply_all({value}, inputs, tokens)[0].template const_data_ptr<T>(),
+                tokens * size * sizeof(T));
+  // Every second token reads the weights from their end: what was read last is in the nearest cache still.
+  static std::atomic<bool> turned{false};
+  const bool back = turned.exchange(!turned);
   std::vector<T> mixed(size);
   const T *const tap = weight<T>(taps), *const from = weight<T>(value);
   const int64_t grain = std::max<int64_t>(1, SHARE / (each * k));
   at::parallel_for(0, heads, grain, [&](int64_t begin, int64_t end) {  // head by head, so that none waits for another
     std::vector<float> share(padded(count));
-    for (int64_t head = begin; head < end; ++head) {
-      const int64_t at = head * each;
+    for (int64_t number = begin; number < end; ++number) {
+      const int64_t head = back ? end - 1 - (number - begin) : number, at = head * each;
       T* const newest = kept + last * size + at;
-      if (tokens == 1) product<CACHED>(from + at * k, inputs, newest, each, k);
+      if (tokens == 1) product<CACHED>(from + at * k, inputs, newest, each, k, back);
       soften(tap + head * count, count, share.data());
       filter_head(share.data(), seen, newest, size, mixed.data() + at, each);
     }
   });
   auto result = at::empty({1, 1, output.size(0)}, window.options());
-  multiply<CACHED, T>({{weight<T>(output), result.mutable_data_ptr<T>(), output.size(0)}}, mixed.data(), size);
+  multiply<CACHED, T>({{weight<T>(output), result.mutable_data_ptr<T>(), output.size(0)}}, mixed.data(), size, back);
   return result;
 }
 
@@ -111,18 +115,19 @@ at::Tensor attend(const T* tokens, int64_t count, const Attention& maps, const a
   TORCH_CHECK(length <= capacity && keys.is_contiguous() && values.is_contiguous(),
               "attend_token: sizes do not fit");
   auto query = at::empty({1, inner / each, 1, each}, keys.options());
-  auto fresh = at::empty({2, count, rows}, keys.options());  // not a vector: those of a long text are not filled twice
-  T *const new_keys = fresh.template mutable_data_ptr<T>(), *const new_values = new_keys + count * rows;
+  std::vector<at::Tensor> fresh;  // keys and values (count, rows)
   const T* const newest = tokens + (count - 1) * size;
   const Map<T> asked{weight<T>(maps.query), query.template mutable_data_ptr<T>(), inner};
-  const Map<T> key{weight<T>(maps.key), new_keys, rows}, value{weight<T>(maps.value), new_values, rows};
   if (count == 1) {
+    fresh = {at::empty({1, rows}, keys.options()), at::empty({1, rows}, keys.options())};
+    const Map<T> key{weight<T>(maps.key), fresh[0].template mutable_data_ptr<T>(), rows};
+    const Map<T> value{weight<T>(maps.value), fresh[1].template mutable_data_ptr<T>(), rows};
     multiply<CACHED, T>({asked, key, value}, newest, size);
   } else {
     multiply<CACHED, T>({asked}, newest, size);
-    multiply_all(maps.key, tokens, count, new_keys);
-    multiply_all(maps.value, tokens, count, new_values);
+    fresh = multiply_all({maps.key, maps.value}, tokens, count);
   }
+  const T *const new_keys = weight<T>(fresh[0]), *const new_values = weight<T>(fresh[1]);
   T *const all_keys = keys.mutable_data_ptr<T>(), *const all_values = values.mutable_data_ptr<T>();
   for (int64_t token = 0; token < count; ++token)
     for (int64_t group = 0; group < groups; ++group) {

@@ -75,7 +75,7 @@ def write_answers(
     prompts = [prompt_ids(one, tokenizer) for one in examples]
     about = {
         "set of prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
-        "model": fingerprint(model.runtime.backbone.model),
+        "model": fingerprint(model.runtime.backbone.model, adapted=True),
         "policy": model.policy.to_dict(),
         "precision": str(model.runtime.backbone.dtype),
         "max-new-tokens": max_new_tokens,

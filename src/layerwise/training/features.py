@@ -77,7 +77,9 @@ def kept_features(
     """
     from safetensors.torch import load_file, save_file
 
-    key = json.dumps([fingerprint(model.runtime.backbone.model), str(model.runtime.backbone.dtype), prompts, paths])
+    key = json.dumps(
+        [fingerprint(model.runtime.backbone.model, adapted=True), str(model.runtime.backbone.dtype), prompts, paths]
+    )
     own = folder / f"features-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     own.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = []

@@ -221,9 +221,8 @@ def _draw(suite: Suite, result: dict[str, Any], figure: Path) -> None:
 def _check_options(context: typer.Context, suite: Suite) -> None:
     """Refuse what was asked of another suite: it would be ignored."""
     for name, suites in OPTIONS_OF.items():
-        asked = context.get_parameter_source(name)
-        if suite not in suites and asked is not None and asked.name == "COMMANDLINE":
-            raise ValueError(f"--{name} belongs to --suite {' and --suite '.join(suites)}: leave it out")
+        if suite not in suites:
+            options.refuse_given(context, [name], f"--suite {' and --suite '.join(suites)}")
 
 
 def _check_files(out: Path | None, figure: Path | None) -> None:

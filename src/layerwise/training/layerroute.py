@@ -22,6 +22,10 @@ What keeps gates from all staying open is the objective, beside the cross entrop
               mean gap is bearable and falls while it is not.
     none      CE, the same LoRA without routing: what the others are to be compared with.
 
+With `fits` the objective quality needs no price, and no gradient reaches the routers: they are logistic regressions
+fitted to gaps that are measured, of examples answered with all skips and with none (`gate_fits`); after the held steps,
+`fits` times at even distances, and once more at the end. The LoRA learns by CE along the paths that they choose.
+
 Means of gates are over rows and all layers. No objective knows of what kind an input is.
 """
 

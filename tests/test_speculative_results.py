@@ -15,7 +15,7 @@ import torch
 from layerwise import attach
 from layerwise.benchmarks import contenders
 from layerwise.benchmarks.speculative import _compared, static_drafts
-from layerwise.cli.bench import _keep, _kept
+from layerwise.cli.bench import _keep, _kept, _print_speculative
 from layerwise.trace import Source, Trace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +47,14 @@ def test_ratios_are_of_total_times_of_medians() -> None:
     assert found["acceptance"] == pytest.approx(4 / 8)
     assert found["tokens_per_second"] == pytest.approx(3 / 4)
     assert found["identical"] and found["identical_to_hf"]
+
+
+def test_a_result_without_early_exit_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers has none to measure in a model of four layers."""
+    runs = {name: [[ran([1, 2, 3], 4.0)]] for name in ("plain", "auto", "transformers")}
+    told = {"task": "code", "draft": "auto", "batch": {"rows": 8, "speedup": 1.0}, "settings": {"transformers": None}}
+    _print_speculative(told | _compared(runs, "auto"))
+    assert "1.0x transformers" in capsys.readouterr().out
 
 
 def test_one_different_token_in_any_round_is_seen() -> None:

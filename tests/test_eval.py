@@ -227,6 +227,8 @@ def layerwise_eval(*given: str) -> Any:
         (["--datasets", "wikipedia,novels"], "no data set 'novels'"),
         (["--samples", "0"], "at least 1"),
         (["--questions", "-1"], "at least 0"),
+        (["somewhere", "--suite", "tools-vs-planning", "--answers", "-1"], "answers and timed"),
+        (["somewhere", "--suite", "tools-vs-planning", "--timed", "-1"], "answers and timed"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_loaded(

@@ -73,12 +73,14 @@ def bench_routed_attention(
         decoded: tokens of a decoding run.
 
     Raises:
-        ValueError: nothing to measure, or a usage that is no share.
+        ValueError: nothing to measure, a usage that is no share, or a layer of no size.
     """
     if not lengths or not usages or rounds < 1 or decoded < 1:
         raise ValueError("lengths and usages need one entry at least, rounds and decoded must be 1 or more")
     if min(lengths) < 2 or not all(0 <= usage <= 1 for usage in usages):
         raise ValueError("lengths must be 2 or more, and usages between 0 and 1")
+    if hidden_size < 1 or heads < 1:
+        raise ValueError("hidden-size and heads must be 1 or more")
     if dtype not in DTYPES:
         raise ValueError(f"no dtype '{dtype}': choose {', '.join(DTYPES)}")
     layer = make_layer(hidden_size, heads, router_width, dtype)

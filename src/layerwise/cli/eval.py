@@ -86,6 +86,8 @@ def run(
     chosen, names = _numbers(exits), _names(datasets)
     if samples < 1 or questions < 0:
         raise ValueError("samples must be at least 1 and questions at least 0")
+    if answers < 0 or timed < 0:
+        raise ValueError("answers and timed must be at least 0")
     if suite is not Suite.exits and adapter is None:
         raise ValueError(f"the suite {suite} judges an adapter that routes: give the folder of one")
     if reference is not None and not reference.is_dir():

@@ -6,6 +6,7 @@ Kept apart from the code that trains, so that `layerwise train --help` need not 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -111,8 +112,10 @@ class TrainingConfig(Resumable):
         _require(self.steps is None or self.epochs is None, "give either steps or epochs, not both")
         for name in ("steps", "epochs", "tokens_per_batch", "gradient_accumulation", "save_every", "log_every"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
-        _require(self.learning_rate > 0, f"learning-rate must be above 0, not {self.learning_rate}")
+            _require(
+                value is None or 0 < value < inf, f"{name.replace('_', '-')} must be above 0, and finite: not {value}"
+            )
+        _require(0 < self.learning_rate < inf, f"learning-rate must be above 0, and finite: not {self.learning_rate}")
         _require(self.warmup >= 0, f"warmup must be 0 or more steps, not {self.warmup}")
         _require(self.max_length >= 2, f"max-length must be 2 tokens or more, not {self.max_length}")
         _require(0 <= self.seed < 2**32, f"seed must be between 0 and 2^32 - 1, not {self.seed}")

@@ -37,8 +37,6 @@ from layerwise.benchmarks.timing import rounds as take_turns
 from layerwise.model.recall_model import RoutedLayerCache
 from layerwise.model.routed_attention import Kernel, RoutedAttention
 
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-USAGES = (0.003, 0.01, 0.05, 0.25, 0.5, 1.0)
 KERNELS: tuple[Kernel, ...] = ("dense", "gathered", "chunked")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DECODED = 320  # tokens of a decoding run: one attends at 0.3%
@@ -48,8 +46,8 @@ _FEWEST_MACS = 2e9  # a timed call is repeated, up to 8 times, to do about this 
 
 
 def bench_routed_attention(
-    lengths: Sequence[int] = LENGTHS,
-    usages: Sequence[float] = USAGES,
+    lengths: Sequence[int],
+    usages: Sequence[float],
     rounds: int = 5,
     hidden_size: int = 512,
     heads: int = 8,

@@ -25,14 +25,19 @@ def _help(text: str) -> dict[str, str]:
     return {"help": text}
 
 
-class Resumable:
-    """A configuration, a dataclass with `out` and `to_dict`, of a training that can be stopped and resumed."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A configuration that can be written down."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Resumable(Options):
+    """A configuration, with `out` in it, of a training that can be stopped and resumed."""
 
     out: str
     free_to_change: ClassVar[tuple[str, ...]] = ("out", "save_every", "log_every")  # when it is resumed
-
-    def to_dict(self) -> dict[str, Any]:
-        raise NotImplementedError
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
         """Refuse to resume a training whose `to_dict` was `saved`, unless it would go on as it began."""
@@ -123,9 +128,6 @@ class TrainingConfig(Resumable):
         _choice("learning-rate-schedule", self.learning_rate_schedule, LearningRateSchedule)
         _require(Path(self.data).is_file(), f"there is no file '{self.data}': give a file of JSON lines")
         _require(not Path(self.out).is_file(), f"'{self.out}' is a file: give a folder to write the adapter to")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,7 +244,7 @@ class LayerRouteRecipe:
         _require(0 < self.target <= 1, f"target must be above 0 and at most 1, not {self.target}")
         for name in ("tolerance", "start_bias"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
+            _require(value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
         for name in ("penalty", "dual_rate", "weight_decay", "candidates", "fits"):
             value = getattr(self, name)
             _require(value >= 0, f"{name.replace('_', '-')} must be 0 or more, not {value}")
@@ -333,7 +335,7 @@ class RouterRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrLLMConfig(RouterRecipe):
+class DrLLMConfig(RouterRecipe, Options):
     """A training of routers from a file of labels.
 
     Raises:
@@ -352,9 +354,6 @@ class DrLLMConfig(RouterRecipe):
         _choice("precision", self.precision, Precision)
         _require(Path(self.labels).is_file(), f"there is no file '{self.labels}': make one with 'layerwise search'")
         _require(not Path(self.out).is_file(), f"'{self.out}' is a file: give a folder to write the adapter to")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def layers_of(text: str, layers: int | None = None) -> tuple[int, ...]:

@@ -43,7 +43,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from layerwise.data.examples import Tokens
+from layerwise.data.examples import IGNORED, Tokens
 from layerwise.model.backbone import Backbone
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.frame import Frame
@@ -52,7 +52,6 @@ from layerwise.model.runtime import EagerEngine, Runtime
 from layerwise.plan import Plan, Route, Step, schedule
 from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, layers_of
-from layerwise.training.exit_loss import IGNORED
 from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, row_losses
 from layerwise.training.trainer import RecipeTrainer, read_examples, run_training
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 from test_causal_lm import one_line
+from test_hub import with_lora
 from test_path_suite import number_tokenizer
 
 from layerwise import attach
@@ -53,5 +54,7 @@ def test_answers_of_another_model_or_to_other_prompts_are_not_mixed(tmp_path: Pa
         one_line(lambda asked=asked: written(file, asked), "another set of prompts:")
     assert file.read_bytes() == before and written(file) == ([], whole)
     one_line(lambda: written(file, seed=1), "another model:")
+    adapted = attach(with_lora(tiny.model("llama")), engine="eager")
+    one_line(lambda: list(write_answers(adapted, number_tokenizer(), ASKED, file, 4)), "another model:")
     file.write_bytes(b"")
     assert written(file, seed=1)[1] != whole

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 import sys
 import tarfile
 import zipfile
@@ -118,7 +119,7 @@ def fake_bfcl(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
             identity = f"{category}_{number}"
             function = {
                 "name": name,
-                "description": "Does.",
+                "description": f"Does {category}.",
                 "parameters": {"type": "dict", "properties": {"x": {"type": "float"}}, "required": ["x"]},
             }
             question = {"id": identity, "question": [[{"role": "user", "content": f"Do {word}?"}]]}
@@ -145,10 +146,14 @@ def test_no_question_and_no_function_is_in_two_splits(fake_bfcl: None) -> None:
     questions: dict[str, set[str]] = {}
     names: dict[str, set[str]] = {}
     kinds = set()
-    for task in ("tools", "parsing", "irrelevance"):
+    for task in ("tools", "parsing", "irrelevance", "questions"):
         for split in SPLITS:
             for example in load(task, split):
                 kinds.add((task, split))
+                if task == "questions":  # the same of many functions: "Which arguments must f7 be given?"
+                    (name,) = re.findall(r"\bf\d+\b", example.prompt[-1]["content"])
+                    names.setdefault(name.upper(), set()).add(split)
+                    continue
                 asked = bfcl.normalised(example.prompt[-1]["content"].removeprefix(bfcl.PARSE))
                 questions.setdefault(asked, set()).add(split)
                 if task == "tools":
@@ -158,7 +163,7 @@ def test_no_question_and_no_function_is_in_two_splits(fake_bfcl: None) -> None:
                     names.setdefault(example.answer.split()[0].removeprefix("[IN:"), set()).add(split)
     for example in bfcl.plain_questions():
         questions.setdefault(bfcl.normalised(example.prompt[0]["content"]), set()).add(split_of(example.key))
-    assert len(kinds) == 9 and {split for found in names.values() for split in found} == set(SPLITS)
+    assert len(kinds) == 12 and {split for found in names.values() for split in found} == set(SPLITS)
     assert all(len(found) == 1 for found in questions.values())
     assert all(len(found) == 1 for found in names.values())
 

@@ -186,6 +186,13 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "plain.jsonl.gz").write_text("{}")
     with pytest.raises(ValueError, match="not gzipped"):
         read_jsonl(tmp_path / "plain.jsonl.gz")
+    cut = tmp_path / "cut.jsonl.gz"
+    write_jsonl(cut, [Example.of("2 + 2?", "4", "sums", "a")])
+    whole = cut.read_bytes()
+    for damaged in (whole[:-12], whole[:14] + b"\xff" * 8 + whole[22:]):
+        cut.write_bytes(damaged)
+        with pytest.raises(ValueError, match="cut short or damaged"):
+            read_jsonl(cut)
 
 
 def test_the_command_counts_and_writes(

@@ -259,26 +259,21 @@ def test_the_path_to_imitate_is_the_shortest_robust_one_that_is_right(given: Pat
 def test_two_steps_from_the_command_line(form: str, given: Path, tmp_path: Path) -> None:
     out = tmp_path / "adapter"
     options = ["drllm", "--labels", str(given / "labels.jsonl"), "--out", str(out), "--model", str(given / "base")]
-    options += [
-        "--form",
-        form,
-        "--units",
-        "4",
-        "--epochs",
-        "1",
-        "--batch",
-        "30",
-        "--held-out",
-        "0.3",
-        "--questions",
-        "0",
-        "--json",
-    ]
+    options += ["--form", form, "--units", "4", "--epochs", "1", "--batch", "30", "--held-out", "0.3", "--json"]
+    options += ["--questions", "0"] if form == "menu" else []
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["adapter"] == str(out)
     model = from_pretrained(adapter=out, engine="eager")
     assert model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=3, do_sample=False, draft="policy").shape[0] == 1
+
+
+@pytest.mark.parametrize(
+    ("form", "flag", "owner"), [("menu", "--gamma", "--form per-layer"), ("per-layer", "--screen", "--form menu")]
+)
+def test_options_of_the_other_form_are_refused(form: str, flag: str, owner: str, given: Path, tmp_path: Path) -> None:
+    options = ["drllm", "--labels", str(given / "labels.jsonl"), "--out", str(tmp_path), "--form", form, flag, "2"]
+    one_line(lambda: CliRunner().invoke(app, options, catch_exceptions=False), f"{flag} belongs to {owner}")
 
 
 def test_mistakes_are_one_line(given: Path, tmp_path: Path) -> None:

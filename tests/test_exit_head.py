@@ -21,6 +21,7 @@ from layerwise.decoding.target import Target
 from layerwise.model.exit_head import FILE, ExitHead
 from layerwise.model.runtime import Runtime
 from layerwise.plan import Plan
+from layerwise.training import frozen
 from layerwise.training.frozen import FrozenExit
 
 VOCABULARY = [7, 3, 50, 96, 11, 20]
@@ -47,16 +48,16 @@ def trained_logits(
 ) -> dict[tuple[int, int, int], Tensor]:
     """Logits of the training passes, by (row, position, pass)."""
 
-    def exact(recipe: FrozenExit, input_ids: Tensor, counts: list[int], keys: list[bytes]) -> None:
+    def exact(recipe: FrozenExit, input_ids: Tensor, counts: list[int]) -> list[tuple[Tensor, ...]]:
         exit, runtime = model.exit_head.exit, model.runtime
         early = embedded = model.embed(input_ids)
         if exit:
             early = runtime.forward(embedded, [FULL[:exit]] * len(counts), counts)
         deep = runtime.forward(embedded, [FULL] * len(counts), counts)
-        for row, (count, key) in enumerate(zip(counts, keys, strict=True)):
-            recipe._states[key] = (early[row, :count], deep[row, :count])
+        kept = (early, deep) if exit else (deep,)
+        return [tuple(one[row, :count] for one in kept) for row, count in enumerate(counts)]
 
-    monkeypatch.setattr(FrozenExit, "_remember", exact)  # it keeps bfloat16, too coarse to compare with
+    monkeypatch.setattr(FrozenExit, "_computed", exact)  # it keeps bfloat16, too coarse to compare with
     seen: list[Tensor] = []
     hook = model.exit_head.head.register_forward_hook(lambda module, inputs, output: seen.append(output))
     with torch.no_grad():
@@ -196,6 +197,24 @@ def test_training_reads_tokens_wherever_they_are() -> None:
     ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 0]])
     found, expected = (FrozenExit(with_head())._base_states(one, [4, 3]) for one in (ids.as_subclass(Elsewhere), ids))
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("exit", [0, 2])
+def test_states_are_kept_up_to_a_limit_and_else_computed_again(exit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids, counts = torch.randint(3, tiny.VOCABULARY, (4, 8)), [8, 5, 8, 3]
+    expected = FrozenExit(with_head(exit=exit))._base_states(ids, counts)
+    width = 2 * tiny.model("llama").config.hidden_size * (2 if exit else 1)  # bytes a token: no embedding is kept
+    monkeypatch.setattr(frozen, "KEPT_BYTES", 13 * width)
+    recipe, computed = FrozenExit(with_head(exit=exit)), []
+    real = FrozenExit._computed
+    monkeypatch.setattr(
+        FrozenExit, "_computed", lambda self, ids, counts: computed.append(counts) or real(self, ids, counts)
+    )
+    for _ in range(2):
+        for ours, theirs in zip(recipe._base_states(ids, counts), expected, strict=True):
+            for row, count in enumerate(counts):
+                torch.testing.assert_close(ours[row, :count], theirs[row, :count], rtol=2e-2, atol=2e-2)
+    assert computed == [counts, [8, 3]] and recipe._kept_bytes == 13 * width
 
 
 def test_wrong_heads_are_refused() -> None:

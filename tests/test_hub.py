@@ -193,6 +193,15 @@ def test_fingerprints_tell_shapes_apart() -> None:
     assert len(found) == 2
 
 
+def test_adapted_fingerprints_tell_adapters_apart() -> None:
+    """What is kept of a model's answers is named after them; without an adapter nothing changes."""
+    plain = tiny.model("llama")
+    assert fingerprint(plain, adapted=True) == fingerprint(plain)
+    loras = [with_lora(tiny.model("llama"), seed).get_base_model() for seed in (0, 0, 1)]
+    first, same, other = (fingerprint(lora, adapted=True) for lora in loras)
+    assert first == same and len({first, other, fingerprint(plain)}) == 3
+
+
 def test_fingerprinting_changes_nothing() -> None:
     model = tiny.model("llama")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}

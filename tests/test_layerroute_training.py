@@ -336,6 +336,26 @@ def test_two_steps_from_the_command_line(objective: str, files: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(
+    ("flags", "owner"),
+    [
+        (["--fits", "2", "--penalty", "1"], "--fits 0"),  # the default, but somebody expects it to matter
+        (["--fits", "2", "--router-learning-rate", "0.1"], "--fits 0"),
+        (["--objective", "none", "--start-bias", "2"], "--objective paper and --objective budget"),
+        (["--objective", "budget", "--penalty", "2"], "--objective paper and --objective quality"),
+    ],
+)
+def test_options_that_would_be_ignored_are_refused(
+    flags: list[str],
+    owner: str,
+    files: Path,  # noqa: F811
+    tmp_path: Path,
+) -> None:
+    given = ["layerroute", str(files / "data.jsonl"), "--out", str(tmp_path / "out"), *flags]
+    error = f"{flags[2]} belongs to {owner}"
+    one_line(lambda: CliRunner().invoke(app, given, catch_exceptions=False), error)
+
+
+@pytest.mark.parametrize(
     ("change", "mention"),
     [
         ({"objective": "best"}, "objective"),

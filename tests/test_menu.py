@@ -38,6 +38,7 @@ def test_effects_of_edits_are_told_apart() -> None:
 def test_half_of_the_edits_are_skips() -> None:
     known = {SKIP[1]: 0.1, SKIP[2]: 0.3, SKIP[3]: 0.2, REPEAT[1]: -0.1, REPEAT[2]: -0.3}
     assert best_edits(known, 4) == [SKIP[2], SKIP[3], REPEAT[1], REPEAT[2]]
+    assert best_edits(known, 3) == [SKIP[2], SKIP[3], REPEAT[1]] and best_edits(known, 1) == [SKIP[2]]
 
 
 def test_gains_that_errors_explain_are_drawn_to_their_mean() -> None:
@@ -96,6 +97,17 @@ def test_the_race_finds_what_serves_each_task_on_questions_of_its_own(monkeypatc
     ]
     monkeypatch.setattr(menu, "effects", lambda labels, layers: {})
     one_line(lambda: menu.race(RouterRecipe(), [], given, given.rows), "search more")  # type: ignore[arg-type]
+
+
+def test_few_edits_that_promise_nothing_and_few_questions_leave_the_full_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(menu, "effects", lambda labels, layers: dict.fromkeys([SKIP[1], REPEAT[2]], 0.0))
+    given = planted({"a": {1: -0.3, 2: -0.3}, "b": {1: -0.3, 2: -0.3}}, noise=0.05, questions=2)
+    for recipe in (RouterRecipe(candidates=2), RouterRecipe(candidates=2, screen=1), RouterRecipe(candidates=1)):
+        found = menu.race(recipe, [], given, given.rows)  # type: ignore[arg-type]
+        assert all(tried.gains.isfinite().all() and tried.errors.isfinite().all() for tried in found.values())
+        assert set(served(found, dict.fromkeys(found, 1), dict.fromkeys(found, 1.0), 0.0).values()) == {FULL}
+    given.rows["b"] = given.rows["b"][:1]
+    one_line(lambda: menu.race(recipe, [], given, given.rows), "only one training question of b")  # type: ignore[arg-type]
 
 
 def test_tasks_that_look_alike_are_one_kind(monkeypatch: pytest.MonkeyPatch) -> None:

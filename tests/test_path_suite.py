@@ -12,6 +12,7 @@ import pytest
 import tiny
 import torch
 from test_eval import layerwise_eval
+from test_hub import with_lora
 from test_router import FULL, LAYERS, MENU, menu, per_layer
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -129,6 +130,9 @@ def test_margins_are_kept_by_question_and_plan(tmp_path: Path, monkeypatch: pyte
     found = plan_margins(model, tokenizer, those[::-1], asked_again, kept)
     assert new == [[MENU[1]], [MENU[1]]] and kept.reused == 3
     assert found[1] == first[1][::-1] and found[2][1] == first[0][0]
+    adapted, kept = attach(with_lora(tiny.model("llama"))), Kept(tmp_path)
+    assert plan_margins(adapted, tokenizer, those, [[FULL]] * 3, kept) != [[row[0]] for row in found]
+    assert kept.reused == 0  # the base has answered, the LoRA on it has not
 
 
 def test_fresh_verdicts_take_the_place_of_those_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from layerwise.data.recall import RecallTask
 from layerwise.model.recall_model import RecallModel
 from layerwise.training import routed_attention
 from layerwise.training.curriculum import Curriculum, RoutedAttentionConfig, Rules, stage_lengths
-from layerwise.training.routed_attention import build, evaluate, penalty, train
+from layerwise.training.routed_attention import RecallRun, build, evaluate, penalty, train
 
 TASKS = [RecallTask("recall", 20), RecallTask("mqar", 60, pairs=6), RecallTask("mqar", 256, pairs=8, queries=3)]
 
@@ -215,6 +215,21 @@ def test_ctrl_c_and_resume_equal_uninterrupted_training(tmp_path: Path, monkeypa
     one_line(lambda: train(config(tmp_path / "none"), resume=True), "no checkpoint")
     assert measured(train(broken, resume=True)) == measured(whole)
     assert measured(train(broken, resume=True)) == measured(whole)  # nothing is left to do
+
+
+def test_a_checkpoint_holds_the_random_state_of_the_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, gpu, state = RecallRun(config(tmp_path), print), torch.device("cuda", 1), torch.arange(3, dtype=torch.uint8)
+    run.begin(resume=False)
+    restored: list[Any] = []
+    monkeypatch.setattr(routed_attention.CurriculumRun, "_device", gpu)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: state if device == gpu else None)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda *given: restored.append(given))
+    load = torch.load
+    monkeypatch.setattr(torch, "load", lambda file, map_location, weights_only: load(file, weights_only=weights_only))
+    run._save()
+    run.begin(resume=True)
+    ((found, device),) = restored
+    assert torch.equal(found, state) and device == gpu
 
 
 def test_the_penalty_on_logits_moves_a_router_that_is_sure(tmp_path: Path) -> None:

@@ -388,6 +388,8 @@ def test_the_benchmark_reports_every_point() -> None:
         assert one["measured"] == pytest.approx(one["full_seconds"] / one["seconds"])
         assert ("kernels" in one) == (one["phase"] == "forward")
     one_line(lambda: bench_routed_attention((16,), (1.5,)), "usages")
+    for size in ({"heads": 0}, {"hidden_size": 0}):
+        one_line(lambda size=size: bench_routed_attention((16,), (0.5,), **size), "hidden-size and heads")
 
 
 @pytest.mark.parametrize("usage", [0.0, 0.1, 1.0])

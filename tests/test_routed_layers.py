@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import runpy
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from layerwise.model.compiled import CompiledEngine
 from layerwise.model.routed_layers import RoutedSelfAttention
 from layerwise.plan import Plan
 from layerwise.report.attention_figures import routed_text_figure
+from layerwise.training import routed_fit
 from layerwise.training.curriculum import RoutedTextConfig
 from layerwise.training.routed_fit import States, fit_layer, fit_taps, metric
 from layerwise.training.routed_text import TextRun, convert, cut
@@ -307,4 +309,18 @@ def test_resumed_equals_uninterrupted(tmp_path: Path, changes: dict[str, Any]) -
     broken = run(tmp_path / "broken", **changes)
     broken.run(resume=True)
     ours, theirs = broken.routed.state_dict(), whole.routed.state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_ctrl_c_in_the_fit_keeps_what_is_fitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fit, usual = {"method": "fit", "rank": 2}, routed_fit.fit
+    monkeypatch.setattr(routed_fit, "fit", lambda *given: signal.raise_signal(signal.SIGINT) or usual(*given))
+    broken = run(tmp_path, **fit)
+    with pytest.raises(KeyboardInterrupt):
+        broken.run(resume=False)
+    monkeypatch.setattr(routed_fit, "fit", lambda *_: pytest.fail("fitted again"))
+    resumed = run(tmp_path, **fit)
+    resumed.begin(resume=True)
+    assert resumed.number == 0 and [entry["phase"] for entry in resumed.history] == ["fit"]
+    ours, theirs = resumed.routed.state_dict(), broken.routed.state_dict()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -13,9 +13,9 @@ import tiny
 import torch
 
 from layerwise import attach
-from layerwise.benchmarks import contenders
+from layerwise.benchmarks import contenders, speculative
 from layerwise.benchmarks.speculative import _compared, static_drafts
-from layerwise.cli.bench import _keep, _kept
+from layerwise.cli.bench import _keep, _kept, _print_speculative
 from layerwise.trace import Source, Trace
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -47,6 +47,36 @@ def test_ratios_are_of_total_times_of_medians() -> None:
     assert found["acceptance"] == pytest.approx(4 / 8)
     assert found["tokens_per_second"] == pytest.approx(3 / 4)
     assert found["identical"] and found["identical_to_hf"]
+
+
+def test_a_result_without_early_exit_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    """transformers has none to measure in a model of four layers."""
+    runs = {name: [[ran([1, 2, 3], 4.0)]] for name in ("plain", "auto", "transformers")}
+    told = {"task": "code", "draft": "auto", "batch": {"rows": 8, "speedup": 1.0}, "settings": {"transformers": None}}
+    _print_speculative(told | _compared(runs, "auto"))
+    assert "1.0x transformers" in capsys.readouterr().out
+
+
+def test_a_batch_has_eight_prompts_of_its_own_and_every_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.Tensor] = []
+
+    def generate(ids: torch.Tensor, **options: Any) -> torch.Tensor:
+        asked.append(ids)
+        return ids
+
+    ours: Any = SimpleNamespace(generate=generate, prepare=lambda *_, **__: None, read_draft=lambda _: None)
+    ours.exit_head, ours.ngrams, ours.exits = None, None, ()
+    ours.runtime = SimpleNamespace(backbone=SimpleNamespace(model=tiny.model("llama")), engine=SimpleNamespace(name=""))
+    for name, given in {
+        "load_tokenizer": lambda _: None,
+        "from_pretrained": lambda *_, **__: ours,
+        "held_out": lambda task, tokenizer, count: [torch.tensor([[number]]) for number in range(count)],
+        "timed": lambda *_: ran([1, 2], 1.0),
+    }.items():
+        monkeypatch.setattr(speculative, name, given)
+    result = speculative.bench_speculative("code", "base", prompts=3, count=2, peers=False)
+    assert result["prompts"] == 3 and all(sorted(ids[:, 0].tolist()) == list(range(8)) for ids in asked)
+    assert len(asked) == 2 + 2 * 2 * 2  # a prompt alone and with its answer: once to warm up, then two by two rounds
 
 
 def test_one_different_token_in_any_round_is_seen() -> None:

@@ -168,6 +168,7 @@ def test_the_flags_are_the_fields(files: Path, tmp_path: Path, monkeypatch: pyte
     [
         (["--p-max", "1"], "p-max"),
         (["--steps", "2", "--epochs", "1"], "not both"),
+        (["--epochs", "inf"], "epochs must be above 0, and finite"),
         (["--exit", "3"], "--exit belongs to --recipe frozen"),
         (["--recipe", "frozen", "--p-max", "0.2"], "--p-max belongs to --recipe paper"),
         (["--recipe", "frozen", "--exit", "6"], "0 to 5 layers"),

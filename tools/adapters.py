@@ -1,9 +1,8 @@
 """Make the adapters in adapters/ again: python tools/adapters.py NAME [--work FOLDER].
 
-layerskip-frozen takes up to an hour on two cores, layerroute a quarter of one on one core, drllm as long as its search
-(`layerwise search` tells), routed-text half an hour on one core and writes results/routed_text.json too;
-stopped with Ctrl-C they go on where they were when started again. The data are the built-in
-ones, training splits only.
+layerskip-frozen takes up to an hour on two cores, layerskip and routed-text an hour on one, layerroute a quarter of
+one, drllm as long as its search (`layerwise search` tells). routed-text writes results/routed_text.json too. Stopped
+with Ctrl-C they go on where they were when started again. The data are the built-in ones, training splits only.
 """
 
 from __future__ import annotations

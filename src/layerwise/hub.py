@@ -149,8 +149,7 @@ def from_pretrained(
     Raises:
         ValueError: no such model or adapter, or the adapter belongs to another base; one line that says so.
     """
-    if adapter is None and name is not None and (Path(name) / FILE).is_file():
-        name, adapter = None, name
+    name, adapter = _told_apart(name, adapter)
     adapter = _adapter_folder(adapter) if adapter is not None else None
     about = _read_about(adapter) if adapter is not None else None
     base: nn.Module = load_base(name or (_named_base(adapter, about) if about else None), dtype, device)
@@ -193,11 +192,17 @@ def base_name(name: str | Path | None, adapter: str | Path | None) -> str | None
     Raises:
         ValueError: there is no such adapter, or it names no base.
     """
-    if adapter is None and name is not None and (Path(name) / FILE).is_file():
-        name, adapter = None, name
+    name, adapter = _told_apart(name, adapter)
     if name is None and adapter is not None:
         return adapter_base(adapter)
     return None if name is None else str(name)
+
+
+def _told_apart(name: str | Path | None, adapter: str | Path | None) -> tuple[str | Path | None, str | Path | None]:
+    """Model and adapter; an adapter's folder may be given as the model's name."""
+    if adapter is None and name is not None and (Path(name) / FILE).is_file():
+        return None, name
+    return name, adapter
 
 
 def adapter_base(adapter: str | Path) -> str:

@@ -37,8 +37,6 @@ from layerwise.benchmarks.timing import rounds as take_turns
 from layerwise.model.recall_model import RoutedLayerCache
 from layerwise.model.routed_attention import Kernel, RoutedAttention
 
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
-USAGES = (0.003, 0.01, 0.05, 0.25, 0.5, 1.0)
 KERNELS: tuple[Kernel, ...] = ("dense", "gathered", "chunked")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DECODED = 320  # tokens of a decoding run: one attends at 0.3%
@@ -48,8 +46,8 @@ _FEWEST_MACS = 2e9  # a timed call is repeated, up to 8 times, to do about this 
 
 
 def bench_routed_attention(
-    lengths: Sequence[int] = LENGTHS,
-    usages: Sequence[float] = USAGES,
+    lengths: Sequence[int],
+    usages: Sequence[float],
     rounds: int = 5,
     hidden_size: int = 512,
     heads: int = 8,
@@ -73,12 +71,14 @@ def bench_routed_attention(
         decoded: tokens of a decoding run.
 
     Raises:
-        ValueError: nothing to measure, or a usage that is no share.
+        ValueError: nothing to measure, a usage that is no share, or a layer of no size.
     """
     if not lengths or not usages or rounds < 1 or decoded < 1:
         raise ValueError("lengths and usages need one entry at least, rounds and decoded must be 1 or more")
     if min(lengths) < 2 or not all(0 <= usage <= 1 for usage in usages):
         raise ValueError("lengths must be 2 or more, and usages between 0 and 1")
+    if hidden_size < 1 or heads < 1:
+        raise ValueError("hidden-size and heads must be 1 or more")
     if dtype not in DTYPES:
         raise ValueError(f"no dtype '{dtype}': choose {', '.join(DTYPES)}")
     layer = make_layer(hidden_size, heads, router_width, dtype)

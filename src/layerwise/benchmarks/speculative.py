@@ -61,13 +61,14 @@ def bench_speculative(
     """Run the comparison; returns the fields above, times per prompt, and the environment.
 
     Args:
-        prompts: how many of the task's held-out prompts, the same ones every time.
+        prompts: how many of the task's held-out prompts, the same ones every time; a batch has 8 of them in any case.
         count: rounds of the contenders that are layerwise; transformers runs in the first one.
         sweep: also measure fixed drafts, and where drafts fail.
         peers: also measure transformers.
     """
     tokenizer = load_tokenizer(base_name(model, adapter))
-    texts = held_out(task, tokenizer, prompts)
+    drawn = held_out(task, tokenizer, max(prompts, ROWS))
+    texts = drawn[:prompts]
     ours = from_pretrained(model, adapter=adapter, dtype="float32", engine=engine, notify=notify)
     ours.prepare(None, ours.read_draft("auto"), few=True)
     drafts = [draft] + [one for one in static_drafts(ours) if sweep and one != draft]
@@ -97,7 +98,7 @@ def bench_speculative(
         result |= {"best_static": best, "best_static_speedup": static[best]}
         result["auto_vs_best_static"] = result["speedup"] / static[best]
         result["hopeless"] = hopeless(ours, texts, new_tokens, count)
-    result["batch"] = _batch(ours, texts, new_tokens, draft, count)
+    result["batch"] = _batch(ours, drawn, new_tokens, draft, count)
     result["identical"] = result["identical"] and result["batch"]["identical"]
     result |= {
         "prompts": len(texts),
@@ -193,7 +194,7 @@ def _share(traces: Sequence[Trace], source: Source) -> float:
 def _batch(
     model: LayerwiseForCausalLM, texts: Sequence[torch.Tensor], new_tokens: int, draft: str, count: int
 ) -> dict[str, Any]:
-    """The first prompts as one batch of 8 rows, padded on the left: same tokens as row by row, and the speed-up."""
+    """The first 8 prompts (repeated, if there are fewer) as one batch, padded on the left: same tokens, speed-up."""
     texts = [texts[at % len(texts)] for at in range(ROWS)]
     width = max(ids.shape[1] for ids in texts)
     ids = torch.zeros(ROWS, width, dtype=torch.long)
@@ -212,7 +213,7 @@ def _batch(
 
     run(draft)
     found: dict[str, list[tuple[torch.Tensor, float]]] = {"off": [], draft: []}
-    for _, name, one in rounds({how: (lambda how=how: run(how)) for how in found}, max(1, count - 1)):
+    for _, name, one in rounds({how: (lambda how=how: run(how)) for how in found}, count):
         found[name].append(one)
     plain = found["off"][0][0]
     return {

@@ -87,9 +87,9 @@ def speculative(
                 one, model, adapter, draft, prompts, new_tokens, rounds, sweep, peers, engine.value, options.note
             )
         )
-        _print_speculative(results[-1])
         if out is not None:  # after each task, so that nothing is lost if the next one is stopped
             _keep(out, results[-1])
+        _print_speculative(results[-1])
     if out is not None:
         print(f"wrote {out}")
     if json:
@@ -241,11 +241,10 @@ def _print_speculative(result: dict[str, Any]) -> None:
         f"batch of {result['batch']['rows']}: {result['batch']['speedup']:.2f}x"
     )
     if "speedup_vs_hf" in result:
+        line += f"; {result['speedup_vs_hf']:.1f}x transformers"
+    if "speedup_vs_hf_early_exit" in result:  # a model of few layers has none
         exit = result["settings"]["transformers early exit"]
-        line += (
-            f"; {result['speedup_vs_hf']:.1f}x transformers, "
-            f"{result['speedup_vs_hf_early_exit']:.1f}x its early exit (best of a few, {exit})"
-        )
+        line += f", {result['speedup_vs_hf_early_exit']:.1f}x its early exit (best of a few, {exit})"
     if "speedup_vs_economize" in result:
         line += f"; {result['speedup_vs_economize']:.1f}x economize's lookup"
     if "best_static" in result:

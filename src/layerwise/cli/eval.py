@@ -86,6 +86,8 @@ def run(
     chosen, names = _numbers(exits), _names(datasets)
     if samples < 1 or questions < 0:
         raise ValueError("samples must be at least 1 and questions at least 0")
+    if answers < 0 or timed < 0:
+        raise ValueError("answers and timed must be at least 0")
     if suite is not Suite.exits and adapter is None:
         raise ValueError(f"the suite {suite} judges an adapter that routes: give the folder of one")
     if reference is not None and not reference.is_dir():
@@ -221,9 +223,8 @@ def _draw(suite: Suite, result: dict[str, Any], figure: Path) -> None:
 def _check_options(context: typer.Context, suite: Suite) -> None:
     """Refuse what was asked of another suite: it would be ignored."""
     for name, suites in OPTIONS_OF.items():
-        asked = context.get_parameter_source(name)
-        if suite not in suites and asked is not None and asked.name == "COMMANDLINE":
-            raise ValueError(f"--{name} belongs to --suite {' and --suite '.join(suites)}: leave it out")
+        if suite not in suites:
+            options.refuse_given(context, [name], f"--suite {' and --suite '.join(suites)}")
 
 
 def _check_files(out: Path | None, figure: Path | None) -> None:

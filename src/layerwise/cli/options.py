@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,6 +81,14 @@ def load(
     if draft is not None:
         loaded.draft = draft
     return loaded, load_tokenizer(name)
+
+
+def refuse_given(context: typer.Context, names: Iterable[str], owner: str) -> None:
+    """Refuse these options if they were typed: they belong to `owner`, another choice, and would be ignored."""
+    for name in names:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name.replace('_', '-')} belongs to {owner}: leave it out")
 
 
 def check_writable(*files: Path | None) -> None:

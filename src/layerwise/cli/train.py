@@ -22,6 +22,21 @@ class RecipeChoice(StrEnum):
     frozen = "frozen"
 
 
+# The objectives of LayerRoute that an option is of, if not of all.
+ROUTED = ("paper", "budget", "quality")
+OBJECTIVES_OF: dict[str, tuple[str, ...]] = {
+    "penalty": ("paper", "quality"),
+    "target": ("budget",),
+    "tolerance": ("quality",),
+    "dual_rate": ("budget", "quality"),
+    **dict.fromkeys(("candidates", "keep", "start_closed", "start_bias", "hold", "hold_full", "settle"), ROUTED),
+    **dict.fromkeys(("reads", "router_learning_rate"), ROUTED),
+}
+BY_GRADIENT = ("penalty", "dual_rate", "router_learning_rate")  # not for routers that are fitted
+# The options of one form of Dr.LLM's routers.
+FORMS_OF = {"per-layer": ("gamma", "beta"), "menu": ("questions", "screen", "candidates", "threshold")}
+
+
 @app.callback()
 def _train() -> None:
     """Train a model to spend its layers well."""
@@ -64,6 +79,7 @@ def _with_flags(*configs: type) -> Callable[[Callable[..., None]], Callable[...,
 @app.command("layerskip")
 @_with_flags(LayerSkipConfig, FrozenRecipe)
 def layerskip(
+    context: typer.Context,
     *,
     recipe: Annotated[
         RecipeChoice, typer.Option(help="paper: layer dropout and early exits; frozen: exits of an untouched model.")
@@ -74,10 +90,10 @@ def layerskip(
 ) -> None:
     """Teach early layers to predict, as LayerSkip does (arXiv 2404.16710): exits for self-speculative decoding."""
     if recipe is RecipeChoice.frozen:
-        _refuse_others(chosen, LayerSkipConfig, FrozenConfig, "paper")
+        options.refuse_given(context, _only(LayerSkipConfig, FrozenConfig), "--recipe paper")
         config: Any = FrozenConfig(**{one.name: chosen[one.name] for one in fields(FrozenConfig)})
     else:
-        _refuse_others(chosen, FrozenConfig, LayerSkipConfig, "frozen")
+        options.refuse_given(context, _only(FrozenConfig, LayerSkipConfig), "--recipe frozen")
         config = LayerSkipConfig(**{one.name: chosen[one.name] for one in fields(LayerSkipConfig)})
     options.quiet()
     from layerwise.sources import model_path
@@ -96,6 +112,7 @@ def layerskip(
 @app.command("layerroute")
 @_with_flags(LayerRouteConfig)
 def layerroute(
+    context: typer.Context,
     *,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     json: options.Json = False,
@@ -103,6 +120,11 @@ def layerroute(
 ) -> None:
     """Teach routers which layers a prompt needs, as LayerRoute does (arXiv 2606.01838), with a LoRA for the rest."""
     config = LayerRouteConfig(**chosen)
+    for name, objectives in OBJECTIVES_OF.items():
+        if config.objective not in objectives:
+            options.refuse_given(context, [name], f"--objective {' and --objective '.join(objectives)}")
+    if config.fits:
+        options.refuse_given(context, BY_GRADIENT, "--fits 0")
     options.quiet()
     from layerwise.sources import model_path
 
@@ -117,12 +139,17 @@ def layerroute(
 
 @app.command("drllm")
 @_with_flags(DrLLMConfig)
-def drllm(*, device: options.Device = "auto", json: options.Json = False, **chosen: Any) -> None:
+def drllm(
+    context: typer.Context, *, device: options.Device = "auto", json: options.Json = False, **chosen: Any
+) -> None:
     """Teach routers the paths that 'layerwise search' found, as Dr.LLM does (arXiv 2510.12773).
 
     The model is left as it is. A run that was stopped goes on where it was when the same command is given again.
     """
     config = DrLLMConfig(**chosen)
+    for form, names in FORMS_OF.items():
+        if form != config.form:
+            options.refuse_given(context, names, f"--form {form}")
     options.quiet()
     from layerwise.sources import model_path, read_device
 
@@ -182,9 +209,6 @@ def routed_text(
         options.print_json({name: value for name, value in result.items() if name != "history"})
 
 
-def _refuse_others(chosen: dict[str, Any], theirs: type, ours: type, recipe: str) -> None:
-    """A flag of the other recipe would be ignored without a word."""
-    own = {one.name for one in fields(ours)}
-    for one in fields(theirs):
-        if one.name not in own and chosen[one.name] != one.default:
-            raise ValueError(f"--{one.name.replace('_', '-')} belongs to --recipe {recipe}: leave it out")
+def _only(one: type, other: type) -> list[str]:
+    """The options of one configuration that the other has not."""
+    return [option.name for option in fields(one) if option.name not in {theirs.name for theirs in fields(other)}]

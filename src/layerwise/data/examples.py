@@ -16,6 +16,7 @@ import gzip
 import hashlib
 import json
 import random
+import zlib
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +89,8 @@ def read_jsonl(path: str | Path) -> list[Example]:
         raise ValueError(f"there is no file '{path}': give a file of JSON lines, one example a line") from error
     except gzip.BadGzipFile as error:
         raise ValueError(f"{path} is not gzipped: give it a name that does not end in .gz") from error
+    except (EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is cut short or damaged: copy or make it again") from error
 
 
 def _read(line: str, where: str) -> Example:

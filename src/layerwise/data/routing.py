@@ -86,14 +86,20 @@ def planning(word_problems: Sequence[Example]) -> list[Example]:
 
 
 def questions() -> list[Example]:
-    """What a function on offer does, or which arguments it needs; one question for each list of functions."""
+    """What a function on offer does, or which arguments it needs; one question for each list of functions.
+
+    Nobody is asked about a function of another split, that of the rows which call it or else of the first question.
+    """
     examples: dict[str, Example] = {}
+    homes = {name: row.key for row in bfcl.rows() for name, _ in row.calls}
     for row in bfcl.rows():
         system = bfcl.system_message(row)
         if not row.functions or len(system) > bfcl.LONGEST_PROMPT:
             continue
         function = row.functions[int(_place(system, "function") * len(row.functions))]
         name, description = str(function["name"]), str(function.get("description", "")).split(". ")[0].strip(" .")
+        if split_of(homes.setdefault(name, row.key)) != split_of(row.key):
+            continue
         needed = [str(one) for one in function.get("parameters", {}).get("required", [])]
         if _place(system, "question") < 0.5 and description:
             question, answer = f"What does {name} do?", f"{description}."

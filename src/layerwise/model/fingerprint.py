@@ -10,14 +10,15 @@ from transformers import PreTrainedModel
 SAMPLES = 64
 
 
-def fingerprint(model: PreTrainedModel) -> str:
+def fingerprint(model: PreTrainedModel, adapted: bool = False) -> str:
     """A short digest of a model's weights: the same for float32 and bfloat16 copies, another for other weights.
 
     Digests names, shapes and some 64 evenly spaced values of each tensor, rounded to bfloat16. What PEFT adds is left
-    out, so that a model has the same fingerprint with and without adapters (unless they are merged).
+    out, so that a model has the same fingerprint with and without adapters (unless they are merged); with `adapted` it
+    counts too, for what depends on all that the model computes.
     """
     digest = hashlib.sha256()
-    added = _added(model)
+    added = set() if adapted else _added(model)
     for name, tensor in sorted(
         (_plain(name), tensor) for name, tensor in model.state_dict().items() if name not in added
     ):

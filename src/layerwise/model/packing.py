@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,11 @@ def lengths_of_prompts(
     answered = (packing.pack(labels) != -100) & (columns < torch.tensor(counts, device=labels.device)[:, None])
     first = torch.where(answered, columns, labels.shape[1]).amin(1).tolist()
     return [max(1, min(at, count)) for at, count in zip(first, counts, strict=True)]
+
+
+def padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+    """Token ids (prompts, longest), packed to the left and filled up with 0, and how many each prompt has."""
+    return pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True), list(map(len, prompts))
 
 
 def check_positions(position_ids: Tensor, packing: Packing) -> None:

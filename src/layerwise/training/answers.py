@@ -20,7 +20,7 @@ from layerwise.data import Example, complete_lines, prompt_ids
 from layerwise.decoding.text import end_tokens
 from layerwise.model.cache import Cache
 from layerwise.model.fingerprint import fingerprint
-from layerwise.model.packing import last_of
+from layerwise.model.packing import last_of, padded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,10 +34,7 @@ def greedy_answers(
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, up to and with the first token of `ends`, by the model's own plan."""
     runtime, (plan, *_) = model.runtime, model.row_plans(1)
-    counts = [len(prompt) for prompt in prompts]
-    tokens = torch.zeros(len(prompts), max(counts), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    tokens, counts = padded(prompts)
     live, answers = list(range(len(prompts))), [[] for _ in prompts]
     cache = Cache(len(prompts), max(counts) + max_new_tokens)
     hidden = runtime.forward(model.embed(tokens), [plan] * len(live), counts, cache)
@@ -75,7 +72,7 @@ def write_answers(
     prompts = [prompt_ids(one, tokenizer) for one in examples]
     about = {
         "set of prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],
-        "model": fingerprint(model.runtime.backbone.model),
+        "model": fingerprint(model.runtime.backbone.model, adapted=True),
         "policy": model.policy.to_dict(),
         "precision": str(model.runtime.backbone.dtype),
         "max-new-tokens": max_new_tokens,

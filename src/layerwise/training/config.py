@@ -6,6 +6,7 @@ Kept apart from the code that trains, so that `layerwise train --help` need not 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -24,14 +25,19 @@ def _help(text: str) -> dict[str, str]:
     return {"help": text}
 
 
-class Resumable:
-    """A configuration, a dataclass with `out` and `to_dict`, of a training that can be stopped and resumed."""
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """A configuration that can be written down."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Resumable(Options):
+    """A configuration, with `out` in it, of a training that can be stopped and resumed."""
 
     out: str
     free_to_change: ClassVar[tuple[str, ...]] = ("out", "save_every", "log_every")  # when it is resumed
-
-    def to_dict(self) -> dict[str, Any]:
-        raise NotImplementedError
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
         """Refuse to resume a training whose `to_dict` was `saved`, unless it would go on as it began."""
@@ -111,8 +117,10 @@ class TrainingConfig(Resumable):
         _require(self.steps is None or self.epochs is None, "give either steps or epochs, not both")
         for name in ("steps", "epochs", "tokens_per_batch", "gradient_accumulation", "save_every", "log_every"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
-        _require(self.learning_rate > 0, f"learning-rate must be above 0, not {self.learning_rate}")
+            _require(
+                value is None or 0 < value < inf, f"{name.replace('_', '-')} must be above 0, and finite: not {value}"
+            )
+        _require(0 < self.learning_rate < inf, f"learning-rate must be above 0, and finite: not {self.learning_rate}")
         _require(self.warmup >= 0, f"warmup must be 0 or more steps, not {self.warmup}")
         _require(self.max_length >= 2, f"max-length must be 2 tokens or more, not {self.max_length}")
         _require(0 <= self.seed < 2**32, f"seed must be between 0 and 2^32 - 1, not {self.seed}")
@@ -120,9 +128,6 @@ class TrainingConfig(Resumable):
         _choice("learning-rate-schedule", self.learning_rate_schedule, LearningRateSchedule)
         _require(Path(self.data).is_file(), f"there is no file '{self.data}': give a file of JSON lines")
         _require(not Path(self.out).is_file(), f"'{self.out}' is a file: give a folder to write the adapter to")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +244,7 @@ class LayerRouteRecipe:
         _require(0 < self.target <= 1, f"target must be above 0 and at most 1, not {self.target}")
         for name in ("tolerance", "start_bias"):
             value = getattr(self, name)
-            _require(value is None or value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
+            _require(value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
         for name in ("penalty", "dual_rate", "weight_decay", "candidates", "fits"):
             value = getattr(self, name)
             _require(value >= 0, f"{name.replace('_', '-')} must be 0 or more, not {value}")
@@ -330,7 +335,7 @@ class RouterRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DrLLMConfig(RouterRecipe):
+class DrLLMConfig(RouterRecipe, Options):
     """A training of routers from a file of labels.
 
     Raises:
@@ -349,9 +354,6 @@ class DrLLMConfig(RouterRecipe):
         _choice("precision", self.precision, Precision)
         _require(Path(self.labels).is_file(), f"there is no file '{self.labels}': make one with 'layerwise search'")
         _require(not Path(self.out).is_file(), f"'{self.out}' is a file: give a folder to write the adapter to")
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def layers_of(text: str, layers: int | None = None) -> tuple[int, ...]:

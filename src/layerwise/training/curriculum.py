@@ -189,9 +189,6 @@ class CurriculumConfig(Resumable):
         _require(self.usage_target is None or self.usage_target < 1, "usage-target is a share: give one below 1")
         _require(not Path(self.out).is_file(), f"'{self.out}' is a file: give a folder to write to")
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
     def command(self) -> str:
         """What to type for the same training."""
         words = ["layerwise", "train", self.name]

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from layerwise.data.examples import IGNORED
+
 LOGITS_AT_ONCE = 2**25  # 128 MB of float32
-IGNORED = -100  # the label of positions without loss
 
 
 def exit_losses(

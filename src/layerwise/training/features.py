@@ -22,6 +22,7 @@ from torch import Tensor
 from layerwise.data import length_sorted_batches
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.fingerprint import fingerprint
+from layerwise.model.packing import padded
 from layerwise.plan import Plan
 from layerwise.policies import RoutingPolicy
 from layerwise.policies.router import PerLayerRoute, summary
@@ -39,7 +40,7 @@ def path_windows(
     Returns:
         Window means (prompts, layers, windows, d) and shares (prompts, windows), as `policies.router.windows`.
     """
-    ids, counts = _packed(prompts)
+    ids, counts = padded(prompts)
     means: list[Tensor] = []
     shares: list[Tensor] = []
 
@@ -55,7 +56,7 @@ def path_windows(
 @torch.no_grad()
 def menu_reads(model: LayerwiseForCausalLM, prompts: Sequence[Sequence[int]], shared: Plan) -> Tensor:
     """What a menu reads after the visits `shared`: (prompts, 2 d), as `policies.router.summary`."""
-    ids, counts = _packed(prompts)
+    ids, counts = padded(prompts)
     return summary(model.runtime.forward(model.embed(ids), [shared] * len(prompts), counts), counts)
 
 
@@ -77,7 +78,9 @@ def kept_features(
     """
     from safetensors.torch import load_file, save_file
 
-    key = json.dumps([fingerprint(model.runtime.backbone.model), str(model.runtime.backbone.dtype), prompts, paths])
+    key = json.dumps(
+        [fingerprint(model.runtime.backbone.model, adapted=True), str(model.runtime.backbone.dtype), prompts, paths]
+    )
     own = folder / f"features-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
     own.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = []
@@ -107,20 +110,12 @@ def _in_batches(
     return {name: torch.cat([one[name].half().cpu() for one in found])[back] for name in found[0]}
 
 
-def _packed(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
-    counts = [len(ids) for ids in prompts]
-    ids = torch.zeros(len(prompts), max(counts), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        ids[row, : counts[row]] = torch.tensor(prompt)
-    return ids, counts
-
-
 @torch.no_grad()
 def decided_plans(model: LayerwiseForCausalLM, policy: RoutingPolicy, prompts: Sequence[Sequence[int]]) -> list[Plan]:
     """The plan that `policy` decides for each prompt, by passes over batches of them."""
     plans: list[Plan | None] = [None] * len(prompts)
     for group in length_sorted_batches([len(ids) for ids in prompts], BATCH_TOKENS):
-        ids, counts = _packed([prompts[at] for at in group])
+        ids, counts = padded([prompts[at] for at in group])
         route = policy.route(counts)
         model.runtime.forward(model.embed(ids), route, counts)
         for at, plan in zip(group, route.plans, strict=True):

@@ -45,6 +45,7 @@ from layerwise.training.trainer import RecipeTrainer, run_training, starting_poi
 
 ANSWERS = "answers.jsonl"
 FITTED = 64  # texts for the least squares
+KEPT_BYTES = 2**31  # of states; those of further texts are computed in every pass over the data
 DISCOUNT = 0.8  # weight of pass k+1 beside pass k
 
 
@@ -63,7 +64,8 @@ class FrozenExit(nn.Module):
         model.base.requires_grad_(False)
         self.model = model
         self.unroll = unroll
-        self._states: dict[bytes, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[bytes, tuple[Tensor, ...]] = {}
+        self._kept_bytes = 0
 
     @property
     def config(self) -> Any:
@@ -123,22 +125,32 @@ class FrozenExit(nn.Module):
 
     @torch.no_grad()
     def _base_states(self, input_ids: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """h_E and the last hidden states (rows, width, hidden size); kept for the next pass over the data."""
+        """h_E and the last hidden states (rows, width, hidden size); kept for the next pass, up to KEPT_BYTES."""
         keys = [input_ids[row, :count].cpu().numpy().tobytes() for row, count in enumerate(counts)]
-        if any(key not in self._states for key in keys):
-            self._remember(input_ids, counts, keys)
+        found = {key: self._kept[key] for key in keys if key in self._kept}
+        new = [row for row, key in enumerate(keys) if key not in found]
+        if new:
+            states = self._computed(input_ids[new], [counts[row] for row in new])
+            for row, own in zip(new, states, strict=True):
+                found[keys[row]] = own
+                if self._kept_bytes < KEPT_BYTES and keys[row] not in self._kept:
+                    self._kept[keys[row]] = own
+                    self._kept_bytes += sum(one.nbytes for one in own)
         dtype = self.model.exit_head.fuse.weight.dtype
-        pairs = [self._states[key] for key in keys]
-        return tuple(nn.utils.rnn.pad_sequence([pair[i] for pair in pairs], True).to(dtype) for i in (0, 1))
+        columns = zip(*(found[key] for key in keys), strict=True)
+        *early, deep = (nn.utils.rnn.pad_sequence(list(own), True).to(dtype) for own in columns)
+        return (early[0] if early else self.model.embed(input_ids).to(dtype)), deep
 
-    def _remember(self, input_ids: Tensor, counts: Sequence[int], keys: Sequence[bytes]) -> None:
+    def _computed(self, input_ids: Tensor, counts: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """Of each row h_E and the last hidden states (tokens, hidden size); these alone where h_E is the embedding."""
         exit, full = self.model.exit_head.exit, Plan.full(self.model.depth)
         runtime, rows = self.model.runtime, len(counts)
-        embedded = self.model.embed(input_ids)
-        early = runtime.forward(embedded, [full[:exit]] * rows, counts) if exit else embedded
-        deep = runtime.forward(early, [full[exit:]] * rows, counts)
-        for row, (count, key) in enumerate(zip(counts, keys, strict=True)):
-            self._states[key] = tuple(t[row, :count].to(torch.bfloat16).clone() for t in (early, deep))
+        states = [self.model.embed(input_ids)]
+        if exit:
+            states.append(runtime.forward(states[0], [full[:exit]] * rows, counts))
+        states.append(runtime.forward(states[-1], [full[exit:]] * rows, counts))
+        kept = [one.to(torch.bfloat16) for one in states[1:]]
+        return [tuple(one[row, :count].clone() for one in kept) for row, count in enumerate(counts)]
 
     def _layer(self, joined: Tensor, frame: Frame, position: Tensor, cached: _Keys, number: int) -> Tensor:
         """One pass of the head's layer over the queries at `position` (rows, queries)."""

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from layerwise.data.examples import Tokens, collate, length_sorted_batches
+from layerwise.data.examples import IGNORED, Tokens, collate, length_sorted_batches
 from layerwise.model.backbone import Backbone
 from layerwise.model.runtime import Runtime
 from layerwise.plan import Plan
 from layerwise.policies.gates import Gates, summary
-from layerwise.training.exit_loss import IGNORED, LOGITS_AT_ONCE, exit_losses, labelled
+from layerwise.training.exit_loss import LOGITS_AT_ONCE, exit_losses, labelled
 
 if TYPE_CHECKING:
     from layerwise.model.causal_lm import LayerwiseForCausalLM

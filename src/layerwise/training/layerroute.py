@@ -22,6 +22,10 @@ What keeps gates from all staying open is the objective, beside the cross entrop
               mean gap is bearable and falls while it is not.
     none      CE, the same LoRA without routing: what the others are to be compared with.
 
+With `fits` the objective quality needs no price, and no gradient reaches the routers: they are logistic regressions
+fitted to gaps that are measured, of examples answered with all skips and with none (`gate_fits`); after the held steps,
+`fits` times at even distances, and once more at the end. The LoRA learns by CE along the paths that they choose.
+
 Means of gates are over rows and all layers. No objective knows of what kind an input is.
 """
 
@@ -39,7 +43,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from layerwise.data.examples import Tokens
+from layerwise.data.examples import IGNORED, Tokens
 from layerwise.model.backbone import Backbone
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.frame import Frame
@@ -48,7 +52,6 @@ from layerwise.model.runtime import EagerEngine, Runtime
 from layerwise.plan import Plan, Route, Step, schedule
 from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, layers_of
-from layerwise.training.exit_loss import IGNORED
 from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, row_losses
 from layerwise.training.trainer import RecipeTrainer, read_examples, run_training
 

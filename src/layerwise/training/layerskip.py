@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from layerwise.data.examples import Tokens, collate
+from layerwise.data.examples import IGNORED, Tokens, collate
 from layerwise.model.backbone import Backbone
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.frame import Frame
@@ -34,7 +34,7 @@ from layerwise.model.packing import Packing
 from layerwise.model.runtime import EagerEngine, Runtime
 from layerwise.plan import Slot, Step, Visit
 from layerwise.training.config import LayerSkipConfig, LayerSkipRecipe
-from layerwise.training.exit_loss import IGNORED, LOGITS_AT_ONCE, exit_losses, labelled
+from layerwise.training.exit_loss import LOGITS_AT_ONCE, exit_losses, labelled
 from layerwise.training.schedules import drop_rates, exit_weights, gradual, rotational
 from layerwise.training.trainer import RecipeTrainer, run_training
 

@@ -51,7 +51,10 @@ DOUBT = 1.0  # standard errors that are taken off a gain
 
 @dataclass(frozen=True)
 class Tried:
-    """Plans of a task, the full one first; what each gains over that, in reward, and its standard error."""
+    """Plans of a task, the full one first; what each gains over that, in reward, and its standard error.
+
+    One question has no standard error: nothing is known of how far its gains are luck, so they are infinite.
+    """
 
     plans: list[Plan]
     gains: Tensor
@@ -63,7 +66,8 @@ class Tried:
         every = list(dict.fromkeys([given.full, *plans]))
         rewards = given.rewards(rows, [every] * len(rows))
         gains = rewards - rewards[:, :1]
-        return cls(every, gains.mean(0), gains.std(0) / len(rows) ** 0.5)
+        mean = gains.mean(0)
+        return cls(every, mean, gains.std(0) / len(rows) ** 0.5 if len(rows) > 1 else torch.full_like(mean, torch.inf))
 
     def utility(self, price: float) -> Tensor:
         """Gains less a price of all layers, for those that a plan runs."""
@@ -97,7 +101,7 @@ def best_edits(known: dict[Edit, float], count: int) -> list[Edit]:
     """The `count` edits of most effect, half of them skips as far as there are so many."""
     ordered = sorted(known, key=lambda edit: -known[edit])
     kinds = [[edit for edit in ordered if edit.kind is kind] for kind in (Kind.SKIP, Kind.REPEAT)]
-    return [edit for those in kinds for edit in those[: count // 2]]
+    return kinds[0][: count - count // 2] + kinds[1][: count // 2]
 
 
 def drawn_to_mean(gains: Tensor, errors: Tensor) -> Tensor:
@@ -144,6 +148,7 @@ def _with(plan: Plan, edit: Edit) -> Plan:
 def finalists(tried: Tried, weight: float, prices: Sequence[float] = AT_PRICES, ranks: int = 2) -> list[Plan]:
     """The best plans at several prices, then the second best; `weight` is the task's share of tokens, mean 1."""
     ranked = [tried.utility(price * weight).argsort(descending=True).tolist() for price in prices]
+    ranks = min(ranks, len(tried.plans))
     return list(dict.fromkeys(tried.plans[order[rank]] for rank in range(ranks) for order in ranked))
 
 
@@ -182,7 +187,13 @@ def race(
 
     Args:
         rows: the numbers of each kind's questions.
+
+    Raises:
+        ValueError: there are no edits to try, or a kind has a single question.
     """
+    alone = [kind for kind, own in rows.items() if len(own) < 2]
+    if alone:
+        raise ValueError(f"there is only one training question of {alone[0]}: search more questions")
     edits = best_edits(effects(labels, given.model.depth), config.candidates)
     if not edits:
         raise ValueError("the labels hold no paths to make a menu of: search more questions, or longer")
@@ -194,7 +205,8 @@ def race(
     mean = sum(map(given.tokens, rows.values())) / len(rows)
     found = {}
     for (kind, own), promised in zip(rows.items(), drawn[:, 1:].tolist(), strict=True):
-        rest = own[config.screen :] or own  # too few questions: the same again
+        rest = own[config.screen :]
+        rest = rest if len(rest) > 1 else own  # too few questions: the same again
         weight = given.tokens(own) / mean
         second = Tried.on(given, rest[:ROUND], joined(edits, promised, given.full))
         starts = finalists(second, weight, START_PRICES, ranks=1)

@@ -186,8 +186,8 @@ class CurriculumRun:
         Raises:
             KeyboardInterrupt: after Ctrl-C, with a checkpoint of the step under way.
         """
-        self.begin(resume)
         with first_ctrl_c(self._interrupt):
+            self.begin(resume)  # what it fits is kept, too
             while not self.over and not self.interrupted:
                 self.step()
         if self.interrupted:
@@ -272,13 +272,19 @@ class CurriculumRun:
 
     # -- interruptions -----------------------------------------------------------------------------------
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self.trained.parameters()).device
+
     def _save(self) -> None:
+        device = self._device
         state = {
             "config": self.config.to_dict(),
             "model": self.trained.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "curriculum": self.curriculum.state(),
             "random": torch.get_rng_state(),
+            "cuda_random": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
             "run": {name: getattr(self, name) for name in _STATE},
         }
         unfinished = self.out / (CHECKPOINT + ".part")
@@ -286,13 +292,15 @@ class CurriculumRun:
         unfinished.replace(self.out / CHECKPOINT)  # a checkpoint is whole or not there
 
     def _load(self, saved: Path) -> None:
-        device = next(self.trained.parameters()).device
+        device = self._device
         state = torch.load(saved, map_location=device, weights_only=True)
         self.config.check_resumable(state["config"])
         self.trained.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.curriculum.load(state["curriculum"])
         torch.set_rng_state(state["random"].cpu())
+        if device.type == "cuda" and state.get("cuda_random") is not None:  # earlier versions kept none
+            torch.cuda.set_rng_state(state["cuda_random"].cpu(), device)
         for name, value in state["run"].items():
             setattr(self, name, value)
 

@@ -133,6 +133,7 @@ class TextRun(CurriculumRun):
         if self.fitted:
             step = max(1, len(texts) // self.config.fit_texts)
             texts = texts[::step][: self.config.fit_texts]
+            self.notify("Ctrl-C now waits until all layers are fitted; a second one loses the fit")
             costs = routed_fit.fit(
                 self.model, self.routed, texts, self.config.usage_target, self.config.seed, self.notify
             )

@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import get_args
 
-FORMS = ("constant", "growing", "decaying")
+from layerwise.training.config import Dropout
 
 
-def drop_rates(layers: int, p_max: float, step: int, steps: int, form: str = "constant") -> tuple[float, ...]:
+def drop_rates(layers: int, p_max: float, step: int, steps: int, form: Dropout = "constant") -> tuple[float, ...]:
     """Probability p(l,t) with which a row skips each layer (arXiv 2404.16710, section 4.1.1).
 
     Args:
@@ -38,8 +39,8 @@ def drop_rates(layers: int, p_max: float, step: int, steps: int, form: str = "co
     _check(layers, step, steps)
     if not 0 <= p_max < 1:
         raise ValueError(f"p_max must be at least 0 and below 1, not {p_max}")
-    if form not in FORMS:
-        raise ValueError(f"no dropout schedule '{form}': choose {', '.join(FORMS)}")
+    if form not in get_args(Dropout):
+        raise ValueError(f"no dropout schedule '{form}': choose {', '.join(get_args(Dropout))}")
     over_time = 1.0
     if form != "constant":
         over_time = _doubling(step if form == "growing" else steps - 1 - step, steps)

@@ -1,7 +1,7 @@
 """Make results/layerroute.json again: python tools/layerroute_runs.py [--work FOLDER] [--seeds 0,1] [--objectives ...].
 
 Trains an adapter for each objective and seed on the mix `routing` (up to 40 minutes each on two cores), then judges it
-by `layerwise eval --suite tools-vs-planning`, the LoRA of its seed trained without routing as the reference. What is
+by `layerwise eval --suite tools-vs-planning`, beside the same LoRA trained without routing, of seed 0. What is
 in the work folder already is not made again, and a stopped training goes on where it was. Run it twice at once with
 other seeds, one thread each, to use two cores well: each run only adds to the results.
 """
@@ -23,7 +23,7 @@ from layerwise.evaluation.routing import held_out, routing_suite
 from layerwise.sources import load_tokenizer
 from layerwise.training import layerroute
 from layerwise.training.config import LayerRouteConfig
-from layerwise.training.trainer import last_checkpoint
+from layerwise.training.trainer import RECORD, last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "layerroute.json"
@@ -58,12 +58,18 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 
 
 def trained(objective: str, seed: int, work: Path, data: Path) -> Path:
-    """The adapter's folder; trained if it is not there."""
+    """The adapter's folder; trained if it is not there.
+
+    Raises:
+        ValueError: the folder holds one of another recipe.
+    """
     out = work / f"{objective}-{seed}"
-    if not (out / "layerwise.json").is_file():
-        config = LayerRouteConfig(
-            data=str(data), out=str(out), objective=objective, seed=seed, **BUDGET | OBJECTIVES[objective]
-        )
+    config = LayerRouteConfig(
+        data=str(data), out=str(out), objective=objective, seed=seed, **BUDGET | OBJECTIVES[objective]
+    )
+    if (out / "layerwise.json").is_file():
+        config.check_resumable(json.loads((out / RECORD).read_text(encoding="utf-8"))["config"])
+    else:
         begun = last_checkpoint(out / "checkpoints") is not None
         layerroute.train(config, options.note, resume=begun)
     return out
@@ -74,7 +80,7 @@ def judged(objective: str, seed: int, work: Path, data: Path, samples: int) -> d
     kept = work / f"{objective}-{seed}.json"
     if not kept.is_file():
         adapter = trained(objective, seed, work, data)
-        reference = trained("none", seed, work, data)
+        reference = trained("none", 0, work, data)
         command = f"python tools/layerroute_runs.py --objectives {objective}"
         found = routing_suite(adapter, None, reference, samples, command=command, notify=options.note)
         written = json.dumps(found, indent=2) + "\n"
@@ -86,7 +92,7 @@ def judged(objective: str, seed: int, work: Path, data: Path, samples: int) -> d
 def generated(run: dict[str, Any], work: Path, prompts: int, answers: int) -> dict[str, Any]:
     """A run's entry with answers and times added; for a machine on which nothing else runs."""
     name = f"{run['objective']}-{run['seed']}"
-    tokenizer, adapter, reference = load_tokenizer(), work / name, work / f"none-{run['seed']}"
+    tokenizer, adapter, reference = load_tokenizer(), work / name, work / "none-0"
     asked = held_out(tokenizer, run["samples"], MOST_TOKENS, run["sample_seed"])
     options.note(f"{name}: answers and times")
     layers = len(run["layer_use"]["tools"])

@@ -58,6 +58,7 @@ from layerwise.training.trainer import RecipeTrainer, read_examples, run_trainin
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
 PROMPTS = 64  # in whose states the directions are found that routers see
 FITTED = 192  # examples that routers are fitted to
+PRUDENCE = 3.0  # at last, when no training follows: an input that skips what it cannot bear loses most
 MEASURED = 8  # examples that are answered without each layer in turn
 SHRINK = 0.8  # of the mean gap is borne while that is above the tolerance
 RECENT = 0.2  # weight of a step in the mean gap
@@ -117,8 +118,11 @@ class LayerRoute(nn.Module):
         free = [layer for layer in cheapest if layer not in self.model.policy.keep]
         self._may_skip(free[: self.recipe.candidates])
 
-    def fit_gates(self, examples: Sequence[Tokens]) -> tuple[float, float]:
+    def fit_gates(self, examples: Sequence[Tokens], prudence: float = 1.0) -> tuple[float, float]:
         """Fit the routers to what these examples lose without all the layers that may be skipped.
+
+        Args:
+            prudence: most weight of an example that does not bear it; of one that does it is 1.
 
         Returns:
             the mean gap, nats a token, and the share of examples whose gap is bearable.
@@ -127,7 +131,7 @@ class LayerRoute(nn.Module):
         kept = self.model.policy.keep
         gaps = lost(self.model, examples, full.skip(*(layer for layer in range(len(full)) if layer not in kept)))
         bearable = max(self.recipe.tolerance, SHRINK * gaps.mean().item())
-        choose_basis(self.model, examples, (1 - gaps / bearable).clamp(-1, 1))
+        choose_basis(self.model, examples, (1 - gaps / bearable).clamp(-prudence, 1))
         return gaps.mean().item(), (gaps < bearable).float().mean().item()
 
     def _may_skip(self, candidates: Sequence[int]) -> None:
@@ -356,7 +360,7 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
     def finish(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:
         """The routers as they are shipped, so that what is saved decides as what is in memory."""
         if config.fits:  # once more to the finished LoRA
-            gap, bearing = made[0].fit_gates(_drawn(examples, config.seed, FITTED))
+            gap, bearing = made[0].fit_gates(_drawn(examples, config.seed, FITTED), PRUDENCE)
             notify(f"routers fitted: {bearing:.0%} of the examples bear every skip, which costs {gap:.3f} on average")
         if isinstance(model.policy, GatedPolicy):
             model.policy = model.policy.rounded()

@@ -197,7 +197,7 @@ def drllm_table(result: dict[str, Any]) -> str:
     where = result["environment"]
     lines += [
         "",
-        f"{result['layers_saved']:.1%} of layer executions per token saved. Time: {realised}. "
+        f"{result['layers_saved']:.1%} of layer executions per token saved in domain. Time: {realised}. "
         f"Controls, in domain: {controls}. Commit {where['commit']}. Again: `{result['command']}`.",
     ]
     return "\n".join(lines)

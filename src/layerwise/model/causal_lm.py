@@ -207,6 +207,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.runtime.engine.prepare(everything, few)
         if draft is not None and draft.kind in ("auto", "head") and self.head_runtime is not None:
             self.head_runtime.engine.prepare([Plan.full(1)], few=True)
+        if self.exit_head is not None and self._serves(self._cut_runtime):
+            self._cut_runtime.engine.prepare([], few=True)
         if self.ngrams is not None and draft is not None and draft.kind in ("auto", "corpus", "tree"):
             self.ngrams.prepare()
 
@@ -270,6 +272,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         rows, width, _ = hidden.shape
         packing = Packing.of(rows, width, attention_mask)
+        if past_key_values is not None and not any(past_key_values.lengths):
+            self.runtime.engine.refresh()
         if position_ids is not None:
             check_positions(position_ids, packing)
         lengths = packing.counts

@@ -35,6 +35,10 @@ class Engine(Protocol):
         """Make ready whatever takes long, before `plans` are decoded with; a `few` tokens at a time too."""
         ...
 
+    def refresh(self) -> None:
+        """Forget what was made of parameters that the model no longer has."""
+        ...
+
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         """Run the visit on the rows of `step`: (rows, width, hidden size) to the same shape."""
         ...
@@ -54,6 +58,9 @@ class EagerEngine:
         self.backbone = backbone
 
     def prepare(self, plans: Iterable[Plan], few: bool = False) -> None:
+        pass
+
+    def refresh(self) -> None:
         pass
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:

@@ -262,7 +262,7 @@ def _save_peft(model: Any, folder: Path) -> None:
 
 
 def _save_empty_peft(model: PreTrainedModel, folder: Path) -> None:
-    """A rank-1 LoRA of zeros on one projection.
+    """A rank-1 LoRA of zeros on one map of the first layer's attention.
 
     PEFT has no notion of a plan and refuses a folder without weights; this one it loads, and leaves the model as
     it is.
@@ -270,23 +270,24 @@ def _save_empty_peft(model: PreTrainedModel, folder: Path) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    target = "q_proj"
+    prefix = "layers.0.self_attn."
+    name, module = next(
+        (name, one) for name, one in model.named_modules() if hasattr(one, "in_features") and prefix in name
+    )
     LoraConfig(
         r=1,
         lora_alpha=1,
-        target_modules=[target],
+        target_modules=[name.rpartition(".")[2]],
         layers_to_transform=[0],
         layers_pattern="layers",
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config.name_or_path,
         inference_mode=True,
     ).save_pretrained(str(folder))
-    module_name, module = next((n, m) for n, m in model.named_modules() if n.endswith(f"layers.0.self_attn.{target}"))
-    prefix = f"base_model.model.{module_name}"
     save_file(
         {
-            f"{prefix}.lora_A.weight": torch.zeros(1, module.in_features),
-            f"{prefix}.lora_B.weight": torch.zeros(module.out_features, 1),
+            f"base_model.model.{name}.lora_A.weight": torch.zeros(1, module.in_features),
+            f"base_model.model.{name}.lora_B.weight": torch.zeros(module.out_features, 1),
         },
         str(folder / "adapter_model.safetensors"),
         metadata={"format": "pt"},

@@ -70,7 +70,7 @@ def decode(
         plans = [Plan.full(model.depth)] * rows
     walked = model.decide(prompt.counts, plans, cache)
     if speculative:
-        vocabulary, trusting = runtime.backbone.shape.vocabulary, chosen_draft.trust is not None
+        vocabulary, trusting = len(runtime.backbone.head.weight), chosen_draft.trust is not None
         judge = Judge(logits_processor, stopping_criteria, generation_config, vocabulary, trusting, rows)
         if rows > 1 and (judge.scores is not None or judge.logits is not None):
             raise ValueError("scores and logits of a batch are not kept while drafting: use draft='off', or one row")

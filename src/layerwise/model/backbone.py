@@ -12,7 +12,6 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -142,17 +141,16 @@ class Backbone:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    @cached_property
+    @property
     def shape(self) -> ModelShape:
-        """The sizes that costs are computed from, read off the modules."""
+        """The sizes that costs are computed from, read off the modules as they are now."""
         layers = []
         for layer in self.layers:
             attention, mlp = _matrix_entries(layer.self_attn), _matrix_entries(layer.mlp)
             everything = sum(parameter.numel() for parameter in layer.parameters())
-            query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
-            layers.append(
-                LayerShape(attention, mlp, everything - attention - mlp, query.out_features, key.out_features)
-            )
+            queries = layer.self_attn.o_proj.in_features  # not of q_proj: some models have one map for all three
+            keys = queries // layer.self_attn.num_key_value_groups
+            layers.append(LayerShape(attention, mlp, everything - attention - mlp, queries, keys))
         vocabulary, hidden = self.head.weight.shape
         return ModelShape(tuple(layers), hidden, vocabulary, self.head.weight.element_size())
 

@@ -56,7 +56,10 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
                 )
             inner = base.get_base_model()
         backbone = Backbone(inner)
-        super().__init__(inner.config)
+        try:
+            super().__init__(inner.config)
+        except ValueError as error:  # the configuration asks for what transformers allows its own classes only
+            raise UnsupportedModelError(f"{backbone.name} does not fit: {error}") from error
         self.base = base
         self.generation_config = inner.generation_config
         self.all_tied_weights_keys = {
@@ -188,7 +191,6 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             return self.runtime.engine.logits, None
         if not self._serves(self._cut_runtime):
             cut = copy.copy(self.runtime.backbone)
-            cut.__dict__.pop("shape", None)
             cut.head = self.exit_head.head
             self._cut_runtime = Runtime(cut, self._engine_for(cut))
             self._cut_runtime.engine.prepare([], few=True)
@@ -205,10 +207,10 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             everything += [Plan.full(self.depth)] if isinstance(self.policy, RoutingPolicy) else self.policy.plans(1)
         everything += [draft.plan] if draft is not None and draft.plan is not None else []
         self.runtime.engine.prepare(everything, few)
-        if draft is not None and draft.kind in ("auto", "head") and self.head_runtime is not None:
-            self.head_runtime.engine.prepare([Plan.full(1)], few=True)
         if self.exit_head is not None and self._serves(self._cut_runtime):
             self._cut_runtime.engine.prepare([], few=True)
+        if draft is not None and draft.kind in ("auto", "head") and self.head_runtime is not None:
+            self.head_runtime.engine.prepare([Plan.full(1)], few=True)
         if self.ngrams is not None and draft is not None and draft.kind in ("auto", "corpus", "tree"):
             self.ngrams.prepare()
 
@@ -271,9 +273,9 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("a cache holds no gradients: call under torch.no_grad(), or without use_cache")
         hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         rows, width, _ = hidden.shape
-        packing = Packing.of(rows, width, attention_mask)
         if past_key_values is not None and not any(past_key_values.lengths):
             self.runtime.engine.refresh()
+        packing = Packing.of(rows, width, attention_mask)
         if position_ids is not None:
             check_positions(position_ids, packing)
         lengths = packing.counts

@@ -77,7 +77,6 @@ class ExitHead(nn.Module):
     def backbone(self, base: Backbone) -> Backbone:
         """The head's layer, norm and cut head as a backbone of one layer, to be run as any other."""
         own = copy.copy(base)
-        own.__dict__.pop("shape", None)
         own.layers, own.norm, own.head = [self.layer], self.norm, self.head
         own.kinds, own.attention = base.kinds[-1:], {}
         return own

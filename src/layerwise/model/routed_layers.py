@@ -159,6 +159,9 @@ class RoutedSelfAttention(nn.Module):
         keys = _rotated(keys, *position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, layer.layer_idx)
+            held = past_key_values.held()
+            if held is not None:  # a mask keeps attention from holes; the convolution reads all values
+                values = values.masked_fill(~held[:, None, :, None], 0.0)
         seen = _Seen(hidden_states, position_embeddings, position_ids, attention_mask, keys, values)
         if self.measuring is not None:
             self.measuring.append(self._given_to_distances(seen))

@@ -356,6 +356,14 @@ def test_the_tokenizer_of_an_adapter_is_its_bases(base: Path, tmp_path: Path) ->
     assert base_name(None, None) is None
 
 
+def test_a_missing_package_of_a_quantized_model_is_one_line(base: Path, tmp_path: Path) -> None:
+    load(base).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    file.write_text(json.dumps(config))
+    one_line(lambda: from_pretrained(tmp_path), "cannot load a causal language model", "optimum")
+
+
 def test_weights_cut_short_are_refused_in_one_line(base: Path, tmp_path: Path) -> None:
     load(base).save_pretrained(tmp_path)
     file = tmp_path / "model.safetensors"

@@ -128,11 +128,12 @@ class Backbone:
         if not self._static_rope(kind):
             return self._make_rotary(kind, positions, dtype)
         key = (kind, dtype, positions.device)
-        if key not in self._tables or self._tables[key][0].shape[0] < stop:
+        table = self._tables.get(key)  # kept in a local: another thread may put a shorter one there
+        if table is None or table[0].shape[0] < stop:
             everything = torch.arange(max(256, 2 * stop), device=positions.device)[None]
             cosine, sine = self._make_rotary(kind, everything, dtype)
-            self._tables[key] = (cosine[0], sine[0])
-        cosine, sine = self._tables[key]
+            self._tables[key] = table = (cosine[0], sine[0])
+        cosine, sine = table
         return cosine[positions], sine[positions]
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -171,9 +171,10 @@ class CompiledEngine:
 
     def _upto(self, stop: int) -> Tensor:
         """0 .. stop-1: its length tells the kernel how many keys there are."""
-        if len(self._index) < stop:
-            self._index = torch.arange(2 * stop)
-        return self._index[:stop]
+        index = self._index  # kept in a local: another thread may put a shorter one there
+        if len(index) < stop:
+            self._index = index = torch.arange(2 * stop)
+        return index[:stop]
 
     # -- building ----------------------------------------------------------------------------------------
 

@@ -387,6 +387,21 @@ def test_lora_models_attach_and_only_lora_learns() -> None:
     assert {int(name.split(".layers.")[1].split(".")[0]) for name in learned} == {0, 1, 2, 4}
 
 
+@torch.no_grad()
+def test_parts_replaced_after_attaching_are_the_ones_that_run() -> None:
+    base, ids = tiny.model("llama"), tokens(1, 6)
+    model = attach(base)
+    lora = get_peft_model(base, LoraConfig(target_modules=["lm_head", "embed_tokens"], init_lora_weights=False)).eval()
+    assert (lora(ids).logits - tiny.model("llama")(ids).logits).abs().max() > 0.01
+    torch.testing.assert_close(model(ids).logits, lora(ids).logits, **CLOSE)
+    base = tiny.model("llama")
+    model = attach(base)
+    base.resize_token_embeddings(tiny.VOCABULARY + 3)
+    torch.testing.assert_close(model(ids + 3).logits, base(ids + 3).logits, **CLOSE)
+    assert torch.equal(model.generate(ids, max_new_tokens=5), base.generate(ids, max_new_tokens=5))
+    assert model.runtime.backbone.shape.vocabulary == tiny.VOCABULARY + 3
+
+
 # -- models that do not fit ----------------------------------------------------------------------------------
 
 SMALL = {**tiny._COMMON, "num_hidden_layers": 2}

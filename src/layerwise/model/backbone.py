@@ -61,11 +61,13 @@ class Backbone:
         self.model = model
         self.name = type(model).__name__
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        self.embedding = _part(self.name, "an input embedding", model.get_input_embeddings())
+        self._decoder = decoder
+        self.own: dict[str, nn.Module] = {}  # a norm or head to take in place of the model's
+        _part(self.name, "an input embedding", model.get_input_embeddings())
         self.layers: Sequence[nn.Module] = _part(self.name, "'layers'", getattr(decoder, "layers", None))
-        self.norm: nn.Module = _part(self.name, "a final 'norm'", getattr(decoder, "norm", None))
+        _part(self.name, "a final 'norm'", getattr(decoder, "norm", None))
         self._rotary: nn.Module = _part(self.name, "'rotary_emb'", getattr(decoder, "rotary_emb", None))
-        self.head: nn.Module = _part(self.name, "an LM head", model.get_output_embeddings())
+        _part(self.name, "an LM head", model.get_output_embeddings())
         self.config = decoder.config
         for layer in self.layers:
             for part in ("self_attn", "mlp"):
@@ -85,6 +87,25 @@ class Backbone:
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
     # -- the parts ---------------------------------------------------------------------------------------
+    # The model is asked for them each time, since PEFT wraps them and a resized vocabulary replaces them.
+
+    @property
+    def embedding(self) -> nn.Module:
+        return self.model.get_input_embeddings()
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.own.get("norm") or self._decoder.norm
+
+    @property
+    def head(self) -> nn.Module:
+        return self.own.get("head") or self.model.get_output_embeddings()
+
+    def over(self, **own: nn.Module) -> Backbone:
+        """A copy that takes `norm` or `head` from `own`, and all the rest from where this one does."""
+        made = copy.copy(self)
+        made.own = self.own | own
+        return made
 
     @property
     def depth(self) -> int:

@@ -7,7 +7,6 @@ the plan.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -190,8 +189,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         if self.exit_head is None:
             return self.runtime.engine.logits, None
         if not self._serves(self._cut_runtime):
-            cut = copy.copy(self.runtime.backbone)
-            cut.head = self.exit_head.head
+            cut = self.runtime.backbone.over(head=self.exit_head.head)
             self._cut_runtime = Runtime(cut, self._engine_for(cut))
             self._cut_runtime.engine.prepare([], few=True)
         return self._cut_runtime.engine.logits, self.exit_head.vocabulary

@@ -76,8 +76,8 @@ class ExitHead(nn.Module):
 
     def backbone(self, base: Backbone) -> Backbone:
         """The head's layer, norm and cut head as a backbone of one layer, to be run as any other."""
-        own = copy.copy(base)
-        own.layers, own.norm, own.head = [self.layer], self.norm, self.head
+        own = base.over(norm=self.norm, head=self.head)
+        own.layers = [self.layer]
         own.kinds, own.attention = base.kinds[-1:], {}
         return own
 

@@ -8,6 +8,7 @@ does not fail, it answers a little worse, so nobody would notice.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from layerwise import __version__
 from layerwise.decoding.ngram_model import NGramModel
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
 from layerwise.model.exit_head import ExitHead
-from layerwise.model.fingerprint import fingerprint
+from layerwise.model.fingerprint import fingerprint, is_adapted
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.plan import Plan
 from layerwise.policies.fixed import RoutingPolicy, policy_from_dict
@@ -46,7 +47,7 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
         _save_merged(model, folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    adapted = hasattr(model.base, "peft_config")
+    adapted = is_adapted(model.base)
     base_fingerprint = fingerprint(inner)
     trained = not adapted and base_fingerprint != model.attached_to
     about = {
@@ -250,15 +251,38 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 def _save_peft(model: Any, folder: Path) -> None:
     """PEFT's own files, for the one active adapter; PEFT puts any but "default" into a folder of its name."""
-    active = model.active_adapters
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tuned = next((one for one in model.modules() if isinstance(one, BaseTunerLayer)), model)
+    active = tuned.active_adapters
     if len(active) != 1:
         raise ValueError(f"{len(active)} PEFT adapters are active: activate one before saving")
+    if not isinstance(model, PeftModel):
+        _save_injected(model, active[0], folder)
+        return
     model.save_pretrained(str(folder), selected_adapters=active)
     own = folder / active[0]
     if active[0] != "default" and own.is_dir():
         for file in own.iterdir():
             shutil.move(str(file), str(folder / file.name))
         own.rmdir()
+
+
+def _save_injected(model: PreTrainedModel, adapter: str, folder: Path) -> None:
+    """The same of an adapter put into the model's own layers: by transformers' `add_adapter`, or by PEFT after
+    `attach`."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = copy.copy(model.peft_config[adapter])
+    config.inference_mode, config.base_model_name_or_path = True, model.config.name_or_path
+    config.save_pretrained(str(folder))
+    tensors = {
+        f"base_model.model.{name}": tensor.contiguous()
+        for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter).items()
+    }
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
 
 
 def _save_empty_peft(model: PreTrainedModel, folder: Path) -> None:

@@ -25,7 +25,7 @@ from layerwise.model.backbone import Backbone, UnsupportedModelError
 from layerwise.model.cache import Cache
 from layerwise.model.compiled import CompiledEngine, compiler_available
 from layerwise.model.exit_head import ExitHead
-from layerwise.model.fingerprint import fingerprint
+from layerwise.model.fingerprint import fingerprint, is_adapted
 from layerwise.model.packing import Packing, check_positions, lengths_of_prompts
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.model.runtime import EagerEngine, Engine, Runtime, check_fit
@@ -48,7 +48,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, base: nn.Module, policy: Policy | None = None, engine: Engine | None = None) -> None:
         inner = base
-        if hasattr(base, "peft_config") and hasattr(base, "get_base_model"):
+        if is_adapted(base) and hasattr(base, "get_base_model"):
             if any(config.is_prompt_learning for config in base.peft_config.values()):
                 raise UnsupportedModelError(
                     "PEFT prompt learning does not fit: use adapters in the layers, such as LoRA"

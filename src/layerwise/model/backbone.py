@@ -61,13 +61,12 @@ class Backbone:
         self.model = model
         self.name = type(model).__name__
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        self._decoder = decoder
         self.own: dict[str, nn.Module] = {}  # a norm or head to take in place of the model's
-        _part(self.name, "an input embedding", model.get_input_embeddings())
+        self._embedding = _place(model, _part(self.name, "an input embedding", model.get_input_embeddings()))
         self.layers: Sequence[nn.Module] = _part(self.name, "'layers'", getattr(decoder, "layers", None))
-        _part(self.name, "a final 'norm'", getattr(decoder, "norm", None))
+        self._norm = _place(model, _part(self.name, "a final 'norm'", getattr(decoder, "norm", None)))
         self._rotary: nn.Module = _part(self.name, "'rotary_emb'", getattr(decoder, "rotary_emb", None))
-        _part(self.name, "an LM head", model.get_output_embeddings())
+        self._head = _place(model, _part(self.name, "an LM head", model.get_output_embeddings()))
         self.config = decoder.config
         for layer in self.layers:
             for part in ("self_attn", "mlp"):
@@ -87,19 +86,19 @@ class Backbone:
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
     # -- the parts ---------------------------------------------------------------------------------------
-    # The model is asked for them each time, since PEFT wraps them and a resized vocabulary replaces them.
+    # Looked up each time where they stood, since PEFT wraps them and a resized vocabulary replaces them.
 
     @property
     def embedding(self) -> nn.Module:
-        return self.model.get_input_embeddings()
+        return getattr(*self._embedding)
 
     @property
     def norm(self) -> nn.Module:
-        return self.own.get("norm") or self._decoder.norm
+        return self.own.get("norm") or getattr(*self._norm)
 
     @property
     def head(self) -> nn.Module:
-        return self.own.get("head") or self.model.get_output_embeddings()
+        return self.own.get("head") or getattr(*self._head)
 
     def over(self, **own: nn.Module) -> Backbone:
         """A copy that takes `norm` or `head` from `own`, and all the rest from where this one does."""
@@ -204,6 +203,11 @@ def _part(model: str, what: str, found: Any) -> Any:
     if found is None:
         raise UnsupportedModelError(f"{model} does not fit: it lacks {what}; {TESTED}")
     return found
+
+
+def _place(model: nn.Module, part: nn.Module) -> tuple[nn.Module, str]:
+    """The module that `part` stands in, and its name there."""
+    return next((owner, name) for owner in model.modules() for name, one in owner.named_children() if one is part)
 
 
 def _matrix_entries(module: nn.Module) -> int:

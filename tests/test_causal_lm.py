@@ -252,6 +252,8 @@ def test_wrong_arguments_are_refused() -> None:
     one_line(lambda: model(), "either input_ids or inputs_embeds")
     one_line(lambda: model(ids, inputs_embeds=embedded), "either input_ids or inputs_embeds")
     one_line(lambda: model(ids, past_key_values=DynamicCache()), "layerwise.Cache", "DynamicCache")
+    with torch.no_grad():
+        one_line(lambda: model(ids, past_key_values=Cache(len(ids) + 1, 8)), f"cache has {len(ids) + 1} rows")
     one_line(lambda: model(ids, output_attentions=True), "output_attentions")
     one_line(lambda: model(ids, output_hidden_states=True), "output_hidden_states")
     assert model(ids, output_attentions=False, output_hidden_states=None).logits is not None

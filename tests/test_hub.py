@@ -320,6 +320,18 @@ def test_pushing_uploads_the_folder(base: Path, monkeypatch: pytest.MonkeyPatch)
         assert not Path(upload[1]["folder"]).exists()
 
 
+def test_what_else_transformers_lets_save_and_push_be_told(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    model = attach(load(base), PLAN)
+    model.push_to_hub("me/mine", commit_message="better")
+    assert FakeHub.calls[2][1]["commit_message"] == "better"
+    one_line(lambda: model.save_pretrained(str(tmp_path), push_to_hub=True), "push_to_hub")
+    model.save_pretrained(str(tmp_path), is_main_process=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_adapter_of_the_hub_is_loaded_from_its_cache_without_network(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

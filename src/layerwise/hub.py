@@ -114,7 +114,13 @@ def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def push_adapter(model: LayerwiseForCausalLM, repo_id: str, private: bool = False, token: str | None = None) -> str:
+def push_adapter(
+    model: LayerwiseForCausalLM,
+    repo_id: str,
+    private: bool = False,
+    token: str | None = None,
+    commit_message: str = "layerwise adapter",
+) -> str:
     """Upload the adapter to the Hugging Face hub; returns the address of the commit."""
     import tempfile
 
@@ -124,7 +130,7 @@ def push_adapter(model: LayerwiseForCausalLM, repo_id: str, private: bool = Fals
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="layerwise adapter").commit_url
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url
 
 
 def from_pretrained(

@@ -37,7 +37,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.temperature != 0 and not self.temperature >= LEAST_TEMPERATURE:
-            raise ValueError(f"temperature must be 0 (greedy) or {LEAST_TEMPERATURE:g} and more, not {self.temperature}")
+            raise ValueError(f"temperature is 0 (greedy) or at least {LEAST_TEMPERATURE:g}, not {self.temperature}")
         if not -(2**63) <= self.seed < 2**64:
             raise ValueError(f"a seed is a number of 64 bits, not {self.seed}")
         if not 0 < self.top_p <= 1:

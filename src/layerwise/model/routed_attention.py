@@ -231,7 +231,7 @@ class RoutedAttention(nn.Module):
 
     def _map(self, hidden: Tensor, *maps: nn.Module) -> list[Tensor]:
         """What each of `maps` makes of `hidden`."""
-        if self.prepared and hidden.shape[0] * hidden.shape[1] <= FEW and not torch.is_grad_enabled():
+        if self.prepared and hidden.shape[0] * hidden.shape[1] <= FEW and hidden.is_cpu and not torch.is_grad_enabled():
             return torch.ops.layerwise.few_token_linear(hidden, [one.weight for one in maps])
         return [one(hidden) for one in maps]
 

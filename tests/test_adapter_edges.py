@@ -64,6 +64,19 @@ def test_a_peft_adapter_with_a_name_comes_back(base: Path, tmp_path: Path) -> No
     assert_comes_back(attach(get_peft_model(load(base), options, adapter_name="mine").eval()), base, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["default", "mine"])
+def test_an_adapter_put_in_by_transformers_comes_back(base: Path, tmp_path: Path, name: str) -> None:
+    model = load(base)
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), name)
+    assert_comes_back(attach(model.eval()), base, tmp_path)
+
+
+def test_an_adapter_put_in_after_attaching_comes_back(base: Path, tmp_path: Path) -> None:
+    model = attach(load(base))
+    with_lora(model.base).eval()
+    assert_comes_back(model, base, tmp_path)
+
+
 @pytest.mark.parametrize(
     "options",
     [

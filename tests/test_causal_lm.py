@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import (
     CohereConfig,
     CohereForCausalLM,
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
     DynamicCache,
     GemmaConfig,
     GemmaForCausalLM,
@@ -25,6 +27,8 @@ from transformers import (
     GraniteForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -248,6 +252,8 @@ def test_wrong_arguments_are_refused() -> None:
     one_line(lambda: model(), "either input_ids or inputs_embeds")
     one_line(lambda: model(ids, inputs_embeds=embedded), "either input_ids or inputs_embeds")
     one_line(lambda: model(ids, past_key_values=DynamicCache()), "layerwise.Cache", "DynamicCache")
+    with torch.no_grad():
+        one_line(lambda: model(ids, past_key_values=Cache(len(ids) + 1, 8)), f"cache has {len(ids) + 1} rows")
     one_line(lambda: model(ids, output_attentions=True), "output_attentions")
     one_line(lambda: model(ids, output_hidden_states=True), "output_hidden_states")
     assert model(ids, output_attentions=False, output_hidden_states=None).logits is not None
@@ -383,9 +389,33 @@ def test_lora_models_attach_and_only_lora_learns() -> None:
     assert {int(name.split(".layers.")[1].split(".")[0]) for name in learned} == {0, 1, 2, 4}
 
 
+@torch.no_grad()
+def test_parts_replaced_after_attaching_are_the_ones_that_run() -> None:
+    base, ids = tiny.model("llama"), tokens(1, 6)
+    model = attach(base)
+    lora = get_peft_model(base, LoraConfig(target_modules=["lm_head", "embed_tokens"], init_lora_weights=False)).eval()
+    assert (lora(ids).logits - tiny.model("llama")(ids).logits).abs().max() > 0.01
+    torch.testing.assert_close(model(ids).logits, lora(ids).logits, **CLOSE)
+    base = tiny.model("llama")
+    model = attach(base)
+    base.resize_token_embeddings(tiny.VOCABULARY + 3)
+    torch.testing.assert_close(model(ids + 3).logits, base(ids + 3).logits, **CLOSE)
+    assert torch.equal(model.generate(ids, max_new_tokens=5), base.generate(ids, max_new_tokens=5))
+    assert model.runtime.backbone.shape.vocabulary == tiny.VOCABULARY + 3
+
+
 # -- models that do not fit ----------------------------------------------------------------------------------
 
 SMALL = {**tiny._COMMON, "num_hidden_layers": 2}
+LATENT = {  # values of another size than keys
+    "num_key_value_heads": 4,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 12,
+    "first_k_dense_replace": 2,
+}
 
 
 @pytest.mark.parametrize(
@@ -396,14 +426,34 @@ SMALL = {**tiny._COMMON, "num_hidden_layers": 2}
         (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, embedding_multiplier=3.0)), "logits differ"),
         (lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=4.0)), "logits differ"),
         (lambda: CohereForCausalLM(CohereConfig(**SMALL)), "logits differ"),
+        (lambda: DeepseekV3ForCausalLM(DeepseekV3Config(**SMALL | LATENT)), "experts"),
+        (
+            lambda: DeepseekV3ForCausalLM._from_config(
+                DeepseekV3Config(**SMALL | LATENT), experts_implementation="eager"
+            ),
+            "calling its layers failed",
+        ),
     ],
-    ids=["gpt2", "mamba", "granite-embedding", "granite-logits", "cohere"],
+    ids=["gpt2", "mamba", "granite-embedding", "granite-logits", "cohere", "experts", "latent-attention"],
 )
 def test_models_that_are_more_than_their_parts_are_refused_by_name(
     model: Callable[[], PreTrainedModel], reason: str
 ) -> None:
     base = model().eval()
     one_line(lambda: attach(base), type(base).__name__, "does not fit", reason, error=UnsupportedModelError)
+
+
+@torch.no_grad()
+def test_one_map_for_queries_keys_and_values_fits(tmp_path: Path) -> None:
+    base = Phi3ForCausalLM(Phi3Config(**SMALL)).eval()
+    model, prompt = attach(base), tokens(2, 5)
+    expected = base.generate(prompt, max_new_tokens=8)
+    assert torch.equal(model.generate(prompt, max_new_tokens=8, draft="ngram"), expected)
+    layer = model.runtime.backbone.shape.layers[0]
+    assert (layer.query_width, layer.key_width) == (32, 16)
+    model.save_pretrained(str(tmp_path))
+    loaded = PeftModel.from_pretrained(base, str(tmp_path))
+    assert torch.equal(loaded.generate(input_ids=prompt, max_new_tokens=8), expected)
 
 
 @torch.no_grad()

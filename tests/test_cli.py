@@ -73,6 +73,8 @@ finally:
         (["generate", "hi", "--plan", ""], "at least one layer"),
         (["generate", "hi", "--html", "no/such/folder/page.html"], "folder 'no/such/folder' does not exist"),
         (["generate", "hi", "--engine", "fast"], "fast"),
+        (["generate", "hi", "--seed", "99999999999999999999"], "64 bits"),
+        (["generate", "hi", "--temperature", "1e-40"], "temperature is 0 (greedy) or at least"),
         (["generate", "hi", "--adapter", "no/such/adapter"], "no adapter"),
         (["bench", "decode", "--out", "no/such/folder/x.json"], "does not exist"),
         (["nonsense"], "nonsense"),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import random
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -16,8 +18,9 @@ from layerwise.model.backbone import Backbone
 from layerwise.model.cache import Cache
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.compiled import CompiledEngine, compiler_available
+from layerwise.model.exit_head import ExitHead
 from layerwise.model.runtime import EagerEngine
-from layerwise.model.tracing import ONE
+from layerwise.model.tracing import ONE, HeadSource, LayerSource
 from layerwise.paths import cache_dir
 from layerwise.plan import Plan, Step
 from layerwise.training.routed_text import convert
@@ -176,6 +179,101 @@ def test_replaced_parameters_are_noticed() -> None:
     assert torch.equal(model.generate(prompt, **options), expected)
 
 
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Kernels that compute nothing, and notice that parameters were replaced, which a real one does not.
+
+    Returns what was run.
+    """
+    ran: list[str] = []
+    make = compiled._Kernel.__init__
+
+    def checking(self: compiled._Kernel, path: Path, source: LayerSource | HeadSource) -> None:
+        make(self, path, source)
+        made_for = [(id(weight), weight.dtype) for weight in source.weights]
+
+        def run(given: list[torch.Tensor]) -> list[torch.Tensor]:
+            ran.append(source.title)
+            head = isinstance(source, HeadSource)
+            now = HeadSource(source.backbone) if head else LayerSource(source.backbone, source.visit)
+            assert made_for == [(id(weight), weight.dtype) for weight in now.weights], source.title
+            assert given[0].dtype == made_for[0][1], source.title
+            return [given[0].new_zeros(*given[0].shape[:2], len(source.backbone.head.weight)) if head else given[0]]
+
+        self.run = run
+
+    monkeypatch.setattr(compiled, "load_operators", lambda notify: None)
+    monkeypatch.setattr(compiled, "package", lambda source, path: None)
+    monkeypatch.setattr(compiled, "_loaded", lambda path: None)
+    monkeypatch.setattr(compiled._Kernel, "__init__", checking)
+    monkeypatch.setattr(CompiledEngine, "_agrees", lambda *_: True)
+    return ran
+
+
+def chat(model: LayerwiseForCausalLM) -> None:
+    """Two turns of one row: each prompt's end and each answer are read by kernels for one token and for a few."""
+    cache, text = Cache(1, 64), torch.arange(3, 8)[None]
+    for _ in range(2):
+        text = model.generate(text, past_key_values=cache, max_new_tokens=3, do_sample=False)
+        text = torch.cat([text, torch.arange(9, 13)[None]], 1)
+
+
+def cast(model: LayerwiseForCausalLM) -> None:
+    model.to(torch.bfloat16)
+
+
+def adapt(model: LayerwiseForCausalLM) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(model.base, LoraConfig(r=2, target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("change", [cast, adapt])
+def test_no_kernel_outlives_its_parameters(change: Callable[[LayerwiseForCausalLM], None], checked: list[str]) -> None:
+    model = attached("llama")
+    batch = torch.arange(3, 13).view(2, 5)
+    model.generate(batch, max_new_tokens=3, do_sample=False)  # makes kernels for a few tokens
+    chat(model)
+    change(model)
+    checked.clear()
+    chat(model)
+    assert {title.split(", ")[1] for title in checked} == {"one token", "a few tokens"}
+
+
+@pytest.mark.parametrize("change", [cast, adapt])
+def test_forward_runs_no_kernel_of_replaced_parameters(
+    change: Callable[[LayerwiseForCausalLM], None], checked: list[str]
+) -> None:
+    model = attached("llama")
+    model.generate(torch.tensor([[3, 4]]), max_new_tokens=3, do_sample=False)
+    change(model)
+    with torch.no_grad():
+        cache = model(torch.tensor([[3, 4, 5]]), use_cache=True).past_key_values
+        model(torch.tensor([[6]]), past_key_values=cache)
+    assert checked
+
+
+def test_a_cast_amid_a_text_runs_eagerly(checked: list[str]) -> None:
+    model, plans = attached("llama"), [Plan.full(6)]
+    model.runtime.engine.prepare(plans)
+    model.to(torch.bfloat16)
+    with torch.no_grad():
+        cache = Cache(1, 8)
+        for text in ([3, 4, 5], [6]):
+            hidden = model.runtime.forward(model.embed(torch.tensor([text])), plans, None, cache)
+        model.runtime.engine.logits(hidden)
+    assert checked == []
+
+
+def test_the_cut_head_is_made_anew_too(checked: list[str]) -> None:
+    model = attached("llama")
+    model.exit_head = ExitHead(model.runtime.backbone, 2, list(range(3, 50)))
+    for _ in range(2):
+        model.generate(torch.tensor([[3, 4, 5]]), max_new_tokens=6, do_sample=False, draft="plan:0-3")
+        assert "the LM head, a few tokens" in checked
+        cast(model)
+
+
 def test_gradients_and_batches_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     model = attached("llama")
     monkeypatch.setattr(CompiledEngine, "_build", lambda *_: pytest.fail("compiled for a call that it cannot serve"))
@@ -209,7 +307,7 @@ def test_a_kernel_that_differs_is_not_used(monkeypatch: pytest.MonkeyPatch, capl
 
     class Wrong:
         def __init__(self, kernel):
-            self.kernel, self.weights, self.form = kernel, [], kernel.form
+            self.kernel, self.weights, self.form, self.dtype = kernel, [], kernel.form, kernel.dtype
 
         def run(self, arguments):
             return [self.kernel.run([*arguments, *self.kernel.weights])[0] + 10]

@@ -49,7 +49,6 @@ def test_text_and_back(text: str, draft: Draft) -> None:
         ("exit: 8 , 6 ", "exit:8,6"),
         ("ngram , 3", "ngram,3"),
         (" plan:  0-5   7 ,4", "plan:0-5 7,4"),
-        ("plan:0,1,4", "plan:0-1,4"),  # what stands behind the last comma is the length
         ("plan:0 1 2 5 5", "plan:0-2 5*2"),
         ("ngram+plan:0-5 ", "ngram+plan:0-5"),
         ("exit:08,06", "exit:8,6"),
@@ -106,7 +105,10 @@ LENGTHS = ("1 to 15",)
         ("plan:5-0", ("'0-5'",)),
         ("plan:0-30", ("0-29",)),
         ("plan:0-5 3*99", ("repeat",)),
-        ("plan:0,2a", LENGTHS),
+        ("plan:0,2a", (*LENGTHS, "separated by spaces")),
+        ("plan:0 1,20", (*LENGTHS, "separated by spaces")),
+        ("plan:0,1,2,5", ("'plan:0,1,2,5'", "separated by spaces")),
+        ("exit:8,6,4", ("'exit:8,6,4'", "behind a comma")),
     ],
 )
 def test_what_is_no_draft_is_refused_in_one_line(text: str, mentions: tuple[str, ...]) -> None:

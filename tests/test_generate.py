@@ -16,6 +16,7 @@ from tokenizers.models import WordLevel
 from torch import Tensor
 from transformers import (
     GenerationConfig,
+    GenerationMixin,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -237,6 +238,9 @@ def test_num_return_sequences() -> None:
     assert len({tuple(row) for row in found.sequences.tolist()}) == 6
     plans = ["0-5", "0-2", "0-2", "5", "0-5", "1"]
     assert attach(base).generate(**batch, **options, plans=plans).shape == (6, WIDTH + NEW)
+    for_rows, for_answers = ["0-5", "0-2"], ["0-5"] * 3 + ["0-2"] * 3
+    of_rows, of_answers = (run(attach(base), **batch, **options, plans=one) for one in (for_rows, for_answers))
+    assert torch.equal(of_rows.sequences, of_answers.sequences)
 
 
 def test_generation_config_objects() -> None:
@@ -247,6 +251,14 @@ def test_generation_config_objects() -> None:
     assert torch.equal(model.generate(ids, GenerationConfig(max_length=9)), base.generate(ids, max_length=9))
     base.generation_config.max_new_tokens = 3  # the model's own defaults are shared
     assert model.generate(ids, eos_token_id=None).shape == (2, WIDTH + 3)
+
+
+def test_inputs_are_moved_to_the_device_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, given = attach(tiny.model("llama")).to("meta"), []
+    monkeypatch.setattr(GenerationMixin, "generate", lambda self, *args, **options: given.append((args, options)))
+    model.generate(tokens(2, WIDTH), attention_mask=torch.ones(2, WIDTH), max_new_tokens=2)
+    ((args, options),) = given
+    assert args[0].is_meta and options["attention_mask"].is_meta and options["max_new_tokens"] == 2
 
 
 def test_prompts_as_embeddings() -> None:
@@ -353,6 +365,8 @@ def test_wrong_requests_are_refused() -> None:
     refuses("num_beams=1", num_beams=2)
     refuses("num_beams=1", generation_config=GenerationConfig(num_beams=2))
     refuses("assistant_model", assistant_model=base)
+    refuses("synced_gpus", synced_gpus=True)
+    refuses("prefill_chunk_size", prefill_chunk_size=4)
     assert model.generate(ids, max_new_tokens=2, eos_token_id=None).shape == (2, WIDTH + 2)
 
 

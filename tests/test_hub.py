@@ -329,6 +329,18 @@ def test_pushing_uploads_the_folder(base: Path, monkeypatch: pytest.MonkeyPatch)
         assert not Path(upload[1]["folder"]).exists()
 
 
+def test_what_else_transformers_lets_save_and_push_be_told(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.HfApi", FakeHub)
+    model = attach(load(base), PLAN)
+    model.push_to_hub("me/mine", commit_message="better")
+    assert FakeHub.calls[2][1]["commit_message"] == "better"
+    one_line(lambda: model.save_pretrained(str(tmp_path), push_to_hub=True), "push_to_hub")
+    model.save_pretrained(str(tmp_path), is_main_process=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_adapter_of_the_hub_is_loaded_from_its_cache_without_network(
     adapter: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -363,6 +375,14 @@ def test_the_tokenizer_of_an_adapter_is_its_bases(base: Path, tmp_path: Path) ->
     assert base_name(folder, None) == base_name(None, folder) == base_name(whole, folder) == str(whole)
     assert load_tokenizer(str(folder)).chat_template == CHATML
     assert base_name(None, None) is None
+
+
+def test_a_missing_package_of_a_quantized_model_is_one_line(base: Path, tmp_path: Path) -> None:
+    load(base).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text()) | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    file.write_text(json.dumps(config))
+    one_line(lambda: from_pretrained(tmp_path), "cannot load a causal language model", "optimum")
 
 
 def test_weights_cut_short_are_refused_in_one_line(base: Path, tmp_path: Path) -> None:

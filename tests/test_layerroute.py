@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +17,11 @@ from test_causal_lm import one_line, padded, tokens
 from torch import Tensor
 
 from layerwise import Cache, Phase, Plan, Trace, attach, from_pretrained
+from layerwise.decoding import speculative
 from layerwise.decoding.drafts import Draft
+from layerwise.decoding.target import Watched
 from layerwise.hub import save_adapter
+from layerwise.plan import Step
 from layerwise.policies.gates import GatedPolicy
 from layerwise.policies.tensors import FILE
 
@@ -269,3 +273,24 @@ def test_damaged_routers_are_refused_in_one_line(adapter: tuple[Path, Any]) -> N
     one_line(lambda: GatedPolicy(torch.zeros(3, 4), torch.zeros(3), keep=(3,)), "keep")
     one_line(lambda: GatedPolicy(torch.zeros(3, 4), torch.zeros(3), reads="first"), "read")
     one_line(lambda: GatedPolicy(torch.zeros(3, 4), torch.zeros(3), center=torch.zeros(3, 4)), "both or neither")
+
+
+def test_the_states_of_the_prompt_are_released_when_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attach(tiny.model("llama"))
+    model.policy = GatedPolicy(torch.zeros(LAYERS, 32), torch.full((LAYERS,), 9.0))  # every layer runs
+    states: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    observe, play = Watched.observe, speculative._round
+
+    def noting(self: Watched, step: Step, hidden: Tensor) -> None:
+        states.append(weakref.ref(hidden))
+        observe(self, step, hidden)
+
+    def counting(*arguments: Any) -> None:
+        alive.append(sum(one() is not None for one in states))
+        play(*arguments)
+
+    monkeypatch.setattr(Watched, "observe", noting)
+    monkeypatch.setattr(speculative, "_round", counting)
+    model.generate(tokens(1, 9), max_new_tokens=8, eos_token_id=None, draft="ngram")
+    assert len(states) == LAYERS and alive and max(alive) <= 1  # the route keeps the last

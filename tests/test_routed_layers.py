@@ -19,6 +19,7 @@ from layerwise.evaluation.routed_text import CURVE
 from layerwise.model.cache import Cache
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.compiled import CompiledEngine
+from layerwise.model.routed_attention import Mixing
 from layerwise.model.routed_layers import RoutedSelfAttention
 from layerwise.plan import Plan
 from layerwise.report.attention_figures import routed_text_figure
@@ -59,6 +60,22 @@ def test_attention_everywhere_is_the_pretrained_model(kind: str) -> None:
         with model.routed_layers.mixing("attention"):
             torch.testing.assert_close(model(tokens).logits, expected, **CLOSE)
         torch.testing.assert_close(model.base(tokens).logits, expected, **CLOSE)  # left as it was
+
+
+@pytest.mark.parametrize("mixing", ["routed", "convolution"])
+@torch.no_grad()
+def test_the_convolution_reads_no_hole(mixing: Mixing) -> None:
+    """What a rollback left behind in a slot, and a plan without the layer then jumped over, counts for nothing."""
+    model, tokens = routed(), ids(2, 20)
+    results = []
+    with model.routed_layers.mixing(mixing):
+        for forgotten in (10, 0):
+            cache = Cache(2, 64)
+            model(tokens[:, : 10 + forgotten], past_key_values=cache)
+            cache.rollback(10)
+            passes = (("0-1 3-5", tokens[:, 10:15]), ("0-5", tokens[:, 15:16]))
+            results.append([model(part, past_key_values=cache, plans=[plan] * 2).logits for plan, part in passes])
+    torch.testing.assert_close(*results, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -175,6 +175,25 @@ def test_scores_and_logits_of_one_row() -> None:
     one_line(lambda: kept(model, **ragged(3, 2), **FREE, output_scores=True, draft="ngram"), "off", "one row")
 
 
+@pytest.mark.parametrize("output_scores", [True, False])
+def test_criteria_get_the_scores_made_so_far(output_scores: bool) -> None:
+    shown: list[tuple[int, Any]] = []
+
+    def criterion(ids: Tensor, scores: Any) -> Tensor:
+        shown.append((ids.shape[1], scores))
+        return torch.zeros(len(ids), dtype=torch.bool)
+
+    model, criteria = attached(), StoppingCriteriaList([criterion])
+    options = {**one(), **FREE, "output_scores": output_scores, "stopping_criteria": criteria}
+    for draft in ("off", "exit:3,4", PERFECT):
+        shown.clear()
+        scores = kept(model, **options, draft=draft).scores
+        assert [length for length, _ in shown] == list(range(WIDTH + 1, WIDTH + NEW + (draft == "off")))
+        for length, given in shown:
+            assert given is None if scores is None else len(given) == length - WIDTH
+            assert given is None or given[-1] is scores[length - WIDTH - 1]
+
+
 def test_what_is_no_draft_for_this_model_is_refused() -> None:
     model, bare = attached(), attached("llama", None)
     for draft, mentions in (

@@ -137,7 +137,14 @@ def test_text_is_not_decoded_from_the_start_again_and_again() -> None:
 
 @pytest.mark.parametrize(
     ("options", "mention"),
-    [({"temperature": -0.1}, "temperature"), ({"top_p": 0.0}, "top-p"), ({"top_p": 1.1}, "top-p")],
+    [
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": 1e-40}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_p": 0.0}, "top-p"),
+        ({"top_p": 1.1}, "top-p"),
+        ({"seed": 2**64}, "seed"),
+    ],
 )
 def test_sampling_refuses_what_makes_no_sense(options: dict[str, float], mention: str) -> None:
     one_line(lambda: Sampling(**options), mention, str(next(iter(options.values()))))

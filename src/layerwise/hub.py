@@ -8,6 +8,7 @@ does not fail, it answers a little worse, so nobody would notice.
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from layerwise import __version__
 from layerwise.decoding.ngram_model import NGramModel
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
 from layerwise.model.exit_head import ExitHead
-from layerwise.model.fingerprint import fingerprint
+from layerwise.model.fingerprint import fingerprint, is_adapted
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.plan import Plan
 from layerwise.policies.fixed import RoutingPolicy, policy_from_dict
@@ -46,7 +47,7 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
         _save_merged(model, folder)
         return
     folder.mkdir(parents=True, exist_ok=True)
-    adapted = hasattr(model.base, "peft_config")
+    adapted = is_adapted(model.base)
     base_fingerprint = fingerprint(inner)
     trained = not adapted and base_fingerprint != model.attached_to
     about = {
@@ -113,7 +114,13 @@ def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
 
-def push_adapter(model: LayerwiseForCausalLM, repo_id: str, private: bool = False, token: str | None = None) -> str:
+def push_adapter(
+    model: LayerwiseForCausalLM,
+    repo_id: str,
+    private: bool = False,
+    token: str | None = None,
+    commit_message: str = "layerwise adapter",
+) -> str:
     """Upload the adapter to the Hugging Face hub; returns the address of the commit."""
     import tempfile
 
@@ -123,7 +130,7 @@ def push_adapter(model: LayerwiseForCausalLM, repo_id: str, private: bool = Fals
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="layerwise adapter").commit_url
+        return api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=commit_message).commit_url
 
 
 def from_pretrained(
@@ -255,9 +262,16 @@ def _read_about(folder: Path) -> dict[str, Any]:
 
 def _save_peft(model: Any, folder: Path) -> None:
     """PEFT's own files, for the one active adapter; PEFT puts any but "default" into a folder of its name."""
-    active = model.active_adapters
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    tuned = next((one for one in model.modules() if isinstance(one, BaseTunerLayer)), model)
+    active = tuned.active_adapters
     if len(active) != 1:
         raise ValueError(f"{len(active)} PEFT adapters are active: activate one before saving")
+    if not isinstance(model, PeftModel):
+        _save_injected(model, active[0], folder)
+        return
     model.save_pretrained(str(folder), selected_adapters=active)
     own = folder / active[0]
     if active[0] != "default" and own.is_dir():
@@ -266,8 +280,24 @@ def _save_peft(model: Any, folder: Path) -> None:
         own.rmdir()
 
 
+def _save_injected(model: PreTrainedModel, adapter: str, folder: Path) -> None:
+    """The same of an adapter put into the model's own layers: by transformers' `add_adapter`, or by PEFT after
+    `attach`."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config = copy.copy(model.peft_config[adapter])
+    config.inference_mode, config.base_model_name_or_path = True, model.config.name_or_path
+    config.save_pretrained(str(folder))
+    tensors = {
+        f"base_model.model.{name}": tensor.contiguous()
+        for name, tensor in get_peft_model_state_dict(model, adapter_name=adapter).items()
+    }
+    save_file(tensors, str(folder / "adapter_model.safetensors"), metadata={"format": "pt"})
+
+
 def _save_empty_peft(model: PreTrainedModel, folder: Path) -> None:
-    """A rank-1 LoRA of zeros on one projection.
+    """A rank-1 LoRA of zeros on one map of the first layer's attention.
 
     PEFT has no notion of a plan and refuses a folder without weights; this one it loads, and leaves the model as
     it is.
@@ -275,23 +305,24 @@ def _save_empty_peft(model: PreTrainedModel, folder: Path) -> None:
     from peft import LoraConfig
     from safetensors.torch import save_file
 
-    target = "q_proj"
+    prefix = "layers.0.self_attn."
+    name, module = next(
+        (name, one) for name, one in model.named_modules() if hasattr(one, "in_features") and prefix in name
+    )
     LoraConfig(
         r=1,
         lora_alpha=1,
-        target_modules=[target],
+        target_modules=[name.rpartition(".")[2]],
         layers_to_transform=[0],
         layers_pattern="layers",
         task_type="CAUSAL_LM",
         base_model_name_or_path=model.config.name_or_path,
         inference_mode=True,
     ).save_pretrained(str(folder))
-    module_name, module = next((n, m) for n, m in model.named_modules() if n.endswith(f"layers.0.self_attn.{target}"))
-    prefix = f"base_model.model.{module_name}"
     save_file(
         {
-            f"{prefix}.lora_A.weight": torch.zeros(1, module.in_features),
-            f"{prefix}.lora_B.weight": torch.zeros(module.out_features, 1),
+            f"base_model.model.{name}.lora_A.weight": torch.zeros(1, module.in_features),
+            f"base_model.model.{name}.lora_B.weight": torch.zeros(module.out_features, 1),
         },
         str(folder / "adapter_model.safetensors"),
         metadata={"format": "pt"},

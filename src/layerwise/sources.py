@@ -163,7 +163,7 @@ def _one_line(name: str | None, path: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if os.path.isdir(path) and not (Path(path) / "config.json").is_file():
             reason = "the folder has no config.json"

@@ -43,16 +43,17 @@ def run(
         if draft is not None:
             raise ValueError("give either --draft, which is verified, or --early-exit, which is not")
         Draft.early_exit(early_exit)
-    loaded, tokenizer = options.load(model, adapter, plan, engine, dtype, draft, device)
     from layerwise.decoding.text import Sampling, answer
 
+    sampling = Sampling(temperature, top_p, seed)
+    loaded, tokenizer = options.load(model, adapter, plan, engine, dtype, draft, device)
     if early_exit is not None:
         loaded.draft = Draft.early_exit(early_exit, loaded.depth)
 
     def show(piece: str) -> None:
         print(piece, end="", flush=True)
 
-    result = answer(loaded, tokenizer, prompt, system, max_new_tokens, Sampling(temperature, top_p, seed), show)
+    result = answer(loaded, tokenizer, prompt, system, max_new_tokens, sampling, show)
     print(f"\n\n{result.summary()} ({loaded.runtime.engine.name} engine)")
     if html is not None:
         from layerwise.report.html import Page, Token, render

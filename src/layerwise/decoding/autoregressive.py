@@ -43,13 +43,17 @@ def decode(
     plans: Sequence[Plan | str] | None = None,
     trace: Trace | None = None,
     draft: Draft | str | None = None,
+    synced_gpus: bool = False,
     **_: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
     """Generate from a prompt (rows, width); the contract is that of transformers' `_sample`.
 
     Raises:
-        ValueError: the prompt is longer than the context that the model was made for, or there is no such draft.
+        ValueError: the prompt is longer than the context that the model was made for, there is no such draft, or
+            processes are to decode in step.
     """
+    if synced_gpus:
+        raise ValueError("processes that share a model's weights cannot decode in step: leave synced_gpus out")
     runtime = model.runtime
     rows = input_ids.shape[0]
     plans = None if plans is None else model.row_plans(rows, plans)
@@ -70,8 +74,10 @@ def decode(
         plans = [Plan.full(model.depth)] * rows
     walked = model.decide(prompt.counts, plans, cache)
     if speculative:
-        vocabulary, trusting = runtime.backbone.shape.vocabulary, chosen_draft.trust is not None
-        judge = Judge(logits_processor, stopping_criteria, generation_config, vocabulary, trusting, rows)
+        vocabulary, trusting = len(runtime.backbone.head.weight), chosen_draft.trust is not None
+        judge = Judge(
+            logits_processor, stopping_criteria, generation_config, vocabulary, trusting, rows, input_ids.shape[1]
+        )
         if rows > 1 and (judge.scores is not None or judge.logits is not None):
             raise ValueError("scores and logits of a batch are not kept while drafting: use draft='off', or one row")
         read = (prompt.tokens, prompt.embedded, prompt.counts)
@@ -134,8 +140,7 @@ class _Prompt:
         if cache is not None:
             if inputs_embeds is not None:
                 raise ValueError("a cache is continued with input_ids: leave inputs_embeds out")
-            if cache.rows != rows:
-                raise ValueError(f"the cache has {cache.rows} rows, the prompt {rows}: continue the same batch")
+            cache.check_rows(rows)
             if not only_new:
                 packed, counts = _after(packed, counts, lengths)
         context = model.runtime.backbone.context

@@ -65,26 +65,25 @@ class Draft:
         body, lookup = text.strip(), False
         if body.startswith("ngram+"):
             body, lookup = body.removeprefix("ngram+"), True
-        kind, _, rest = body.partition(":")
-        plain, comma, length = rest.rpartition(",") if ":" in body else kind.rpartition(",")
-        if not comma:
-            plain = rest if ":" in body else kind
-        plain = plain.strip()
-        kind = kind.strip() if ":" in body else plain
-        if kind not in _KINDS or (":" in body) != (kind in ("exit", "plan")) or (lookup and kind not in _KINDS[4:]):
+        named, comma, length = body.rpartition(",") if "," in body else (body, "", "")
+        kind, colon, layers_named = (part.strip() for part in named.partition(":"))
+        if kind not in _KINDS or bool(colon) != (kind in ("exit", "plan")) or (lookup and kind not in _KINDS[4:]):
             raise ValueError(f"'{text}' is no draft: {_FORMS}")
+        by_spaces = "; the layers of its plan are separated by spaces" if kind == "plan" else ""
         if comma and not re.fullmatch(r"\s*\d{1,3}\s*", length):
-            raise ValueError(f"'{text}': the length after the comma must be a number from 1 to {MOST}")
+            raise ValueError(f"'{text}': the length after the comma must be a number from 1 to {MOST}{by_spaces}")
+        if "," in layers_named:
+            raise ValueError(f"'{text}': only a draft's length stands behind a comma{by_spaces}")
         tokens = int(length) if comma else None
         if tokens is not None and (kind in ("auto", "off") or not 1 <= tokens <= MOST):
             drafts = "policy, ngram, corpus, tree, head, exit and plan"
-            raise ValueError(f"'{text}' is no draft: a length, from 1 to {MOST}, goes with {drafts}")
+            raise ValueError(f"'{text}' is no draft: a length, from 1 to {MOST}, goes with {drafts}{by_spaces}")
         if kind == "plan":
-            return cls("plan", plan=Plan.parse(plain, layers), length=tokens, lookup=lookup)
+            return cls("plan", plan=Plan.parse(layers_named, layers), length=tokens, lookup=lookup)
         if kind == "exit":
-            if not re.fullmatch(r"\d{1,4}", plain):
+            if not re.fullmatch(r"\d{1,4}", layers_named):
                 raise ValueError(f"'{text}' is no draft: say after how many layers to exit, such as exit:8")
-            exit = int(plain)
+            exit = int(layers_named)
             if exit < 1 or (layers is not None and exit >= layers):
                 until = f"{layers - 1}, for the model has {layers} layers" if layers else "one less than the model has"
                 raise ValueError(f"'{text}': an exit is after 1 to {until}")

@@ -59,7 +59,8 @@ class Pick:
 
 
 class Judge:
-    """Chooses as `generate` was told to: `processors`, `criteria` and `config` are what transformers prepared."""
+    """Chooses as `generate` was told to: `processors`, `criteria` and `config` are what transformers prepared, `width`
+    the columns of the prompt."""
 
     def __init__(
         self,
@@ -69,6 +70,7 @@ class Judge:
         vocabulary: int,
         trusting: bool = False,
         rows: int = 1,
+        width: int = 0,
     ) -> None:
         if (rows > 1 or trusting) and any(isinstance(one, _REMEMBERING) for one in processors):
             raise ValueError(
@@ -81,7 +83,7 @@ class Judge:
         self.temperature = (config.temperature or 1.0) if config.do_sample else 0.0
         self.vocabulary = vocabulary
         self.warpers = LogitsProcessorList([one for one in processors if isinstance(one, _WARPERS)])
-        self.rows = rows
+        self.rows, self.width = rows, width
         self.ends: set[int] = set()
         self.longest: int | None = None
         self.criteria = StoppingCriteriaList()
@@ -195,7 +197,10 @@ class Judge:
         """Whether `row` is done with `token`, the last of the `length` tokens in `text` (1, room)."""
         if token in self.ends or (self.longest is not None and length >= self.longest):
             return True
-        return bool(self.criteria) and bool(self.criteria(text[:, :length].expand(self.rows, -1), None)[row])
+        if not self.criteria:
+            return False
+        scores = None if self.scores is None else self.scores[: length - self.width]
+        return bool(self.criteria(text[:, :length].expand(self.rows, -1), scores)[row])
 
 
 def _likeliest(scores: Tensor, guesses: Sequence[tuple[int, int]], q: Sequence[Tensor] | None) -> Chosen:

@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from layerwise.tensor_files import read_tensors
+
 FILE = "ngrams.safetensors"
 GUESSES = 2  # tokens that are kept of what follows an n-gram: a tree of drafts asks for more than the likeliest
 ALIKE = 0.25  # an n-gram is left out if a shorter one names the same token, and is as sure to within this
@@ -119,16 +121,12 @@ class NGramModel:
         Raises:
             ValueError: the file is missing, damaged or made for another vocabulary.
         """
-        from safetensors import SafetensorError, safe_open
+
+        def made(about: dict[str, str], tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, int]:
+            return tensors["keys"], tensors["tokens"], tensors["sure"], int(about["order"])
 
         path = Path(folder) / FILE
-        try:
-            with safe_open(str(path), "pt") as file:
-                order = int(file.metadata()["order"])
-                keys, tokens, sure = (file.get_tensor(name) for name in ("keys", "tokens", "sure"))
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the n-grams '{path}' cannot be loaded: {reason}") from error
+        keys, tokens, sure, order = read_tensors(path, "the n-grams", made)
         whole = 0 < len(keys) == len(tokens) == len(sure)
         if tokens.ndim == 1:  # as they were counted first: one token an n-gram
             tokens, sure = tokens[:, None], sure[:, None]

@@ -39,7 +39,7 @@ from layerwise.decoding.tuner import HOPE, Hope, Tuner
 from layerwise.model.cache import Cache
 from layerwise.model.packing import last_of
 from layerwise.plan import Plan, Route
-from layerwise.trace import Phase, Source, Trace
+from layerwise.trace import Phase, RowsOfTrace, Source, Trace
 
 if TYPE_CHECKING:
     from layerwise.model.causal_lm import LayerwiseForCausalLM
@@ -222,9 +222,7 @@ def speculate(
     ids, embedded, counts = prompt
     read = None
     if not isinstance(plans, Sequence):  # who can draft depends on the target's plans: the prompt is read first
-        route = Watched(plans)
-        deep = model.runtime.forward(embedded, route, counts, cache, rows_of_trace, Phase.PREFILL)
-        plans, read = route.plans, Read(ids, list(counts), route.states, deep)
+        plans, read = _routed(model, plans, prompt, cache, rows_of_trace)
     if trace is not None:
         trace.targets = list(plans)
     target = Target(model, list(plans), cache, set(), rows_of_trace, keep=keep)
@@ -235,6 +233,7 @@ def speculate(
         texts.ahead = [width + 1 - length for length in cache.lengths]
         logits = model.runtime.engine.logits(last_of(read.deep, counts)).float()
         chosen = [([], token) for _, token in _choices(judge, logits, Proposal([[]] * rows), texts)]
+        del read, logits  # the states of the whole prompt, which can be those of every layer
         _emit(texts, judge, chosen, padding, streamer, trace, [Source.DECODED] * rows)
         _leave(texts, judge, target, crew, padding)
         while texts.live:
@@ -253,6 +252,20 @@ def speculate(
     if streamer is not None:
         streamer.end()
     return _rectangle(texts, padding)
+
+
+def _routed(
+    model: LayerwiseForCausalLM,
+    route: Route,
+    prompt: tuple[Tensor, Tensor, list[int]],
+    cache: Cache,
+    trace: RowsOfTrace | None,
+) -> tuple[tuple[Plan, ...], Read]:
+    """Read the prompt by a route: the plans that it decides, and the states on the way."""
+    ids, embedded, counts = prompt
+    watched = Watched(route)
+    deep = model.runtime.forward(embedded, watched, counts, cache, trace, Phase.PREFILL)
+    return watched.plans, Read(ids, list(counts), watched.states, deep)
 
 
 def _round(

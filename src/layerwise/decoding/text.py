@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from layerwise.model.causal_lm import LayerwiseForCausalLM
 
 
+LEAST_TEMPERATURE = 1e-6  # as good as greedy; of much less the scores are no finite numbers
+
+
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How tokens are chosen: greedily at temperature 0, else by sampling with `seed`."""
@@ -33,8 +36,10 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
-            raise ValueError(f"temperature must be 0 (greedy) or more, not {self.temperature}")
+        if self.temperature != 0 and not self.temperature >= LEAST_TEMPERATURE:
+            raise ValueError(f"temperature is 0 (greedy) or at least {LEAST_TEMPERATURE:g}, not {self.temperature}")
+        if not -(2**63) <= self.seed < 2**64:
+            raise ValueError(f"a seed is a number of 64 bits, not {self.seed}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top-p must be above 0 and at most 1, not {self.top_p}")
 

@@ -12,7 +12,6 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -62,11 +61,12 @@ class Backbone:
         self.model = model
         self.name = type(model).__name__
         decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-        self.embedding = _part(self.name, "an input embedding", model.get_input_embeddings())
+        self.own: dict[str, nn.Module] = {}  # a norm or head to take in place of the model's
+        self._embedding = _place(model, _part(self.name, "an input embedding", model.get_input_embeddings()))
         self.layers: Sequence[nn.Module] = _part(self.name, "'layers'", getattr(decoder, "layers", None))
-        self.norm: nn.Module = _part(self.name, "a final 'norm'", getattr(decoder, "norm", None))
+        self._norm = _place(model, _part(self.name, "a final 'norm'", getattr(decoder, "norm", None)))
         self._rotary: nn.Module = _part(self.name, "'rotary_emb'", getattr(decoder, "rotary_emb", None))
-        self.head: nn.Module = _part(self.name, "an LM head", model.get_output_embeddings())
+        self._head = _place(model, _part(self.name, "an LM head", model.get_output_embeddings()))
         self.config = decoder.config
         for layer in self.layers:
             for part in ("self_attn", "mlp"):
@@ -86,6 +86,25 @@ class Backbone:
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
     # -- the parts ---------------------------------------------------------------------------------------
+    # Looked up each time where they stood, since PEFT wraps them and a resized vocabulary replaces them.
+
+    @property
+    def embedding(self) -> nn.Module:
+        return getattr(*self._embedding)
+
+    @property
+    def norm(self) -> nn.Module:
+        return self.own.get("norm") or getattr(*self._norm)
+
+    @property
+    def head(self) -> nn.Module:
+        return self.own.get("head") or getattr(*self._head)
+
+    def over(self, **own: nn.Module) -> Backbone:
+        """A copy that takes `norm` or `head` from `own`, and all the rest from where this one does."""
+        made = copy.copy(self)
+        made.own = self.own | own
+        return made
 
     @property
     def depth(self) -> int:
@@ -129,11 +148,12 @@ class Backbone:
         if not self._static_rope(kind):
             return self._make_rotary(kind, positions, dtype)
         key = (kind, dtype, positions.device)
-        if key not in self._tables or self._tables[key][0].shape[0] < stop:
+        table = self._tables.get(key)  # kept in a local: another thread may put a shorter one there
+        if table is None or table[0].shape[0] < stop:
             everything = torch.arange(max(256, 2 * stop), device=positions.device)[None]
             cosine, sine = self._make_rotary(kind, everything, dtype)
-            self._tables[key] = (cosine[0], sine[0])
-        cosine, sine = self._tables[key]
+            self._tables[key] = table = (cosine[0], sine[0])
+        cosine, sine = table
         return cosine[positions], sine[positions]
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -142,17 +162,16 @@ class Backbone:
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
-    @cached_property
+    @property
     def shape(self) -> ModelShape:
-        """The sizes that costs are computed from, read off the modules."""
+        """The sizes that costs are computed from, read off the modules as they are now."""
         layers = []
         for layer in self.layers:
             attention, mlp = _matrix_entries(layer.self_attn), _matrix_entries(layer.mlp)
             everything = sum(parameter.numel() for parameter in layer.parameters())
-            query, key = layer.self_attn.q_proj, layer.self_attn.k_proj
-            layers.append(
-                LayerShape(attention, mlp, everything - attention - mlp, query.out_features, key.out_features)
-            )
+            queries = layer.self_attn.o_proj.in_features  # not of q_proj: some models have one map for all three
+            keys = queries // layer.self_attn.num_key_value_groups
+            layers.append(LayerShape(attention, mlp, everything - attention - mlp, queries, keys))
         vocabulary, hidden = self.head.weight.shape
         return ModelShape(tuple(layers), hidden, vocabulary, self.head.weight.element_size())
 
@@ -184,6 +203,11 @@ def _part(model: str, what: str, found: Any) -> Any:
     if found is None:
         raise UnsupportedModelError(f"{model} does not fit: it lacks {what}; {TESTED}")
     return found
+
+
+def _place(model: nn.Module, part: nn.Module) -> tuple[nn.Module, str]:
+    """The module that `part` stands in, and its name there."""
+    return next((owner, name) for owner in model.modules() for name, one in owner.named_children() if one is part)
 
 
 def _matrix_entries(module: nn.Module) -> int:

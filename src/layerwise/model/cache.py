@@ -55,6 +55,11 @@ class Cache:
         self.capacity = _aligned(self.capacity)
         self.lengths = self.lengths or [0] * self.rows
 
+    def check_rows(self, rows: int) -> None:
+        """ValueError unless the cache is that of a batch of `rows` rows."""
+        if rows != self.rows:
+            raise ValueError(f"the cache has {self.rows} rows, the prompt {rows}: continue the same batch")
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The longest row, in tokens; not read from any layer, for a plan may skip every one of them."""
         return max(self.lengths)

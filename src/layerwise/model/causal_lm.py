@@ -7,7 +7,6 @@ the plan.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -26,7 +25,7 @@ from layerwise.model.backbone import Backbone, UnsupportedModelError
 from layerwise.model.cache import Cache
 from layerwise.model.compiled import CompiledEngine, compiler_available
 from layerwise.model.exit_head import ExitHead
-from layerwise.model.fingerprint import fingerprint
+from layerwise.model.fingerprint import fingerprint, is_adapted
 from layerwise.model.packing import Packing, check_positions, lengths_of_prompts
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.model.runtime import EagerEngine, Engine, Runtime, check_fit
@@ -49,14 +48,17 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, base: nn.Module, policy: Policy | None = None, engine: Engine | None = None) -> None:
         inner = base
-        if hasattr(base, "peft_config") and hasattr(base, "get_base_model"):
+        if is_adapted(base) and hasattr(base, "get_base_model"):
             if any(config.is_prompt_learning for config in base.peft_config.values()):
                 raise UnsupportedModelError(
                     "PEFT prompt learning does not fit: use adapters in the layers, such as LoRA"
                 )
             inner = base.get_base_model()
         backbone = Backbone(inner)
-        super().__init__(inner.config)
+        try:
+            super().__init__(inner.config)
+        except ValueError as error:  # the configuration asks for what transformers allows its own classes only
+            raise UnsupportedModelError(f"{backbone.name} does not fit: {error}") from error
         self.base = base
         self.generation_config = inner.generation_config
         self.all_tied_weights_keys = {
@@ -187,9 +189,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         if self.exit_head is None:
             return self.runtime.engine.logits, None
         if not self._serves(self._cut_runtime):
-            cut = copy.copy(self.runtime.backbone)
-            cut.__dict__.pop("shape", None)
-            cut.head = self.exit_head.head
+            cut = self.runtime.backbone.over(head=self.exit_head.head)
             self._cut_runtime = Runtime(cut, self._engine_for(cut))
             self._cut_runtime.engine.prepare([], few=True)
         return self._cut_runtime.engine.logits, self.exit_head.vocabulary
@@ -205,6 +205,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             everything += [Plan.full(self.depth)] if isinstance(self.policy, RoutingPolicy) else self.policy.plans(1)
         everything += [draft.plan] if draft is not None and draft.plan is not None else []
         self.runtime.engine.prepare(everything, few)
+        if self.exit_head is not None and self._serves(self._cut_runtime):
+            self._cut_runtime.engine.prepare([], few=True)
         if draft is not None and draft.kind in ("auto", "head") and self.head_runtime is not None:
             self.head_runtime.engine.prepare([Plan.full(1)], few=True)
         if self.ngrams is not None and draft is not None and draft.kind in ("auto", "corpus", "tree"):
@@ -269,6 +271,10 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("a cache holds no gradients: call under torch.no_grad(), or without use_cache")
         hidden = self.embed(input_ids) if inputs_embeds is None else inputs_embeds
         rows, width, _ = hidden.shape
+        if past_key_values is not None:
+            past_key_values.check_rows(rows)
+        if past_key_values is not None and not any(past_key_values.lengths):
+            self.runtime.engine.refresh()
         packing = Packing.of(rows, width, attention_mask)
         if position_ids is not None:
             check_positions(position_ids, packing)
@@ -293,10 +299,13 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         """transformers' `generate`, walking plans; also takes `plans` (one a row), `trace` and `draft`.
 
         With a `draft` (see `decoding.drafts`: "auto", "ngram", "exit:8", "plan:0-5 20-29", ...) tokens are proposed
-        cheaply and verified by the plan; the output is the same, or has the same distribution when sampling.
+        cheaply and verified by the plan; the output is the same, or has the same distribution when sampling. With
+        `num_return_sequences`, `plans` are one a row or one an answer. `use_cache` changes nothing: a layerwise
+        cache is always used, a new one unless `past_key_values` is given. Inputs are moved to the model's device.
 
         Raises:
-            ValueError: beam search or an assistant model is asked for, or the prompt is longer than the context.
+            ValueError: something is asked for that this model cannot honour, such as beam search or an assistant
+                model, or the prompt is longer than the context.
         """
         config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None)
 
@@ -310,6 +319,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("layerwise decodes greedily or by sampling: set num_beams=1 and give no assistant_model")
         if asked("cache_implementation"):
             raise ValueError("layerwise brings its own cache: leave cache_implementation out")
+        if asked("prefill_chunk_size"):
+            raise ValueError("layerwise reads a prompt in one pass: leave prefill_chunk_size out")
         for unsupported in _UNRECORDED:
             if asked(unsupported):
                 raise ValueError(f"{unsupported} is not recorded; call the base model for it")
@@ -318,7 +329,19 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         cache = kwargs.get("past_key_values")
         if cache is not None and not isinstance(cache, Cache):
             raise ValueError(f"past_key_values must be a layerwise.Cache, not {type(cache).__name__}")
-        return super().generate(*args, **kwargs)
+        args = tuple(self._here(one) for one in args)
+        return super().generate(*args, **{name: self._here(one) for name, one in kwargs.items()})
+
+    def _here(self, value: Any) -> Any:
+        """`value`, on the model's device if it is a tensor."""
+        return value.to(self.device) if isinstance(value, Tensor) else value
+
+    def _expand_inputs_for_generation(self, expand_size: int = 1, **inputs: Any) -> tuple[Tensor, dict[str, Any]]:
+        """`num_return_sequences`: one plan a row is repeated as the rows are; one an answer is as it should be."""
+        plans = inputs.get("plans")
+        if isinstance(plans, (list, tuple)) and len(plans) == len(inputs["input_ids"]):
+            inputs["plans"] = [plan for plan in plans for _ in range(expand_size)]
+        return super()._expand_inputs_for_generation(expand_size, **inputs)
 
     def _validate_model_kwargs(self, model_kwargs: dict[str, Any]) -> None:
         super()._validate_model_kwargs({name: value for name, value in model_kwargs.items() if name != "draft"})
@@ -340,11 +363,22 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
     def get_decoder(self) -> nn.Module:
         return self.runtime.backbone.model.get_decoder()
 
-    def save_pretrained(self, save_directory: str, **_: Any) -> None:
-        """Save as an adapter: plan or policy, PEFT weights if any, and the base model's fingerprint."""
+    def save_pretrained(
+        self, save_directory: str, is_main_process: bool = True, push_to_hub: bool = False, **_: Any
+    ) -> None:
+        """Save as an adapter: plan or policy, PEFT weights if any, and the base model's fingerprint.
+
+        Processes other than the main one write nothing.
+
+        Raises:
+            ValueError: uploading is asked for, which the method `push_to_hub` does; or the model cannot be saved.
+        """
         from layerwise.hub import save_adapter
 
-        save_adapter(self, save_directory)
+        if push_to_hub:
+            raise ValueError("save_pretrained only saves: call the model's push_to_hub to upload it")
+        if is_main_process:
+            save_adapter(self, save_directory)
 
     def push_to_hub(self, repo_id: str, **kwargs: Any) -> str:
         """Upload what `save_pretrained` writes; returns the address of the commit."""

@@ -60,28 +60,36 @@ class CompiledEngine:
     def prepare(self, plans: Iterable[Plan], few: bool = False) -> None:
         """Find or compile the head and every kind of visit in `plans`, for one token or for a `few` too.
 
-        Kernels hold on to the parameters they were made for. Values may change under them; if parameters were
-        replaced since (another dtype, an adapter attached), their kernels are made anew here. They are for the CPU: a
-        model that is moved elsewhere runs eagerly.
+        Kernels hold on to the parameters they were made for. Values may change under them; kernels whose parameters
+        were replaced since are forgotten first (`refresh`). They are for the CPU: a model that is moved elsewhere runs
+        eagerly.
         """
         if self.backbone.device.type != "cpu":
             return
+        self.refresh()
         asked = dict.fromkeys(visit for plan in plans for visit in plan)
         visits = dict.fromkeys(replace(one, part=Part.MLP) if self._is_replaced(one) else one for one in asked)
         for form in (ONE, FEW) if few else (ONE,):
-            known = self._heads.get(form)
-            if form not in self._heads or (known and known.outdated(HeadSource(self.backbone, form))):
+            if form not in self._heads:
                 self._heads[form] = self._load(HeadSource(self.backbone, form))
             for visit in visits:
-                known = self._layers.get((visit, form))
-                if (visit, form) not in self._layers or (
-                    known and known.outdated(LayerSource(self.backbone, visit, form))
-                ):
+                if (visit, form) not in self._layers:
                     self._build(visit, form)
         for number in {one.layer for one in asked if self._is_replaced(one)}:
             prepare = getattr(self.backbone.attention[number], "prepare", None)
             if prepare is not None:
                 prepare(self.backbone.layers[number].input_layernorm, self.notify)
+
+    def refresh(self) -> None:
+        """Forget every kernel whose parameters were replaced since: another dtype, an adapter attached."""
+        visits = {visit for visit, _ in self._layers}
+        weights = {visit: LayerSource(self.backbone, visit).weights for visit in visits}
+        for (visit, form), kernel in list(self._layers.items()):
+            if kernel is not None and kernel.outdated(weights[visit]):
+                del self._layers[visit, form]
+        for form, kernel in list(self._heads.items()):
+            if kernel is not None and kernel.outdated(HeadSource(self.backbone, form).weights):
+                del self._heads[form]
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         kernel = self._kernel(step, hidden, frame)
@@ -108,14 +116,19 @@ class CompiledEngine:
             return None
         form = ONE if rows == width == 1 else FEW
         known = self._layers.get((step.visit, form), _UNKNOWN)
-        return self._build(step.visit, form) if known is _UNKNOWN else known
+        if known is _UNKNOWN:
+            known = self._build(step.visit, form)
+        # Kernels do not look at what they are given: of another dtype they would read beyond its end.
+        return known if known is not None and known.dtype == hidden.dtype else None
 
     def _goes_on(self, step: Step, frame: Frame) -> bool:
         """Whether this is inference on all rows, on the CPU, and the cache holds every token before these."""
         if frame.cache is None or step.rows is not None or torch.is_grad_enabled() or frame.device.type != "cpu":
             return False
         store = None if step.slot is None else frame.cache.slots.get(step.slot)
-        return step.slot is None or (store is not None and store.seen is None and store.ends == frame.starts)
+        if step.slot is None or store is None:
+            return step.slot is None
+        return store.seen is None and store.ends == frame.starts and store.keys.dtype == frame.dtype
 
     def _is_replaced(self, visit: Visit) -> bool:
         """Whether something else than the layer's attention runs, which kernels do not know of."""
@@ -152,15 +165,16 @@ class CompiledEngine:
         kernel = self._heads.get(form)
         if kernel is None or tokens > FEW_TOKENS or hidden.ndim != 3 or torch.is_grad_enabled():
             return self.eager.logits(hidden)
-        if hidden.device.type != "cpu":
+        if hidden.device.type != "cpu" or kernel.dtype != hidden.dtype:
             return self.eager.logits(hidden)
         return kernel.run([hidden.contiguous(), *kernel.weights])[0]
 
     def _upto(self, stop: int) -> Tensor:
         """0 .. stop-1: its length tells the kernel how many keys there are."""
-        if len(self._index) < stop:
-            self._index = torch.arange(2 * stop)
-        return self._index[:stop]
+        index = self._index  # kept in a local: another thread may put a shorter one there
+        if len(index) < stop:
+            self._index = index = torch.arange(2 * stop)
+        return index[:stop]
 
     # -- building ----------------------------------------------------------------------------------------
 
@@ -223,11 +237,12 @@ class _Kernel:
         self.run = _loaded(path)
         self.form = source.form
         self.weights = source.weights
+        self.dtype = source.weights[0].dtype
         self.made_for = [(id(weight), weight.dtype, weight.device) for weight in source.weights]
 
-    def outdated(self, source: LayerSource | HeadSource) -> bool:
-        """Whether the module that `source` describes no longer has the parameters this kernel was made for."""
-        return self.made_for != [(id(weight), weight.dtype, weight.device) for weight in source.weights]
+    def outdated(self, weights: list[Tensor]) -> bool:
+        """Whether `weights`, those that the module has now, are others than this kernel was made for."""
+        return self.made_for != [(id(weight), weight.dtype, weight.device) for weight in weights]
 
 
 _failed: set[str] = set()  # keys of what could not be compiled or loaded in this process

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.model.backbone import Backbone
+from layerwise.tensor_files import read_tensors
 
 FILE = "exit_head.safetensors"
 
@@ -76,9 +77,8 @@ class ExitHead(nn.Module):
 
     def backbone(self, base: Backbone) -> Backbone:
         """The head's layer, norm and cut head as a backbone of one layer, to be run as any other."""
-        own = copy.copy(base)
-        own.__dict__.pop("shape", None)
-        own.layers, own.norm, own.head = [self.layer], self.norm, self.head
+        own = base.over(norm=self.norm, head=self.head)
+        own.layers = [self.layer]
         own.kinds, own.attention = base.kinds[-1:], {}
         return own
 
@@ -102,21 +102,16 @@ class ExitHead(nn.Module):
         Raises:
             ValueError: the file is missing, damaged or made for a model of another shape.
         """
-        from safetensors import SafetensorError, safe_open
+
+        def made(about: dict[str, str], tensors: dict[str, Tensor]) -> tuple[ExitHead, Any]:
+            head = cls(base, int(about["exit"]), tensors["vocabulary"].tolist())
+            return head, head.load_state_dict(tensors, strict=False)
 
         path = Path(folder) / FILE
-        try:
-            with safe_open(str(path), "pt") as file:
-                exit = int(file.metadata()["exit"])
-                tensors: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            made = cls(base, exit, tensors["vocabulary"].tolist())
-            missing, unexpected = made.load_state_dict(tensors, strict=False)
-        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the exit head '{path}' cannot be loaded: {reason}") from error
+        head, (missing, unexpected) = read_tensors(path, "the exit head", made)
         if unexpected or any(not name.startswith("head.") for name in missing):
             raise ValueError(f"the exit head '{path}' was made for a model of another shape: train it again")
-        return made.eval().requires_grad_(False)
+        return head.eval().requires_grad_(False)
 
 
 def _merged_copy(module: nn.Module) -> nn.Module:

@@ -29,6 +29,11 @@ def fingerprint(model: PreTrainedModel, adapted: bool = False) -> str:
     return digest.hexdigest()[:16]
 
 
+def is_adapted(model: torch.nn.Module) -> bool:
+    """Whether PEFT adapters are in `model`, whoever put them there: PEFT itself or transformers' `add_adapter`."""
+    return bool(getattr(model, "peft_config", None))
+
+
 def _added(model: PreTrainedModel) -> set[str]:
     """Names in the state dict of what PEFT adds: whatever stands beside a `base_layer`, and copies of whole modules."""
     modules = [(name, module) for name, module in model.named_modules() if "base_layer" in module._modules]

@@ -191,7 +191,7 @@ class Frame:
 
 @dataclass(slots=True)
 class SlotView:
-    """One slot of a cache, with the one method that Hugging Face attention calls."""
+    """One slot of a cache, with the one method that Hugging Face attention calls, `update`."""
 
     frame: Frame
     slot: Slot
@@ -218,3 +218,11 @@ class SlotView:
             return store.keys[:, :, : frame.stop], store.values[:, :, : frame.stop]
         index = frame.index(self.rows)
         return store.keys[index, :, : frame.stop], store.values[index, :, : frame.stop]
+
+    def held(self) -> Tensor | None:
+        """Which of the places that `update` returns hold a token, (rows, places) booleans; None if there are no holes
+        before the end of any row."""
+        seen = self.frame.cache.slots[self.slot].seen
+        if seen is None:
+            return None
+        return (seen if self.rows is None else seen[self.frame.index(self.rows)])[:, : self.frame.stop]

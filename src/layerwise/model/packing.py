@@ -108,4 +108,5 @@ def check_positions(position_ids: Tensor, packing: Packing) -> None:
 
 
 def _spread(order: Tensor, like: Tensor) -> Tensor:
+    order = order.to(like.device)  # a mask may be on another device than the model
     return order if like.dim() == 2 else order[:, :, None].expand(-1, -1, like.shape[2])

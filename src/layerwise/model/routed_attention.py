@@ -231,7 +231,7 @@ class RoutedAttention(nn.Module):
 
     def _map(self, hidden: Tensor, *maps: nn.Module) -> list[Tensor]:
         """What each of `maps` makes of `hidden`."""
-        if self.prepared and hidden.shape[0] * hidden.shape[1] <= FEW and not torch.is_grad_enabled():
+        if self.prepared and hidden.shape[0] * hidden.shape[1] <= FEW and hidden.is_cpu and not torch.is_grad_enabled():
             return torch.ops.layerwise.few_token_linear(hidden, [one.weight for one in maps])
         return [one(hidden) for one in maps]
 
@@ -418,10 +418,15 @@ class RoutedAttention(nn.Module):
 def rotate(states: Tensor, places: Tensor, theta: float) -> Tensor:
     """Rotary positions (RoFormer, arXiv 2104.09864) of states (rows, heads, width, size) at `places` (rows, width)."""
     half = states.shape[-1] // 2
-    angles = places[:, None, :, None] * theta ** (-torch.arange(half, device=states.device).float() / half)
-    cos, sin = angles.cos().to(states.dtype), angles.sin().to(states.dtype)
-    first, second = states[..., :half], states[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    angles = places[..., None] * theta ** (-torch.arange(half, device=states.device).float() / half)
+    angles = torch.cat((angles, angles), dim=-1)
+    return rotated(states, angles.cos().to(states.dtype), angles.sin().to(states.dtype))
+
+
+def rotated(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary positions in the rotate-half form; `cosine` and `sine` (1 or rows, width, size)."""
+    first, second = states.chunk(2, dim=-1)
+    return states * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
 
 
 def _positions(mask: Tensor | None, hidden: Tensor) -> Tensor:

@@ -37,10 +37,10 @@ from layerwise.model.backbone import Backbone
 from layerwise.model.few_tokens import load_routed_operator
 from layerwise.model.filters import causal_filter
 from layerwise.model.position_router import Routing, gumbel_sigmoid
-from layerwise.model.routed_attention import CHUNK, Mixing
+from layerwise.model.routed_attention import CHUNK, Mixing, rotated
+from layerwise.tensor_files import read_tensors
 
 FILE = "routed_layers.safetensors"
-_PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MIXINGS = ("convolution", "attention", "routed")  # as routed_layer.cpp numbers them
 _FITTING = ("LlamaAttention", "Qwen2Attention", "MistralAttention")
 
@@ -156,9 +156,12 @@ class RoutedSelfAttention(nn.Module):
         assert position_ids is not None, "the runtime tells positions"
         layer = self.attention
         keys, values = (_heads(project(hidden_states), self.head_dim) for project in (layer.k_proj, layer.v_proj))
-        keys = _rotated(keys, *position_embeddings)
+        keys = rotated(keys, *position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, layer.layer_idx)
+            held = past_key_values.held()
+            if held is not None:  # a mask keeps attention from holes; the convolution reads all values
+                values = values.masked_fill(~held[:, None, :, None], 0.0)
         seen = _Seen(hidden_states, position_embeddings, position_ids, attention_mask, keys, values)
         if self.measuring is not None:
             self.measuring.append(self._given_to_distances(seen))
@@ -222,7 +225,7 @@ class RoutedSelfAttention(nn.Module):
     def _given_to_distances(self, seen: _Seen) -> Tensor:
         """Mean attention (heads, taps + 1) that a head gives to the position j before, over positions that have one;
         last, what it gives to the first of all, over positions whose taps do not reach it."""
-        queries = _rotated(_heads(self.attention.q_proj(seen.hidden), self.head_dim), *seen.rotary)
+        queries = rotated(_heads(self.attention.q_proj(seen.hidden), self.head_dim), *seen.rotary)
         keys = seen.keys.repeat_interleave(self.heads // self.kv_heads, dim=1)
         scores = (queries @ keys.transpose(2, 3)).float() * self.attention.scaling
         ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
@@ -236,7 +239,7 @@ class RoutedSelfAttention(nn.Module):
 
     def _everywhere(self, seen: _Seen) -> Tensor:
         """Attention of all positions (rows, width, heads times head size)."""
-        queries = _rotated(_heads(self.attention.q_proj(seen.hidden), self.head_dim), *seen.rotary)
+        queries = rotated(_heads(self.attention.q_proj(seen.hidden), self.head_dim), *seen.rotary)
         causal = seen.mask is None and seen.width > 1
         return self._score(queries, seen.keys, seen.values, seen.mask, causal)
 
@@ -253,7 +256,7 @@ class RoutedSelfAttention(nn.Module):
         spread = columns[..., None].expand(-1, -1, mixed.shape[-1])
         asked = seen.hidden.gather(1, columns[..., None].expand(-1, -1, seen.hidden.shape[-1]))
         rotary = tuple(_picked(one, columns) for one in seen.rotary)
-        queries = _rotated(_heads(self.attention.q_proj(asked), self.head_dim), *rotary)
+        queries = rotated(_heads(self.attention.q_proj(asked), self.head_dim), *rotary)
         places = _picked(seen.places, columns)
         chosen = attends.gather(1, columns)
         outputs = []
@@ -310,12 +313,6 @@ class _Seen:
 def _heads(states: Tensor, size: int) -> Tensor:
     """(rows, width, heads times size) to (rows, heads, width, size)."""
     return states.unflatten(-1, (-1, size)).transpose(1, 2)
-
-
-def _rotated(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary positions in the rotate-half form; `cosine` and `sine` (1 or rows, width, head size)."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
 
 
 def _positive(logits: Tensor) -> Tensor:
@@ -417,17 +414,11 @@ class RoutedLayers(nn.Module):
         Raises:
             ValueError: the file is missing, damaged or made for a model of another shape.
         """
-        from safetensors import SafetensorError, safe_open
 
-        path = Path(folder) / FILE
-        try:
-            with safe_open(str(path), "pt") as file:
-                about = file.metadata()
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        def made(about: dict[str, str], tensors: dict[str, Tensor]) -> RoutedLayers:
             numbers = [int(number) for number in about["layers"].split()]
-            made = cls(backbone, numbers, int(about["taps"]), int(about["router_width"]), int(about.get("rank", 0)))
-            made.load_state_dict(tensors)
-        except (OSError, SafetensorError, KeyError, TypeError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the routed layers '{path}' cannot be loaded: {reason}") from error
-        return made.eval().requires_grad_(False)
+            layers = cls(backbone, numbers, int(about["taps"]), int(about["router_width"]), int(about.get("rank", 0)))
+            layers.load_state_dict(tensors)
+            return layers
+
+        return read_tensors(Path(folder) / FILE, "the routed layers", made).eval().requires_grad_(False)

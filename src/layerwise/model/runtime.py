@@ -35,6 +35,10 @@ class Engine(Protocol):
         """Make ready whatever takes long, before `plans` are decoded with; a `few` tokens at a time too."""
         ...
 
+    def refresh(self) -> None:
+        """Forget what was made of parameters that the model no longer has."""
+        ...
+
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         """Run the visit on the rows of `step`: (rows, width, hidden size) to the same shape."""
         ...
@@ -54,6 +58,9 @@ class EagerEngine:
         self.backbone = backbone
 
     def prepare(self, plans: Iterable[Plan], few: bool = False) -> None:
+        pass
+
+    def refresh(self) -> None:
         pass
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
@@ -176,7 +183,7 @@ def _without(steps: Iterable[Step], idle: set[int], rows: int) -> list[Step]:
 
 @torch.no_grad()
 def check_fit(backbone: Backbone) -> None:
-    """Compare the logits of eight tokens with the model's own forward.
+    """Compare the logits of eight tokens, read at once and the last after the others, with the model's own forward.
 
     Raises:
         UnsupportedModelError: the model does more than embedding, layers, norm and head.
@@ -187,8 +194,13 @@ def check_fit(backbone: Backbone) -> None:
     try:
         tokens = torch.arange(1, 9, device=backbone.device)[None] % backbone.embedding.weight.shape[0]
         expected = model(input_ids=tokens, use_cache=False).logits.float()
-        hidden = Runtime(backbone).forward(backbone.embedding(tokens), [Plan.full(backbone.depth)])
-        found = backbone.logits(hidden).float()
+        embedded, plans, cache = backbone.embedding(tokens), [Plan.full(backbone.depth)], Cache(1, 8)
+        forward = Runtime(backbone).forward
+        passes = [forward(embedded, plans)]
+        passes += [forward(part, plans, None, cache) for part in (embedded[:, :7], embedded[:, 7:])]
+        found = backbone.logits(torch.cat(passes, 1)).float()
+        expected = torch.cat([expected, expected], 1)
+        _ = backbone.shape  # what costs are computed from
     except Exception as error:  # whatever a foreign model raises, the user must learn which model it was
         raise UnsupportedModelError(f"{name} does not fit: calling its layers failed ({error}); {TESTED}") from error
     finally:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
 
 from torch import Tensor
 
+from layerwise import tensor_files
+from layerwise.tensor_files import Made
+
 FILE = "routers.safetensors"
-Made = TypeVar("Made")
 
 
 def write_tensors(folder: str | Path, tensors: dict[str, Tensor]) -> None:
@@ -26,12 +27,4 @@ def read_tensors(folder: str | Path, make: Callable[[dict[str, Tensor]], Made]) 
     Raises:
         ValueError: the file is missing or damaged, or `make` cannot use it; one line that names it.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    path = Path(folder) / FILE
-    try:
-        return make(load_file(str(path)))
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the routers '{path}' cannot be loaded: {reason}") from error
+    return tensor_files.read_tensors(Path(folder) / FILE, "the routers", lambda _, tensors: make(tensors))

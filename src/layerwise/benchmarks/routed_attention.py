@@ -13,8 +13,8 @@ usage can be set. Routed positions are spread at random over the text. Contender
     realised  measured / ideal
 
 A decoding point times a run of tokens, of which the share `usage` attends; keys and values of those in between are made
-when the next one attends. The kernels ("dense", "gathered", "chunked") are timed side by side, on forward passes of
-texts that are not too long.
+when the next one attends. Every round has a copy of the layer in other memory. The kernels ("dense", "gathered",
+"chunked") are timed side by side, on forward passes of texts that are not too long.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from statistics import median
 from typing import Any
 
@@ -193,6 +194,33 @@ def _forward_points(
 def _decode_points(
     layer: RoutedAttention, length: int, usages: Sequence[float], rounds: int, kernels: bool, decoded: int
 ) -> list[dict[str, Any]]:
+    gates = {usage: spread(decoded, usage) for usage in usages}
+    times: dict[Any, list[float]] = {name: [] for name in ("full", "prepared", *usages)}
+    laid_out = []  # all of them, so that none gets the memory of another
+    for number in range(rounds):
+        # Whether a layer of a few megabytes stays in a processor's cache depends by a fifth on the pages it got.
+        contenders = _decoders(deepcopy(layer), length, gates, decoded)
+        laid_out.append(contenders)
+        for call in contenders.values():
+            call()  # warm up
+        for name in [*contenders][number % len(contenders) :] + [*contenders][: number % len(contenders)]:
+            times[name].append(contenders[name]())
+    middle = {name: median(values) for name, values in times.items()}
+    usual = min(middle["full"], middle["prepared"])
+    width = layer.q_proj.weight.element_size()
+    full = decode_bytes(layer, torch.ones(1, decoded), length, width, parts=False)
+    points = []
+    for usage, gate in gates.items():
+        ideal = full / decode_bytes(layer, gate, length, width)
+        bound = full / max(1.0, decode_bytes(layer, gate, length, width, parts=False))
+        points.append(_point(length, usage, gate, "decode", ideal, bound, usual, middle[usage]))
+    return points
+
+
+def _decoders(
+    layer: RoutedAttention, length: int, gates: Mapping[float, Tensor], decoded: int
+) -> dict[Any, Callable[[], float]]:
+    """Of full attention, without and with operators, and of each usage: seconds a token of decoding a run."""
     prompt = torch.randn(1, length, layer.hidden_size, dtype=layer.q_proj.weight.dtype)
     tokens = torch.randn(1, decoded, layer.hidden_size, dtype=prompt.dtype)
     caches, able = {}, layer.prepared
@@ -224,18 +252,9 @@ def _decode_points(
 
         return timed
 
-    gates = {usage: spread(decoded, usage) for usage in usages}
-    contenders = {"full": run(None, prepared=False), "prepared": run(None)}
-    times = _median_times({**contenders, **{usage: run(gate) for usage, gate in gates.items()}}, rounds)
-    usual = min(times["full"], times["prepared"])
-    width = prompt.element_size()
-    full = decode_bytes(layer, torch.ones(1, decoded), length, width, parts=False)
-    points = []
-    for usage, gate in gates.items():
-        ideal = full / decode_bytes(layer, gate, length, width)
-        bound = full / max(1.0, decode_bytes(layer, gate, length, width, parts=False))
-        points.append(_point(length, usage, gate, "decode", ideal, bound, usual, times[usage]))
-    return points
+    return {"full": run(None, prepared=False), "prepared": run(None)} | {
+        usage: run(gate) for usage, gate in gates.items()
+    }
 
 
 def _point(

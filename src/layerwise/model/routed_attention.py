@@ -327,9 +327,8 @@ class RoutedAttention(nn.Module):
                 part = slice(first, min(first + size, done + count))
                 at = columns[part] + before
                 end = int(at[-1]) + 1  # nothing after the last of them is seen by any
-                seen = None if len(at) == 1 else torch.arange(start, end, device=hidden.device) <= at[:, None]
                 its_keys, its_values = keys[row, None, :, start:end], values[row, None, :, start:end]
-                outputs.append(self._score(queries[:, :, part], its_keys, its_values, seen, causal=False))
+                outputs.append(self._score_sorted(queries[:, :, part], its_keys, its_values, at - start))
             done += count
         return self.o_proj(torch.cat(outputs, dim=1)[0])
 
@@ -339,6 +338,24 @@ class RoutedAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=seen, is_causal=causal, enable_gqa=grouped
         )
+        return mixed.transpose(1, 2).flatten(2)
+
+    def _score_sorted(self, queries: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
+        """`_score` of queries at the positions `at`, in order, each of which sees the keys up to its own."""
+        if len(at) == 1:
+            return self._score(queries, keys, values, None, causal=False)
+        common = int(at[0]) + 1  # keys that all of them see need no mask, which costs more than it hides
+        seen = torch.arange(keys.shape[2], device=keys.device) <= at[:, None]
+        alone = self.kv_heads == self.heads and keys.is_cpu and not torch.is_grad_enabled()
+        if not alone or common < len(at) or common == keys.shape[2]:
+            return self._score(queries, keys, values, seen, causal=False)
+        bias = keys.new_zeros(seen[:, common:].shape).masked_fill_(~seen[:, common:], -torch.inf)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+        early, early_sum = flash(queries, keys[:, :, :common], values[:, :, :common])
+        late, late_sum = flash(queries, keys[:, :, common:], values[:, :, common:], attn_mask=bias)
+        # The first query sees none of the later keys.
+        share = torch.sigmoid(early_sum - late_sum).nan_to_num_(1.0)[..., None].to(early.dtype)
+        mixed = torch.where(share == 1, early, share * early + (1 - share) * late)
         return mixed.transpose(1, 2).flatten(2)
 
     def _queries(self, hidden: Tensor, places: Tensor | None) -> Tensor:

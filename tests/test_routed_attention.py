@@ -112,6 +112,7 @@ def test_a_long_text_in_blocks_equals_the_reference(
 ) -> None:
     """Whole, and after other positions in a cache of which the last all attended."""
     monkeypatch.setattr(routed_attention, "BLOCK", 16)
+    monkeypatch.setattr(routed_attention, "_COMMON", 1)  # what all queries of a chunk see is scored apart
     mix, hidden = layer(), torch.randn(2, 70, 16)
     gate = torch.rand(2, 70) < usage
     gate[:, 8:10] = True

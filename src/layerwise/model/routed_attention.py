@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 Mixing = Literal["routed", "attention", "convolution"]
 Kernel = Literal["auto", "dense", "gathered", "chunked"]
 CHUNK, _LEAST_CHUNK = 256, 16  # most and fewest routed queries scored at once: their keys end at the last of them
+_COMMON = 512  # keys that all queries scored at once see, from which they are scored apart, without a mask
 BLOCK = 1024  # positions that the convolution takes at once at inference
 FEW = 32  # inputs up to which a map is done by the operator for few tokens
 
@@ -344,18 +345,18 @@ class RoutedAttention(nn.Module):
         """`_score` of queries at the positions `at`, in order, each of which sees the keys up to its own."""
         if len(at) == 1:
             return self._score(queries, keys, values, None, causal=False)
-        common = int(at[0]) + 1  # keys that all of them see need no mask, which costs more than it hides
+        # Keys that all of them see need no mask, which costs more than it hides; one is left to the rest.
+        common = int(at[0])
         seen = torch.arange(keys.shape[2], device=keys.device) <= at[:, None]
         alone = self.kv_heads == self.heads and keys.is_cpu and not torch.is_grad_enabled()
-        if not alone or common < len(at) or common == keys.shape[2]:
+        if not alone or common < _COMMON:
             return self._score(queries, keys, values, seen, causal=False)
         bias = keys.new_zeros(seen[:, common:].shape).masked_fill_(~seen[:, common:], -torch.inf)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         early, early_sum = flash(queries, keys[:, :, :common], values[:, :, :common])
         late, late_sum = flash(queries, keys[:, :, common:], values[:, :, common:], attn_mask=bias)
-        # The first query sees none of the later keys.
-        share = torch.sigmoid(early_sum - late_sum).nan_to_num_(1.0)[..., None].to(early.dtype)
-        mixed = torch.where(share == 1, early, share * early + (1 - share) * late)
+        share = torch.sigmoid(early_sum - late_sum)[..., None].to(early.dtype)
+        mixed = share * early + (1 - share) * late
         return mixed.transpose(1, 2).flatten(2)
 
     def _queries(self, hidden: Tensor, places: Tensor | None) -> Tensor:

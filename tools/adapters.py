@@ -1,7 +1,7 @@
 """Make the adapters in adapters/ again: python tools/adapters.py NAME [--work FOLDER].
 
-layerskip-frozen takes up to an hour on two cores, layerskip and routed-text an hour on one, layerroute a quarter of
-one, drllm as long as its search (`layerwise search` tells). routed-text writes results/routed_text.json too. Stopped
+layerskip-frozen takes up to an hour on two cores, layerskip, routed-text and layerroute an hour
+on one, drllm as long as its search (`layerwise search` tells). routed-text writes results/routed_text.json too. Stopped
 with Ctrl-C they go on where they were when started again. The data are the built-in ones, training splits only.
 """
 

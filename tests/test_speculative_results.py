@@ -118,7 +118,7 @@ def result(task: str, speedup: float, adapter: str | None = None) -> dict[str, A
         "tokens_per_second": 100.0,
         "acceptance": 0.5,
         "tokens_per_pass": 2.0,
-        "speedup_vs_hf": 4.0,
+        "speedup_whole_call": 1.2, "speedup_vs_hf": 4.0,
         "speedup_vs_hf_early_exit": 9.0,
         "batch": {"speedup": 1.1, "identical": True},
         "identical": task != "chat",
@@ -157,7 +157,7 @@ def test_the_table_says_how_many_rows_are_identical() -> None:
     spec.loader.exec_module(tables)
     runs = [{"label": "mine", "tasks": [result("tools", 1.5), result("chat", 1.25)]}]
     text = tables.speculative_table({"runs": runs})
-    assert "| tools | mine | **1.50x** | 100 | 50% | 2.00 | 4.0x | 9.0x |" in text
+    assert "| tools | mine | **1.50x** | 1.20x | 100 | 50% | 2.00 | 4.0x | 9.0x |" in text
     assert "identical to plain decoding's in 1 of 2 rows" in text and "fixed draft" not in text
     runs[0]["tasks"][0] |= {"auto_vs_best_static": 0.9, "hopeless": 0.97}
     text = tables.speculative_table({"runs": runs})

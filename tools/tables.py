@@ -140,9 +140,25 @@ def layerroute_table(result: dict[str, Any]) -> str:
         "",
         "Shares are of all decode FLOPs, LM head and attention counted; controls skip as many layers, their cost is in "
         f"nats a token above the routes', with 95% intervals. {kinds['tools']['n']} and {kinds['planning']['n']} "
-        f"held-out prompts; commit {where['commit']}. Again: `python tools/layerroute_runs.py`.",
+        f"held-out prompts; commit {where['commit']}.{''.join(map(_route_answers, result['runs']))} Again: "
+        "`python tools/layerroute_runs.py`.",
     ]
     return "\n".join(lines)
+
+
+def _route_answers(run: dict[str, Any]) -> str:
+    """What came of it when a run's adapter answered, if it was asked."""
+    if not run.get("generated"):
+        return ""
+    calls, time = run["generated"]["tools"], run["time"]
+    right = {name: round(one["right"] * one["n"]) for name, one in calls.items()}
+    return (
+        f" Seed {run['seed']}: of {calls['routed']['n']} tool calls {right['routed']} came out exactly right, "
+        f"{right['full_depth']} with every layer run, {right['reference']} by the LoRA without routing; "
+        f"{time['realised']:.0%} of the decode FLOPs skipped come back as time, routers take "
+        f"{time['router_overhead']:.1%} of it ({time['environment']['threads']} threads, commit "
+        f"{time['environment']['commit']})."
+    )
 
 
 def search_table(result: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.frame import Frame
+from layerwise.model.modes import evaluating
 from layerwise.model.packing import Packing
 from layerwise.plan import Plan, Step, schedule
 from layerwise.training.exit_loss import LOGITS_AT_ONCE, labelled
@@ -55,17 +56,12 @@ def exit_quality(
     wanted = sorted(set(range(1, model.depth + 1) if exits is None else exits))
     if not wanted or wanted[0] < 1 or wanted[-1] > model.depth:
         raise ValueError(f"an exit is after 1 to {model.depth} layers, not {list(exits or [])}")
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     losses, agreed, tokens = [0.0] * len(wanted), [0] * len(wanted), 0
-    try:
+    with evaluating(model):
         for batch in batches:
             states, targets = _exit_states(model, batch, {*wanted, model.depth})
             tokens += len(targets)
             _score(model, states, targets, wanted, losses, agreed)
-    finally:
-        for module, training in modes:
-            module.training = training
     if not tokens:
         raise ValueError("nothing is labelled: give batches with labels other than -100")
     return [

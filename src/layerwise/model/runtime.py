@@ -21,6 +21,7 @@ from torch import Tensor
 from layerwise.model.backbone import TESTED, Backbone, UnsupportedModelError
 from layerwise.model.cache import Cache
 from layerwise.model.frame import Frame
+from layerwise.model.modes import evaluating
 from layerwise.plan import Plan, Route, Step, schedule
 from layerwise.trace import Phase, Trace
 
@@ -189,23 +190,19 @@ def check_fit(backbone: Backbone) -> None:
         UnsupportedModelError: the model does more than embedding, layers, norm and head.
     """
     model, name = backbone.model, backbone.name
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     try:
-        tokens = torch.arange(1, 9, device=backbone.device)[None] % backbone.embedding.weight.shape[0]
-        expected = model(input_ids=tokens, use_cache=False).logits.float()
-        embedded, plans, cache = backbone.embedding(tokens), [Plan.full(backbone.depth)], Cache(1, 8)
-        forward = Runtime(backbone).forward
-        passes = [forward(embedded, plans)]
-        passes += [forward(part, plans, None, cache) for part in (embedded[:, :7], embedded[:, 7:])]
-        found = backbone.logits(torch.cat(passes, 1)).float()
-        expected = torch.cat([expected, expected], 1)
-        _ = backbone.shape  # what costs are computed from
+        with evaluating(model):
+            tokens = torch.arange(1, 9, device=backbone.device)[None] % backbone.embedding.weight.shape[0]
+            expected = model(input_ids=tokens, use_cache=False).logits.float()
+            embedded, plans, cache = backbone.embedding(tokens), [Plan.full(backbone.depth)], Cache(1, 8)
+            forward = Runtime(backbone).forward
+            passes = [forward(embedded, plans)]
+            passes += [forward(part, plans, None, cache) for part in (embedded[:, :7], embedded[:, 7:])]
+            found = backbone.logits(torch.cat(passes, 1)).float()
+            expected = torch.cat([expected, expected], 1)
+            _ = backbone.shape  # what costs are computed from
     except Exception as error:  # whatever a foreign model raises, the user must learn which model it was
         raise UnsupportedModelError(f"{name} does not fit: calling its layers failed ({error}); {TESTED}") from error
-    finally:
-        for module, training in modes:
-            module.training = training
     tolerance = 1e-3 if backbone.dtype == torch.float32 else 5e-2
     gap = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
     if not gap <= tolerance:

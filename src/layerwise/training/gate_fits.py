@@ -8,8 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -18,6 +17,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from layerwise.data.examples import IGNORED, Tokens, collate, length_sorted_batches
 from layerwise.model.backbone import Backbone
+from layerwise.model.modes import evaluating
 from layerwise.model.runtime import Runtime
 from layerwise.plan import Plan
 from layerwise.policies.gates import Gates, summary
@@ -50,18 +50,6 @@ def row_losses(backbone: Backbone, deep: Tensor, labels: Tensor, counts: Sequenc
     return torch.stack(sums), torch.tensor(positions, device=deep.device)
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside, every module's own mode again afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 @torch.no_grad()
 def layer_costs(model: LayerwiseForCausalLM, examples: Sequence[Tokens]) -> Tensor:
     """The rise of the answers' cross entropy without each layer (layers,), summed over examples, nats a token each."""
@@ -87,7 +75,7 @@ def layer_costs(model: LayerwiseForCausalLM, examples: Sequence[Tokens]) -> Tens
 def lost(model: LayerwiseForCausalLM, examples: Sequence[Tokens], plan: Plan) -> Tensor:
     """How much more cross entropy each answer has by this plan than by every layer, (examples,) nats a token."""
     backbone, found = model.runtime.backbone, torch.zeros(len(examples))
-    with _evaluating(model):
+    with evaluating(model):
         for group in length_sorted_batches([len(one.input_ids) for one in examples], TOKENS_AT_ONCE):
             batch = collate([examples[at] for at in group], 0)
             hidden, labels = model.embed(batch["input_ids"].to(model.device)), batch["labels"].to(model.device)
@@ -115,7 +103,7 @@ def choose_basis(model: LayerwiseForCausalLM, examples: Sequence[Tokens], bears:
         bears: (examples,), above 0 for those that should skip and below for those that should not, the more the surer.
             If given, routers are fitted to it, layer after layer, as logistic regressions.
     """
-    with _evaluating(model):
+    with evaluating(model):
         runtime, policy, full = Runtime(model.runtime.backbone), model.policy, Plan.full(model.depth)
         groups = length_sorted_batches([one.prompt_length for one in examples], TOKENS_AT_ONCE)
         walks = []

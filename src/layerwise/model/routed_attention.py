@@ -347,11 +347,12 @@ class RoutedAttention(nn.Module):
             return self._score(queries, keys, values, None, causal=False)
         # Keys that all of them see need no mask, which costs more than it hides; one is left to the rest.
         common = int(at[0])
-        seen = torch.arange(keys.shape[2], device=keys.device) <= at[:, None]
         alone = self.kv_heads == self.heads and keys.is_cpu and not torch.is_grad_enabled()
-        if not alone or common < _COMMON:
+        split = alone and common >= _COMMON
+        seen = torch.arange(common if split else 0, keys.shape[2], device=keys.device) <= at[:, None]
+        if not split:
             return self._score(queries, keys, values, seen, causal=False)
-        bias = keys.new_zeros(seen[:, common:].shape).masked_fill_(~seen[:, common:], -torch.inf)
+        bias = keys.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
         early, early_sum = flash(queries, keys[:, :, :common], values[:, :, :common])
         late, late_sum = flash(queries, keys[:, :, common:], values[:, :, common:], attn_mask=bias)

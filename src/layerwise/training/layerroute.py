@@ -185,12 +185,12 @@ class LayerRoute(nn.Module):
             deep = Runtime(runtime.backbone).forward(hidden, walked, counts)
             plans = walked if isinstance(walked, Sequence) else walked.plans
             run = torch.tensor([float(len(plan)) for plan in plans], device=hidden.device)
-            losses, positions = row_losses(self.model.runtime.backbone, deep, packed, counts)
+            losses, positions = row_losses(runtime.backbone, deep, packed, counts)
             return self._report(losses.sum(), losses, positions, run, real)
         engine = _Mixed(runtime.backbone, Gates(self.model.policy, lengths))
         frame = Frame(runtime.backbone, counts, width, hidden.device, hidden.dtype)
         deep = Runtime(runtime.backbone, engine).run(hidden, schedule(tuple(everything)), frame)
-        losses, positions = row_losses(self.model.runtime.backbone, deep, packed, counts)
+        losses, positions = row_losses(runtime.backbone, deep, packed, counts)
         soft, hard = torch.stack(engine.soft, 1).mean(1), torch.stack(engine.hard, 1).mean(1)
         of_real = real / real.sum().clamp(min=1)
         extra: dict[str, Tensor] = {}
@@ -233,7 +233,7 @@ class LayerRoute(nn.Module):
         """Cross entropy of each row with every layer run, by the same LoRA."""
         backbone = self.model.runtime.backbone
         deep = Runtime(backbone).forward(hidden.detach(), [Plan.full(self.model.depth)] * len(counts), counts)
-        return row_losses(self.model.runtime.backbone, deep, labels, counts)[0]
+        return row_losses(backbone, deep, labels, counts)[0]
 
     def _held_plans(self, rows: int) -> list[Plan]:
         """For each row, by chance: every layer, or those whose gates are open by their bias."""

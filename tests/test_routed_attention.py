@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from layerwise.benchmarks.routed_attention import bench_routed_attention, forward_cost, spread
-from layerwise.model import routed_attention
+from layerwise.model import routed_attention, scoring
 from layerwise.model.filters import causal_filter, moving_average
 from layerwise.model.recall_model import RecallModel, RecallModelConfig, RoutedLayerCache
 from layerwise.model.routed_attention import RoutedAttention
@@ -112,7 +112,7 @@ def test_a_long_text_in_blocks_equals_the_reference(
 ) -> None:
     """Whole, and after other positions in a cache of which the last all attended."""
     monkeypatch.setattr(routed_attention, "BLOCK", 16)
-    monkeypatch.setattr(routed_attention, "_COMMON", 1)  # what all queries of a chunk see is scored apart
+    monkeypatch.setattr(scoring, "_COMMON", 1)  # what all queries of a chunk see is scored apart
     mix, hidden = layer(), torch.randn(2, 70, 16)
     gate = torch.rand(2, 70) < usage
     gate[:, 8:10] = True

@@ -1,11 +1,14 @@
-"""Tiny random models of every tested architecture, and random plans for them."""
+"""Tiny random models of every tested architecture, tokens and random plans for them, and how errors must read."""
 
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
+from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -23,7 +26,7 @@ LAYERS = 6
 VOCABULARY = 97
 WINDOW = 7
 
-_COMMON = {
+COMMON = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -58,7 +61,7 @@ ARCHITECTURES: dict[str, tuple[type[PretrainedConfig], dict[str, Any]]] = {
 def config(name: str) -> PretrainedConfig:
     """A fresh config of the architecture `name`."""
     kind, special = ARCHITECTURES[name]
-    return kind(**_COMMON, **special)
+    return kind(**COMMON, **special)
 
 
 def model(name: str, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
@@ -70,6 +73,11 @@ def model(name: str, seed: int = 0, attention: str = "sdpa") -> PreTrainedModel:
             for parameter in made.parameters():
                 parameter += 0.1 * torch.randn_like(parameter)
     return made
+
+
+def tokens(rows: int, width: int, seed: int = 0) -> Tensor:
+    """Random token ids, none of them special."""
+    return torch.randint(3, VOCABULARY, (rows, width), generator=torch.Generator().manual_seed(seed))
 
 
 def random_plan(rng: random.Random, layers: int = LAYERS, parts: bool = True) -> Plan:
@@ -86,3 +94,12 @@ def random_plan(rng: random.Random, layers: int = LAYERS, parts: bool = True) ->
     if not any(visit.attends for visit in visits):
         visits.insert(rng.randint(0, len(visits)), Visit(rng.randrange(layers)))
     return Plan(tuple(visits))
+
+
+def one_line(function: Callable[[], Any], *mentions: str, error: type[Exception] = ValueError) -> None:
+    """`function` must raise `error` with a message of one line that has every text of `mentions`."""
+    with pytest.raises(error) as caught:
+        function()
+    message = str(caught.value)
+    assert "\n" not in message
+    assert [text for text in mentions if text not in message] == []

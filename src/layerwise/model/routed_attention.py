@@ -27,6 +27,7 @@ from torch.nn import functional as F
 from layerwise.model.few_tokens import load_routed_operator
 from layerwise.model.filters import causal_filter
 from layerwise.model.position_router import Router, Routing, gumbel_sigmoid
+from layerwise.model.scoring import rotate, score, score_sorted
 
 if TYPE_CHECKING:
     from layerwise.model.recall_model import RoutedLayerCache
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 Mixing = Literal["routed", "attention", "convolution"]
 Kernel = Literal["auto", "dense", "gathered", "chunked"]
 CHUNK, _LEAST_CHUNK = 256, 16  # most and fewest routed queries scored at once: their keys end at the last of them
-_COMMON = 512  # keys that all queries scored at once see, from which they are scored apart, without a mask
 BLOCK = 1024  # positions that the convolution takes at once at inference
 FEW = 32  # inputs up to which a map is done by the operator for few tokens
 
@@ -247,7 +247,7 @@ class RoutedAttention(nn.Module):
             # A query of padding sees itself, so that its softmax is defined.
             square = torch.ones(hidden.shape[1], hidden.shape[1], dtype=torch.bool, device=hidden.device)
             seen = ((square.tril() & mask[:, None]) | (square.tril() & square.triu()))[:, None]
-        attended = self._score(self._queries(hidden, places), keys, values, seen, causal=seen is None)
+        attended = score(self._queries(hidden, places), keys, values, seen, causal=seen is None)
         gate = routing.gate[..., None]
         return (1 - gate) * convolved + gate * self.o_proj(attended)
 
@@ -298,7 +298,7 @@ class RoutedAttention(nn.Module):
         seen = None
         if 1 < width < length:
             seen = torch.ones(width, length, dtype=torch.bool, device=hidden.device).tril(length - width)
-        mixed = self._score(self._queries(hidden, places), keys, values, seen, causal=width == length)
+        mixed = score(self._queries(hidden, places), keys, values, seen, causal=width == length)
         return self._map(mixed, self.o_proj)[0]
 
     def _attend(
@@ -329,36 +329,9 @@ class RoutedAttention(nn.Module):
                 at = columns[part] + before
                 end = int(at[-1]) + 1  # nothing after the last of them is seen by any
                 its_keys, its_values = keys[row, None, :, start:end], values[row, None, :, start:end]
-                outputs.append(self._score_sorted(queries[:, :, part], its_keys, its_values, at - start))
+                outputs.append(score_sorted(queries[:, :, part], its_keys, its_values, at - start))
             done += count
         return self.o_proj(torch.cat(outputs, dim=1)[0])
-
-    def _score(self, queries: Tensor, keys: Tensor, values: Tensor, seen: Tensor | None, causal: bool) -> Tensor:
-        """Scores, softmax and weighted sum: (rows, queries, heads times head size)."""
-        causal, grouped = causal and queries.shape[2] > 1, self.kv_heads != self.heads
-        mixed = F.scaled_dot_product_attention(
-            queries, keys, values, attn_mask=seen, is_causal=causal, enable_gqa=grouped
-        )
-        return mixed.transpose(1, 2).flatten(2)
-
-    def _score_sorted(self, queries: Tensor, keys: Tensor, values: Tensor, at: Tensor) -> Tensor:
-        """`_score` of queries at the positions `at`, in order, each of which sees the keys up to its own."""
-        if len(at) == 1:
-            return self._score(queries, keys, values, None, causal=False)
-        # Keys that all of them see need no mask, which costs more than it hides; one is left to the rest.
-        common = int(at[0])
-        alone = self.kv_heads == self.heads and keys.is_cpu and not torch.is_grad_enabled()
-        split = alone and common >= _COMMON
-        seen = torch.arange(common if split else 0, keys.shape[2], device=keys.device) <= at[:, None]
-        if not split:
-            return self._score(queries, keys, values, seen, causal=False)
-        bias = keys.new_zeros(seen.shape).masked_fill_(~seen, -torch.inf)
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-        early, early_sum = flash(queries, keys[:, :, :common], values[:, :, :common])
-        late, late_sum = flash(queries, keys[:, :, common:], values[:, :, common:], attn_mask=bias)
-        share = torch.sigmoid(early_sum - late_sum)[..., None].to(early.dtype)
-        mixed = share * early + (1 - share) * late
-        return mixed.transpose(1, 2).flatten(2)
 
     def _queries(self, hidden: Tensor, places: Tensor | None) -> Tensor:
         """Queries (rows, heads, width, head size) of `hidden`, which stands at the positions `places`."""
@@ -432,20 +405,6 @@ class RoutedAttention(nn.Module):
 
 
 # -- positions -----------------------------------------------------------------------------------------------------
-
-
-def rotate(states: Tensor, places: Tensor, theta: float) -> Tensor:
-    """Rotary positions (RoFormer, arXiv 2104.09864) of states (rows, heads, width, size) at `places` (rows, width)."""
-    half = states.shape[-1] // 2
-    angles = places[..., None] * theta ** (-torch.arange(half, device=states.device).float() / half)
-    angles = torch.cat((angles, angles), dim=-1)
-    return rotated(states, angles.cos().to(states.dtype), angles.sin().to(states.dtype))
-
-
-def rotated(states: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """Rotary positions in the rotate-half form; `cosine` and `sine` (1 or rows, width, size)."""
-    first, second = states.chunk(2, dim=-1)
-    return states * cosine[:, None] + torch.cat((-second, first), dim=-1) * sine[:, None]
 
 
 def _positions(mask: Tensor | None, hidden: Tensor) -> Tensor:

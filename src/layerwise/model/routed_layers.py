@@ -37,7 +37,8 @@ from layerwise.model.backbone import Backbone
 from layerwise.model.few_tokens import load_routed_operator
 from layerwise.model.filters import causal_filter
 from layerwise.model.position_router import Routing, gumbel_sigmoid
-from layerwise.model.routed_attention import CHUNK, Mixing, rotated
+from layerwise.model.routed_attention import CHUNK, Mixing
+from layerwise.model.scoring import rotated, score
 from layerwise.tensor_files import read_tensors
 
 FILE = "routed_layers.safetensors"
@@ -241,7 +242,7 @@ class RoutedSelfAttention(nn.Module):
         """Attention of all positions (rows, width, heads times head size)."""
         queries = rotated(_heads(self.attention.q_proj(seen.hidden), self.head_dim), *seen.rotary)
         causal = seen.mask is None and seen.width > 1
-        return self._score(queries, seen.keys, seen.values, seen.mask, causal)
+        return score(queries, seen.keys, seen.values, seen.mask, causal, self.attention.scaling)
 
     def _attend(self, seen: _Seen, mixed: Tensor, attends: Tensor) -> Tensor:
         """`mixed` with the positions that attend (rows, width) replaced by attention; the others cost nothing."""
@@ -264,9 +265,8 @@ class RoutedSelfAttention(nn.Module):
             part = slice(first, first + CHUNK)
             end = int(places[:, part].max()) + 1  # nothing later is seen by any of these
             allowed = self._allowed(seen, columns[:, part], places[:, part], end)
-            outputs.append(
-                self._score(queries[:, :, part], seen.keys[:, :, :end], seen.values[:, :, :end], allowed, False)
-            )
+            keys, values = seen.keys[:, :, :end], seen.values[:, :, :end]
+            outputs.append(score(queries[:, :, part], keys, values, allowed, scale=self.attention.scaling))
         attended = torch.where(chosen[..., None], torch.cat(outputs, dim=1), mixed.gather(1, spread))
         return mixed.scatter(1, spread, attended)
 
@@ -278,18 +278,6 @@ class RoutedSelfAttention(nn.Module):
         if places.numel() == 1:
             return None
         return (torch.arange(end, device=places.device) <= places[..., None])[:, None]
-
-    def _score(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        mixed = F.scaled_dot_product_attention(
-            queries,
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=causal,
-            scale=self.attention.scaling,
-            enable_gqa=self.heads != self.kv_heads,
-        )
-        return mixed.transpose(1, 2).flatten(2)
 
 
 class _Seen:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
-from test_causal_lm import one_line
 from test_hub import copied, load, logits, with_lora
+from tiny import one_line
 
 from layerwise import LayerwiseForCausalLM, Plan, attach, fingerprint, from_pretrained
 from layerwise.model.causal_lm import EngineName

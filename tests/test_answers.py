@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import tiny
-from test_causal_lm import one_line
 from test_hub import with_lora
 from test_path_suite import number_tokenizer
+from tiny import one_line
 
 from layerwise import attach
 from layerwise.data import Example

@@ -11,52 +11,19 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny import one_line, tokens
-from torch import Tensor, nn
+from tiny import one_line, padded, surgery, tokens
 from transformers import (
     DynamicCache,
-    PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from layerwise import Cache, Phase, Plan, Trace, attach
-from layerwise.plan import Part
 
 NAMES = list(tiny.ARCHITECTURES)
 CLOSE = {"rtol": 1e-4, "atol": 2e-5}
 PLANS = ["0-5", "0 2-5", "0-2 2-5", "0-3 1-5", "0-1 2a 3m 4-5 5a", "5 0"]
-
-
-def padded(width: int, lengths: list[int], side: str, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Token ids and attention mask of rows of `lengths`, padded with zeros to `width` on `side`."""
-    mask = torch.zeros(len(lengths), width, dtype=torch.long)
-    for row, length in enumerate(lengths):
-        mask[row, slice(length) if side == "right" else slice(width - length, None)] = 1
-    return tokens(len(lengths), width, seed) * mask, mask
-
-
-def surgery(base: PreTrainedModel, plan: str) -> PreTrainedModel:
-    """A plain transformers model that does what `plan` says: layers copied in the plan's order, left-out parts zero.
-
-    An oracle that shares no code with the library.
-    """
-    model, visits = copy.deepcopy(base), Plan.parse(plan).visits
-    decoder, types = model.get_decoder(), getattr(base.config, "layer_types", None)
-    layers = [copy.deepcopy(decoder.layers[visit.layer]) for visit in visits]
-    with torch.no_grad():
-        for index, (visit, layer) in enumerate(zip(visits, layers, strict=True)):
-            layer.self_attn.layer_idx = index
-            if visit.part is Part.MLP:
-                layer.self_attn.o_proj.weight.zero_()
-            if visit.part is Part.ATTENTION:
-                layer.mlp.down_proj.weight.zero_()
-    decoder.layers = nn.ModuleList(layers)
-    decoder.config.num_hidden_layers = len(layers)
-    if types:
-        decoder.config.layer_types = [types[visit.layer] for visit in visits]
-    return model
 
 
 # -- forward equals transformers -----------------------------------------------------------------------------

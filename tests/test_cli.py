@@ -77,6 +77,12 @@ finally:
         (["generate", "hi", "--temperature", "1e-40"], "temperature is 0 (greedy) or at least"),
         (["generate", "hi", "--adapter", "no/such/adapter"], "no adapter"),
         (["bench", "decode", "--out", "no/such/folder/x.json"], "does not exist"),
+        (
+            ["train", "routed-attention", "--out", "o", "--mode", "convolution", "--blend"],
+            "--blend belongs to --mode curriculum and --mode joint",
+        ),
+        (["train", "routed-attention", "--out", "o", "--pairs", "4"], "--pairs belongs to --task mqar"),
+        (["train", "routed-text", "--out", "o", "--penalty", "2"], "--penalty belongs to --method curriculum"),
         (["nonsense"], "nonsense"),
     ],
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from test_causal_lm import one_line
+from tiny import one_line
 
 from layerwise.decoding.drafts import MOST, Draft
 from layerwise.plan import Plan

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_causal_lm import one_line
 from test_eval import word_tokenizer, words
 from test_router import FULL, HIDDEN, LAYERS, MENU
+from tiny import one_line
 from typer.testing import CliRunner
 
 from layerwise import Plan, attach, from_pretrained

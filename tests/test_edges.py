@@ -9,10 +9,10 @@ import pytest
 import tiny
 import torch
 from peft import PromptTuningConfig, get_peft_model
-from test_causal_lm import one_line, padded, tokens
 from test_generate import CLOSE, EndsAt, run
 from test_laws import FULL, alone, close, exact, feed, row_of
 from test_text import byte_tokenizer, pieces_of
+from tiny import one_line, padded, tokens
 from torch import Tensor
 from transformers import (
     DynamicCache,

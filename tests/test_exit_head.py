@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_causal_lm import one_line
 from test_hub import load, with_lora
+from tiny import one_line
 from torch import Tensor
 
 from layerwise import Cache, LayerwiseForCausalLM, attach, from_pretrained

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_causal_lm import one_line, padded, surgery, tokens
+from tiny import one_line, padded, surgery, tokens
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor

@@ -12,7 +12,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from test_causal_lm import one_line, tokens
+from tiny import one_line, tokens
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 

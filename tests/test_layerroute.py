@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, get_peft_model
-from test_causal_lm import one_line, padded, tokens
+from tiny import one_line, padded, tokens
 from torch import Tensor
 
 from layerwise import Cache, Phase, Plan, Trace, attach, from_pretrained

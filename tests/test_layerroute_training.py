@@ -12,9 +12,9 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from test_causal_lm import one_line
 from test_layerroute import CLOSE, FULL, IDS, LABELS, LAYERS, LENGTHS, MASK, Calls, alone, decided
 from test_training_runs import StopAt, files  # noqa: F401 (a fixture)
+from tiny import one_line
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from typer.testing import CliRunner

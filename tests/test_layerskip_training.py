@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
-from test_causal_lm import one_line, padded
+from tiny import one_line, padded
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_causal_lm import one_line
 from test_router import FULL, LAYERS
+from tiny import one_line
 
 from layerwise import Plan
 from layerwise.search.tree import Edit, Kind

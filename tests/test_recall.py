@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_causal_lm import one_line
+from tiny import one_line
 
 from layerwise.data.examples import IGNORED
 from layerwise.data.recall import RecallTask

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_causal_lm import one_line
+from tiny import one_line
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_causal_lm import one_line
 from test_routed_attention import CLOSE, Counter
+from tiny import one_line
 from torch import Tensor
 
 from layerwise import attach, from_pretrained

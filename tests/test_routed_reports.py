@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_causal_lm import one_line
 from test_recall import config
+from tiny import one_line
 from typer.testing import CliRunner
 
 from layerwise.cli.bench import app as bench

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_causal_lm import one_line, padded
 from test_layerroute import Calls, alone, decided
+from tiny import one_line, padded
 
 from layerwise import Cache, Phase, Plan, Trace, attach, from_pretrained
 from layerwise.hub import save_adapter

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_causal_lm import one_line, tokens
 from test_generate import ragged, stops
 from test_laws import close, same_content
+from tiny import one_line, tokens
 from torch import Tensor
 
 from layerwise import Cache, LayerwiseForCausalLM, attach

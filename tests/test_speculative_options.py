@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_causal_lm import one_line
 from test_generate import CLOSE, EndsAt, Recorder, ragged
 from test_laws import close, same_content
 from test_speculative import (
@@ -25,6 +24,7 @@ from test_speculative import (
     stop_tokens,
     with_an_end,
 )
+from tiny import one_line
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from torch import Tensor

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_causal_lm import one_line, tokens
+from tiny import one_line, tokens
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, TrainerCallback
 from typer.testing import CliRunner
@@ -171,6 +171,7 @@ def test_the_flags_are_the_fields(files: Path, tmp_path: Path, monkeypatch: pyte
         (["--epochs", "inf"], "epochs must be above 0, and finite"),
         (["--exit", "3"], "--exit belongs to --recipe frozen"),
         (["--recipe", "frozen", "--p-max", "0.2"], "--p-max belongs to --recipe paper"),
+        (["--curriculum", "gradual", "--every", "4"], "--every belongs to --curriculum rotational"),
         (["--recipe", "frozen", "--exit", "6"], "0 to 5 layers"),
         (["--max-length", "3"], "max-length"),
         (["--resume"], "no checkpoint"),

@@ -1,14 +1,15 @@
-"""Tiny random models of every tested architecture, tokens and random plans for them, and how errors must read."""
+"""Tiny random models of every tested architecture, tokens and random plans for them, and what tests share."""
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -80,6 +81,14 @@ def tokens(rows: int, width: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCABULARY, (rows, width), generator=torch.Generator().manual_seed(seed))
 
 
+def padded(width: int, lengths: list[int], side: str, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Token ids and attention mask of rows of `lengths`, padded with zeros to `width` on `side`."""
+    mask = torch.zeros(len(lengths), width, dtype=torch.long)
+    for row, length in enumerate(lengths):
+        mask[row, slice(length) if side == "right" else slice(width - length, None)] = 1
+    return tokens(len(lengths), width, seed) * mask, mask
+
+
 def random_plan(rng: random.Random, layers: int = LAYERS, parts: bool = True) -> Plan:
     """Skips, repeats, partial visits (if `parts`) and now and then a jump back; at least one visit attends."""
     visits: list[Visit] = []
@@ -94,6 +103,28 @@ def random_plan(rng: random.Random, layers: int = LAYERS, parts: bool = True) ->
     if not any(visit.attends for visit in visits):
         visits.insert(rng.randint(0, len(visits)), Visit(rng.randrange(layers)))
     return Plan(tuple(visits))
+
+
+def surgery(base: PreTrainedModel, plan: str) -> PreTrainedModel:
+    """A plain transformers model that does what `plan` says: layers copied in the plan's order, left-out parts zero.
+
+    An oracle that shares no code with the library.
+    """
+    model, visits = copy.deepcopy(base), Plan.parse(plan).visits
+    decoder, types = model.get_decoder(), getattr(base.config, "layer_types", None)
+    layers = [copy.deepcopy(decoder.layers[visit.layer]) for visit in visits]
+    with torch.no_grad():
+        for index, (visit, layer) in enumerate(zip(visits, layers, strict=True)):
+            layer.self_attn.layer_idx = index
+            if visit.part is Part.MLP:
+                layer.self_attn.o_proj.weight.zero_()
+            if visit.part is Part.ATTENTION:
+                layer.mlp.down_proj.weight.zero_()
+    decoder.layers = nn.ModuleList(layers)
+    decoder.config.num_hidden_layers = len(layers)
+    if types:
+        decoder.config.layer_types = [types[visit.layer] for visit in visits]
+    return model
 
 
 def one_line(function: Callable[[], Any], *mentions: str, error: type[Exception] = ValueError) -> None:

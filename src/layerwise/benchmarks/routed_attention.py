@@ -203,8 +203,8 @@ def _decode_points(
         laid_out.append(contenders)
         for call in contenders.values():
             call()  # warm up
-        for name in [*contenders][number % len(contenders) :] + [*contenders][: number % len(contenders)]:
-            times[name].append(contenders[name]())
+        for _, name, seconds in take_turns(contenders, 1, first=number):
+            times[name].append(seconds)
     middle = {name: median(values) for name, values in times.items()}
     usual = min(middle["full"], middle["prepared"])
     width = layer.q_proj.weight.element_size()

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 
-def rounds(contenders: dict[str, Callable[[], Any]], count: int) -> Iterator[tuple[int, str, Any]]:
-    """Run every contender once in each of `count` rounds; yields (round, name, result)."""
+def rounds(contenders: dict[Any, Callable[[], Any]], count: int, first: int = 0) -> Iterator[tuple[int, Any, Any]]:
+    """Run every contender once in each of `count` rounds, the first numbered `first`; yields (round, name, result)."""
     names = list(contenders)
-    for number in range(count):
+    for number in range(first, first + count):
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             yield number, name, contenders[name]()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -89,6 +89,13 @@ def refuse_given(context: typer.Context, names: Iterable[str], owner: str) -> No
         source = context.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"--{name.replace('_', '-')} belongs to {owner}: leave it out")
+
+
+def refuse_unchosen(context: typer.Context, choice: str, chosen: str, owners: Mapping[str, Iterable[str]]) -> None:
+    """Refuse options that were typed though `chosen` is not among the values of --`choice` that `owners` gives them."""
+    for name, values in owners.items():
+        if chosen not in values:
+            refuse_given(context, [name], " and ".join(f"--{choice} {value}" for value in values))
 
 
 def check_writable(*files: Path | None) -> None:

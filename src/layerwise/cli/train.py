@@ -33,8 +33,18 @@ OBJECTIVES_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("reads", "router_learning_rate"), ROUTED),
 }
 BY_GRADIENT = ("penalty", "dual_rate", "router_learning_rate")  # not for routers that are fitted
-# The options of one form of Dr.LLM's routers.
-FORMS_OF = {"per-layer": ("gamma", "beta"), "menu": ("questions", "screen", "candidates", "threshold")}
+# The same for the forms of Dr.LLM's routers, the modes of the recall model, its tasks, and the methods of routed text.
+FORMS_OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("gamma", "beta"), ("per-layer",)),
+    **dict.fromkeys(("questions", "screen", "candidates", "threshold"), ("menu",)),
+}
+MODES_OF: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("rises", "floor", "order"), ("curriculum",)),
+    **dict.fromkeys(("penalty", "penalty_on", "blend"), ("curriculum", "joint")),
+    "start_length": ("curriculum", "attention"),
+}
+TASKS_OF = dict.fromkeys(("pairs", "queries"), ("mqar",))
+METHODS_OF = {"fit_texts": ("fit",)} | dict.fromkeys(("penalty", "penalty_on", "rises", "floor"), ("curriculum",))
 
 
 @app.callback()
@@ -95,6 +105,7 @@ def layerskip(
     else:
         options.refuse_given(context, _only(FrozenConfig, LayerSkipConfig), "--recipe frozen")
         config = LayerSkipConfig(**{one.name: chosen[one.name] for one in fields(LayerSkipConfig)})
+        options.refuse_unchosen(context, "curriculum", config.curriculum, {"every": ("rotational",)})
     options.quiet()
     from layerwise.sources import model_path
 
@@ -120,9 +131,7 @@ def layerroute(
 ) -> None:
     """Teach routers which layers a prompt needs, as LayerRoute does (arXiv 2606.01838), with a LoRA for the rest."""
     config = LayerRouteConfig(**chosen)
-    for name, objectives in OBJECTIVES_OF.items():
-        if config.objective not in objectives:
-            options.refuse_given(context, [name], f"--objective {' and --objective '.join(objectives)}")
+    options.refuse_unchosen(context, "objective", config.objective, OBJECTIVES_OF)
     if config.fits:
         options.refuse_given(context, BY_GRADIENT, "--fits 0")
     options.quiet()
@@ -147,9 +156,7 @@ def drllm(
     The model is left as it is. A run that was stopped goes on where it was when the same command is given again.
     """
     config = DrLLMConfig(**chosen)
-    for form, names in FORMS_OF.items():
-        if form != config.form:
-            options.refuse_given(context, names, f"--form {form}")
+    options.refuse_unchosen(context, "form", config.form, FORMS_OF)
     options.quiet()
     from layerwise.sources import model_path, read_device
 
@@ -166,6 +173,7 @@ def drllm(
 @app.command("routed-attention")
 @_with_flags(RoutedAttentionConfig)
 def routed_attention(
+    context: typer.Context,
     *,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     json: options.Json = False,
@@ -173,6 +181,8 @@ def routed_attention(
 ) -> None:
     """Teach a small model to attend only where recall needs it: first the task, then a rising penalty on attention."""
     config = RoutedAttentionConfig(**chosen)
+    options.refuse_unchosen(context, "mode", config.mode, MODES_OF)
+    options.refuse_unchosen(context, "task", config.task, TASKS_OF)
     options.quiet()
     from layerwise.training import routed_attention as trained
 
@@ -185,6 +195,7 @@ def routed_attention(
 @app.command("routed-text")
 @_with_flags(RoutedTextConfig)
 def routed_text(
+    context: typer.Context,
     *,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     device: options.Device = "auto",
@@ -193,6 +204,7 @@ def routed_text(
 ) -> None:
     """Teach a pretrained model where it needs its attention: routers and short convolutions in its frozen layers."""
     config = RoutedTextConfig(**chosen)
+    options.refuse_unchosen(context, "method", config.method, METHODS_OF)
     options.quiet()
     from layerwise.sources import model_path, read_device
 

@@ -57,7 +57,8 @@ from layerwise.training.trainer import RecipeTrainer, read_examples, run_trainin
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
 PROMPTS = 64  # in whose states the directions are found that routers see
-FITTED = 192  # examples that routers are fitted to
+FITTED = 192  # examples that routers are fitted to while the LoRA learns
+LAST_FITTED = 384  # and at last
 PRUDENCE = 3.0  # at last, when no training follows: an input that skips what it cannot bear loses most
 MEASURED = 8  # examples that are answered without each layer in turn
 SHRINK = 0.8  # of the mean gap is borne while that is above the tolerance
@@ -360,7 +361,7 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
     def finish(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:
         """The routers as they are shipped, so that what is saved decides as what is in memory."""
         if config.fits:  # once more to the finished LoRA
-            gap, bearing = made[0].fit_gates(_drawn(examples, config.seed, FITTED), PRUDENCE)
+            gap, bearing = made[0].fit_gates(_drawn(examples, config.seed, LAST_FITTED), PRUDENCE)
             notify(f"routers fitted: {bearing:.0%} of the examples bear every skip, which costs {gap:.3f} on average")
         if isinstance(model.policy, GatedPolicy):
             model.policy = model.policy.rounded()

@@ -177,6 +177,11 @@ def test_replaced_parameters_are_noticed() -> None:
     adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=False))
     expected = adapted.generate(input_ids=prompt, **options)
     assert torch.equal(model.generate(prompt, **options), expected)
+    with adapted.disable_adapter():
+        plain = adapted.generate(input_ids=prompt, **options)
+        assert torch.equal(model.generate(prompt, **options), plain) and not torch.equal(plain, expected)
+    adapted.merge_adapter()
+    assert torch.equal(model.generate(prompt, **options), expected)
 
 
 @pytest.fixture

@@ -72,6 +72,8 @@ def test_bad_texts_are_refused(text: str) -> None:
 def test_an_exit_that_the_model_lacks() -> None:
     with pytest.raises(ValueError, match="an exit is after 1 to 5"):
         Draft.early_exit("6@0.9", 6)
+    with pytest.raises(ValueError, match="an exit is after 1 to 5"):
+        attach(tiny.model("llama")).read_draft(Draft.early_exit("40@0.9"))
 
 
 def test_generation_arguments_count(model: LayerwiseForCausalLM) -> None:
@@ -88,6 +90,17 @@ def test_generation_arguments_count(model: LayerwiseForCausalLM) -> None:
     assert torch.equal(alone[0][:, : shallow.shape[1]], shallow)
     with pytest.raises(ValueError, match="scores and logits are not kept"):
         greedy(model, prompt(), draft=exit, return_dict_in_generate=True, output_scores=True)
+
+
+def test_rows_leave_as_they_would_alone(model: LayerwiseForCausalLM) -> None:
+    """Each by its own plan and its own confidence, whatever its neighbours do."""
+    ids, rows = prompt(3), [["0-5"], ["3-5 0-2"], ["0 2-5"]]
+    for trust in (".0001", ".02", ".03", ".04"):
+        exit = Draft.early_exit(f"3@{trust}", 6)
+        for plans in (rows, [["0-5"]] * 3):
+            both = greedy(model, ids, draft=exit, plans=[plan for (plan,) in plans])
+            alone = [greedy(model, ids[row : row + 1], draft=exit, plans=plans[row]) for row in range(3)]
+            assert torch.equal(both, torch.cat(alone)), (trust, plans)
 
 
 def test_an_answer_tells_which_tokens_left() -> None:

@@ -21,6 +21,7 @@ from layerwise.decoding.target import Target
 from layerwise.model.exit_head import FILE, ExitHead
 from layerwise.model.runtime import Runtime
 from layerwise.plan import Plan
+from layerwise.trace import Phase, Trace
 from layerwise.training import frozen
 from layerwise.training.frozen import FrozenExit
 
@@ -135,6 +136,20 @@ def test_passes_differ_so_that_the_comparison_means_something(monkeypatch: pytes
 
 
 # -- the head itself -----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_the_trace_counts_what_the_head_runs() -> None:
+    """And a draft's own walk over the prompt as reading it."""
+    model, prompt = with_head(), torch.randint(6, 97, (1, 9), generator=torch.Generator().manual_seed(4))
+    model.generation_config.eos_token_id = None
+    for draft, layers in (("head,2", 1), ("plan:1-4,2", 4)):
+        trace = Trace()
+        model.generate(prompt, max_new_tokens=8, do_sample=False, draft=draft, trace=trace)
+        drafted = [span for span in trace.rows[0] if span.phase is Phase.DRAFT]
+        assert {span.plan.depth for span in drafted} == {layers}, draft
+        assert trace.drafted <= sum(span.tokens for span in drafted) <= trace.drafted + 2 * sum(trace.drafts.values())
+        assert trace.tokens(Phase.PREFILL) == 2 * prompt.shape[1]
 
 
 @pytest.mark.parametrize("name", tiny.ARCHITECTURES)

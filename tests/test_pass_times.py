@@ -32,6 +32,8 @@ def test_every_width_is_timed_once_a_model(rows: int, monkeypatch: pytest.Monkey
         tuner = model.tuner(Draft("auto"), rows, temperature)
         assert [tuner.round_seconds(width) for width in range(1, 17)] == [1.0] * 16
         assert tuner is model.tuner(Draft("auto"), rows, temperature)
+        half = model.tuner(Draft("auto"), rows, temperature, depth=3)  # of 6 layers, and as many for all else
+        assert half is not tuner and half.round_seconds(4) == 0.75
     assert clock.now == spent
 
 

@@ -122,6 +122,8 @@ def test_a_streamer_gets_the_same_tokens_in_order() -> None:
         recorder = Recorder()
         model.generate(**options, streamer=recorder, draft=draft)
         assert recorder.got == plain.got, draft
+    batch = ragged(*LENGTHS[:2])
+    one_line(lambda: model.generate(**batch, max_new_tokens=NEW, streamer=Recorder(), draft="ngram"), "one row")
 
 
 @pytest.mark.parametrize(
@@ -247,6 +249,8 @@ BROKEN = {
 def test_a_break_leaves_model_and_cache_usable(
     broken: str, draft: str, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if broken == "streamer" and rows > 1:
+        pytest.skip("a streamer follows one row")
     model = attached("gemma3", 2)
     batch = ragged(*LENGTHS[1 : 1 + rows])
     free = model.generate(**batch, **FREE)
@@ -298,7 +302,8 @@ def test_the_trace_counts_what_was_drafted_and_what_stood(rows: int) -> None:
         assert all(Source.DECODED not in made[1:-1] for made in trace.sources) or draft in ("ngram", "tree,6")
         drafted = sum(made.count(Source.DRAFTED) for made in trace.sources)
         assert drafted <= trace.accepted <= trace.drafted
-        assert trace.tokens(Phase.PREFILL) == sum(LENGTHS[1 : 1 + rows])
+        readers = 2 if draft == "head,3" else 1  # the head reads the prompt too
+        assert trace.tokens(Phase.PREFILL) == readers * sum(LENGTHS[1 : 1 + rows])
         # A round gives each row one token more than was accepted of it.
         rounds = sum(len(made) - 1 - made.count(Source.DRAFTED) for made in trace.sources)
         assert rounds <= rows * sum(trace.drafts.values())

@@ -110,6 +110,15 @@ def test_a_character_comes_whole_with_its_last_token() -> None:
     assert pieces_of(tokenizer, ids) == ["a", "", "", "", "🙂", "b"]
 
 
+def test_what_is_held_at_the_end_is_flushed() -> None:
+    tokenizer = byte_tokenizer()
+    detokenizer = Detokenizer(tokenizer)
+    ids = tokenizer("a🙂🙂")["input_ids"]
+    pieces = [detokenizer.piece(token) for token in ids[:7]]  # the second is cut off
+    assert pieces[-3:] == ["🙂", "", ""] and detokenizer.rest() == tokenizer.decode(ids[5:7])
+    assert detokenizer.piece(ids[7]) == "" and [detokenizer.piece(ids[8]), detokenizer.rest()] == ["🙂", ""]
+
+
 def test_special_tokens_give_no_text() -> None:
     tokenizer = byte_tokenizer()
     end = tokenizer.eos_token_id

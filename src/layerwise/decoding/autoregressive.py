@@ -49,8 +49,8 @@ def decode(
     """Generate from a prompt (rows, width); the contract is that of transformers' `_sample`.
 
     Raises:
-        ValueError: the prompt is longer than the context that the model was made for, there is no such draft, or
-            processes are to decode in step.
+        ValueError: the prompt is longer than the context that the model was made for, there is no such draft,
+            processes are to decode in step, or a draft cannot give what is wanted of a batch.
     """
     if synced_gpus:
         raise ValueError("processes that share a model's weights cannot decode in step: leave synced_gpus out")
@@ -80,6 +80,8 @@ def decode(
         )
         if rows > 1 and (judge.scores is not None or judge.logits is not None):
             raise ValueError("scores and logits of a batch are not kept while drafting: use draft='off', or one row")
+        if rows > 1 and streamer is not None:  # rows get different numbers of tokens in a round
+            raise ValueError("a streamer follows one row while drafting: use draft='off', or one row")
         read = (prompt.tokens, prompt.embedded, prompt.counts)
         padding = chooser.pad.to(input_ids.device) if chooser.padding else None
         keep = past_key_values is not None or bool(generation_config.return_dict_in_generate)

@@ -53,6 +53,12 @@ class Proposal:
         count = len(self.tokens[row])
         return range(-1, count - 1) if self.parents is None else self.parents[row]
 
+    def within(self, most: Sequence[int]) -> Proposal:
+        """Of row r the first most[r] tokens."""
+        cut = [row[:count] for row, count in zip(self.tokens, most, strict=True)]
+        after = self.parents and [row[:count] for row, count in zip(self.parents, most, strict=True)]
+        return Proposal(cut, self.q, after)
+
     @property
     def branching(self) -> bool:
         """Whether any row has more than one continuation."""
@@ -89,15 +95,18 @@ def _drafted(
 ) -> Proposal:
     """Draft one token after another for `rows`, their numbers; `step` gives the logits that follow a token (rows, 1).
 
-    A token of less probability than `floor` in any row is not proposed, and ends the draft.
+    A row's draft ends before its first token of less probability than `floor`. It then goes on for nothing while others
+    are sure, so that rows stay in step.
     """
     columns: list[Tensor] = []
     q, token = [], last
-    trust = [1.0] * len(last)
+    trust, going, counts = [1.0] * len(last), [True] * len(last), [0] * len(last)
     for number in range(most):
         pick = choose(*step(token, number), rows, columns)
-        if min(pick.sure) < floor:
+        going = [before and sure >= floor for before, sure in zip(going, pick.sure, strict=True)]
+        if not any(going):
             break
+        counts = [count + goes for count, goes in zip(counts, going, strict=True)]
         token = pick.tokens
         columns.append(token)
         if pick.q is not None:
@@ -105,7 +114,7 @@ def _drafted(
         trust = [before * sure for before, sure in zip(trust, pick.sure, strict=True)]
         if number + 1 < most and not worth(sum(trust) / len(trust)):
             break
-    return Proposal(torch.cat(columns, 1).tolist() if columns else [[] for _ in last], q or None)
+    return Proposal(torch.cat(columns, 1).tolist() if columns else [[] for _ in last], q or None).within(counts)
 
 
 def _beside(cache: Cache, prompt: Read) -> Cache:
@@ -116,15 +125,18 @@ def _beside(cache: Cache, prompt: Read) -> Cache:
 
 @dataclass
 class PlanDrafter:
-    """Drafts by `plan`; logits by `logits`, of the tokens `vocabulary` if that is given."""
+    """Drafts by `plans`, one a row; logits by `logits`, of the tokens `vocabulary` if that is given.
+
+    If all rows have one plan, what it shares with the target is walked once.
+    """
 
     name: str
     target: Target
-    plan: Plan
+    plans: list[Plan]
     choose: Choose
     logits: Callable[[Tensor], Tensor]
     vocabulary: Tensor | None = None
-    share: bool = True  # walk what is common with the target once
+    share: bool = True  # whether what is common with the target is to be walked once
     floor: float = 0.0  # propose nothing less probable
     cuts: frozenset[int] = frozenset()
     shared: int = 0
@@ -132,16 +144,16 @@ class PlanDrafter:
     behind: list[Tensor] = field(default_factory=list)  # per row, (tokens, hidden size) not in `cache` yet
 
     def __post_init__(self) -> None:
-        if self.share and self.target.uniform:
-            self.shared = self.target.plans[0].common_prefix(self.plan)
-        self.own = slice(self.shared, None) if self.shared < len(self.plan) else None
+        if self.share and self.target.uniform and len(set(self.plans)) == 1:
+            self.shared = self.target.plans[0].common_prefix(self.plans[0])
+        self.own = slice(self.shared, None) if self.shared < len(self.plans[0]) else None
         self.cuts = frozenset({self.shared} if self.own else ())
 
     def begin(self, prompt: Read) -> None:
         if self.own is None:
             return
         self.cache = _beside(self.target.cache, prompt)
-        self._walk(prompt.states[self.shared], prompt.counts)
+        self._walk(prompt.states[self.shared], prompt.counts, Phase.PREFILL)
         self.behind = [prompt.deep.new_empty(0, prompt.deep.shape[-1])] * self.target.rows
 
     def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
@@ -169,6 +181,7 @@ class PlanDrafter:
         if self.cache is not None:
             self.cache.select(rows)
             self.behind = [self.behind[row] for row in rows]
+        self.plans = [self.plans[row] for row in rows]
 
     def _catch_up(self, hidden: Tensor) -> Tensor:
         """Walk the tokens behind and the last one, whose states are (rows, 1, hidden size)."""
@@ -178,46 +191,28 @@ class PlanDrafter:
         self.behind = [row[:0] for row in rows]
         return last_of(hidden, counts)
 
-    def _walk(self, hidden: Tensor, counts: Sequence[int]) -> Tensor:
-        target = self.target
-        forward = target.model.runtime.forward
-        return forward(hidden, [self.plan] * target.rows, counts, self.cache, target.trace, Phase.DRAFT, self.own)
+    def _walk(self, hidden: Tensor, counts: Sequence[int], phase: Phase = Phase.DRAFT) -> Tensor:
+        forward, visits = self.target.model.runtime.forward, self.own if self.shared else None
+        return forward(hidden, self.plans, counts, self.cache, self.target.trace, phase, visits)
 
 
 class PolicyDrafter(PlanDrafter):
-    """Drafts by the plans that `policy` decides from the prompt, each row by its own.
-
-    They are known once the prompt is read. If all rows got one plan, what it shares with the target is walked once from
-    then on.
-    """
+    """Drafts by the plans that `policy` decides from the prompt, each row by its own: known once the prompt is read."""
 
     def __init__(self, name: str, target: Target, policy: Policy, *options: Any) -> None:
-        super().__init__(name, target, target.plans[0], *options)
+        super().__init__(name, target, list(target.plans), *options)
         self.policy = policy
-        self.plans: list[Plan] = []
         self.shared, self.own, self.cuts = 0, slice(0, None), frozenset()
 
     def begin(self, prompt: Read) -> None:
         target = self.target
         self.cache = _beside(target.cache, prompt)
         found = decide(self.policy, prompt.counts)
-        target.model.runtime.forward(prompt.states[0], found, prompt.counts, self.cache, target.trace, Phase.DRAFT)
+        target.model.runtime.forward(prompt.states[0], found, prompt.counts, self.cache, target.trace, Phase.PREFILL)
         self.plans = list(found if isinstance(found, Sequence) else found.plans)
-        self.plan = self.plans[0]
-        if self.share and target.uniform and len(set(self.plans)) == 1:
-            self.shared = target.plans[0].common_prefix(self.plan)
-            self.own = slice(self.shared, None) if self.shared < len(self.plan) else None
-            self.cuts = frozenset({self.shared} if self.own else ())
-            target.cuts |= self.cuts
+        self.__post_init__()
+        target.cuts |= self.cuts
         self.behind = [prompt.deep.new_empty(0, prompt.deep.shape[-1])] * target.rows
-
-    def select(self, rows: Sequence[int]) -> None:
-        super().select(rows)
-        self.plans = [self.plans[row] for row in rows]
-
-    def _walk(self, hidden: Tensor, counts: Sequence[int]) -> Tensor:
-        forward, visits = self.target.model.runtime.forward, self.own if self.shared else None
-        return forward(hidden, self.plans, counts, self.cache, self.target.trace, Phase.DRAFT, visits)
 
 
 @dataclass
@@ -245,7 +240,7 @@ class HeadDrafter:
     def begin(self, prompt: Read) -> None:
         self.cache = _beside(self.target.cache, prompt)
         before = torch.cat([torch.zeros_like(prompt.deep[:, :1]), prompt.deep[:, :-1]], 1)
-        self._walk(self.head.join(prompt.states[self.head.exit], before), prompt.counts)
+        self._walk(self.head.join(prompt.states[self.head.exit], before), prompt.counts, Phase.PREFILL)
         self._settle(prompt.deep)
         self.deep = [prompt.deep[row, count - 1 : count] for row, count in enumerate(prompt.counts)]
 
@@ -288,8 +283,9 @@ class HeadDrafter:
         self.early = [like.new_empty(0, like.shape[-1])] * self.target.rows
         self.deep = list(self.early)
 
-    def _walk(self, joined: Tensor, counts: Sequence[int] | None = None) -> Tensor:
-        return self.runtime.forward(joined, [_ONE_LAYER] * self.target.rows, counts, self.cache)
+    def _walk(self, joined: Tensor, counts: Sequence[int] | None = None, phase: Phase = Phase.DRAFT) -> Tensor:
+        target = self.target
+        return self.runtime.forward(joined, [_ONE_LAYER] * target.rows, counts, self.cache, target.trace, phase)
 
 
 _ONE_LAYER = Plan.full(1)

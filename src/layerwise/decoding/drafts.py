@@ -23,7 +23,8 @@ from layerwise.plan import Plan
 
 MOST = 15  # drafted tokens of a pass; the verification of more costs more than it can give
 _FORMS = 'write auto, off, ngram, corpus, tree, head, policy, "exit:8", "exit:8,6" or "plan:0-5 20-29"'
-_KINDS = ("auto", "off", "ngram", "tree", "corpus", "head", "exit", "plan", "policy")
+_BESIDE_NGRAMS = ("corpus", "head", "exit", "plan", "policy")
+_KINDS = ("auto", "off", "ngram", "tree", *_BESIDE_NGRAMS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +68,7 @@ class Draft:
             body, lookup = body.removeprefix("ngram+"), True
         named, comma, length = body.rpartition(",") if "," in body else (body, "", "")
         kind, colon, layers_named = (part.strip() for part in named.partition(":"))
-        if kind not in _KINDS or bool(colon) != (kind in ("exit", "plan")) or (lookup and kind not in _KINDS[4:]):
+        if kind not in _KINDS or bool(colon) != (kind in ("exit", "plan")) or (lookup and kind not in _BESIDE_NGRAMS):
             raise ValueError(f"'{text}' is no draft: {_FORMS}")
         by_spaces = "; the layers of its plan are separated by spaces" if kind == "plan" else ""
         if comma and not re.fullmatch(r"\s*\d{1,3}\s*", length):

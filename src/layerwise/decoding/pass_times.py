@@ -17,6 +17,7 @@ from layerwise.plan import Plan
 WIDTHS = (1, 2, 3, 4, 5, 6, 8, 12, 16)  # kernels work in tiles of a few tokens; in between, times are interpolated
 BEFORE = 32  # tokens that are in the cache
 REPEATS = 3  # of which the shortest counts: whatever disturbs a pass makes it longer
+BESIDES = 6  # layers that the LM head, and what a pass takes besides, are worth
 BUDGET = 0.6  # seconds; a model too slow for that is left with fewer measurements, or none
 
 

@@ -33,6 +33,7 @@ from layerwise.decoding.drafters import (
 from layerwise.decoding.drafts import MOST, Draft
 from layerwise.decoding.judge import Judge
 from layerwise.decoding.ngrams import HOPES, CorpusDrafter, NGramDrafter
+from layerwise.decoding.pass_times import BESIDES
 from layerwise.decoding.target import Read, Target, Watched
 from layerwise.decoding.trees import TreeDrafter
 from layerwise.decoding.tuner import HOPE, Hope, Tuner
@@ -54,7 +55,8 @@ class Crew:
 
     def __init__(self, model: LayerwiseForCausalLM, target: Target, draft: Draft, judge: Judge) -> None:
         self.target, self.draft = target, draft
-        self.tuner: Tuner = model.tuner(draft, target.rows, judge.temperature)
+        depth = round(sum(plan.depth for plan in target.plans) / target.rows)
+        self.tuner: Tuner = model.tuner(draft, target.rows, judge.temperature, depth)
         self.drafters: dict[str, Drafter] = {}
         self.prices: dict[str, float] = {}
         self.hopes: dict[str, Hope] = {}  # of this round, where a draft knows
@@ -85,13 +87,13 @@ class Crew:
             )
         if draft.kind in ("head", "auto") and fits:
             self._add("head", HeadDrafter("head", target, head, runtime, judge.pick), HEAD_LAYERS + head.exit)
-        for plan in _plans(model, draft, target.plans[0]):
-            name = f"plan:{plan}"
+        for plans in _plans(model, draft, target.plans):
+            name = f"plan:{plans[0]}"
             logits, vocabulary = model.draft_logits() if draft.trust is None else (model.runtime.engine.logits, None)
             drafter = PlanDrafter(
-                name, target, plan, judge.pick, logits, vocabulary, not draft.lookup, draft.trust or 0.0
+                name, target, plans, judge.pick, logits, vocabulary, not draft.lookup, draft.trust or 0.0
             )
-            self._add(name, drafter, plan.depth + 1)
+            self._add(name, drafter, plans[0].depth + 1)
         if draft.kind == "policy":
             logits, vocabulary = model.draft_logits()
             drafter = PolicyDrafter("policy", target, model.policy, judge.pick, logits, vocabulary, not draft.lookup)
@@ -101,7 +103,7 @@ class Crew:
 
     def _add(self, name: str, drafter: Drafter, layers: float) -> None:
         self.drafters[name] = drafter
-        self.prices[name] = layers / (self.target.plans[0].depth + 6)
+        self.prices[name] = layers / (self.target.plans[0].depth + BESIDES)
 
     def begin(self, prompt: Read) -> None:
         for drafter in self.drafters.values():
@@ -161,13 +163,14 @@ def _always(trust: float) -> bool:
     return True
 
 
-def _plans(model: LayerwiseForCausalLM, draft: Draft, target: Plan) -> list[Plan]:
-    """The plans that draft."""
+def _plans(model: LayerwiseForCausalLM, draft: Draft, targets: Sequence[Plan]) -> list[list[Plan]]:
+    """The plans that draft, each as one plan a row."""
     if draft.kind == "auto":
-        return [target[:exit] for exit in model.exits if exit < len(target)]
-    if draft.kind == "exit":
-        return [target[: draft.exit]]
-    return [draft.plan] if draft.plan is not None else []
+        exits = [exit for exit in model.exits if exit < len(targets[0])]
+    else:
+        exits = [] if draft.exit is None else [draft.exit]
+    drafts = [[target[:exit] for target in targets] for exit in exits]
+    return drafts if draft.plan is None else [[draft.plan] * len(targets)]
 
 
 @dataclass
@@ -283,6 +286,8 @@ def _round(
     last = texts.last()
     left = 2**31 if judge.longest is None else judge.longest - min(texts.lengths[row] for row in texts.live)
     name, proposal = crew.propose(last, left - 1)
+    if judge.longest is not None:  # the rows that are further on have room for fewer
+        proposal = proposal.within([judge.longest - texts.lengths[row] - 1 for row in texts.live])
     drafted_at = perf_counter()
     drafted = proposal.tokens
     counts = [1 + len(tokens) for tokens in drafted]

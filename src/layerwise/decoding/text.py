@@ -152,6 +152,12 @@ class Detokenizer:
         self.shown = text
         return piece
 
+    def rest(self) -> str:
+        """What is still held: text that ends inside a character, because there was room for no more."""
+        if not self.held:
+            return ""
+        return self.tokenizer.decode(self.ids[self.start :], skip_special_tokens=True)[len(self.shown) :]
+
 
 class _Watch:
     """A streamer that notes times and passes text on."""
@@ -171,7 +177,10 @@ class _Watch:
         self.on_text(self.pieces[-1])
 
     def end(self) -> None:
-        return None
+        rest = self.detokenizer.rest()
+        if rest:
+            self.pieces[-1] += rest
+            self.on_text(rest)
 
 
 def encode(
@@ -234,7 +243,7 @@ def answer(
     watch, trace = _Watch(Detokenizer(tokenizer), on_text), Trace()
     draft = model.read_draft(draft)
     model.prepare(None, draft, few=draft.kind != "off")  # compiling is neither reading nor decoding
-    if draft.kind == "auto":
+    if draft.kind != "off" and draft.length is None:
         model.pass_times(1)  # nor is timing passes
     torch.manual_seed(sampling.seed)
     began = time.perf_counter()

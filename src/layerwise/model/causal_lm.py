@@ -8,6 +8,7 @@ the plan.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +20,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from layerwise.decoding.autoregressive import decode
 from layerwise.decoding.drafts import Draft
 from layerwise.decoding.ngram_model import NGramModel
-from layerwise.decoding.pass_times import pass_times
+from layerwise.decoding.pass_times import BESIDES, pass_times
 from layerwise.decoding.tuner import Tuner
 from layerwise.model.backbone import Backbone, UnsupportedModelError
 from layerwise.model.cache import Cache
@@ -149,14 +150,22 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("this model has no corpus to draft from: load an adapter that brings one, or use auto")
         if draft.plan is not None:
             draft.plan.check(self.depth)
-        return draft if draft.trust is not None else Draft.parse(str(draft), self.depth)
+        as_text = replace(draft, trust=None)
+        return replace(Draft.parse(str(as_text), self.depth), trust=draft.trust)
 
-    def tuner(self, draft: Draft, rows: int, temperature: float = 0.0) -> Tuner:
-        """What was measured of `draft` for batches of so many rows at a temperature; kept from answer to answer."""
-        name = f"{draft} {rows} {temperature:g}"
+    def tuner(self, draft: Draft, rows: int, temperature: float = 0.0, depth: int | None = None) -> Tuner:
+        """What was measured of `draft` for batches of so many rows at a temperature; kept from answer to answer.
+
+        Args:
+            depth: layers of the plan that is drafted for, by which passes are the shorter; all of them if not given.
+        """
+        depth = self.depth if depth is None else depth
+        name = f"{draft} {rows} {temperature:g} {depth}"
         if name not in self._tuners:
             # A draft of a fixed length has nothing to choose.
-            self._tuners[name] = Tuner.timed(self.pass_times(rows) if draft.length is None else {})
+            times = self.pass_times(rows) if draft.length is None else {}
+            share = (depth + BESIDES) / (self.depth + BESIDES)
+            self._tuners[name] = Tuner.timed({width: share * seconds for width, seconds in times.items()})
         return self._tuners[name]
 
     def pass_times(self, rows: int) -> dict[int, float]:

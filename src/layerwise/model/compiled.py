@@ -81,14 +81,14 @@ class CompiledEngine:
                 prepare(self.backbone.layers[number].input_layernorm, self.notify)
 
     def refresh(self) -> None:
-        """Forget every kernel whose parameters were replaced since: another dtype, an adapter attached."""
-        visits = {visit for visit, _ in self._layers}
-        weights = {visit: LayerSource(self.backbone, visit).weights for visit in visits}
+        """Forget every kernel whose parameters were replaced since (another dtype, an adapter attached), or whose
+        adapters were switched or merged."""
+        sources = {visit: LayerSource(self.backbone, visit) for visit, _ in self._layers}
         for (visit, form), kernel in list(self._layers.items()):
-            if kernel is not None and kernel.outdated(weights[visit]):
+            if kernel is not None and kernel.made_for != _identity(sources[visit]):
                 del self._layers[visit, form]
         for form, kernel in list(self._heads.items()):
-            if kernel is not None and kernel.outdated(HeadSource(self.backbone, form).weights):
+            if kernel is not None and kernel.made_for != _identity(HeadSource(self.backbone, form)):
                 del self._heads[form]
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
@@ -238,11 +238,12 @@ class _Kernel:
         self.form = source.form
         self.weights = source.weights
         self.dtype = source.weights[0].dtype
-        self.made_for = [(id(weight), weight.dtype, weight.device) for weight in source.weights]
+        self.made_for = _identity(source)
 
-    def outdated(self, weights: list[Tensor]) -> bool:
-        """Whether `weights`, those that the module has now, are others than this kernel was made for."""
-        return self.made_for != [(id(weight), weight.dtype, weight.device) for weight in weights]
+
+def _identity(source: LayerSource | HeadSource) -> list[Any]:
+    """What a kernel was made for; another one is needed if it changes."""
+    return [*((id(weight), weight.dtype, weight.device) for weight in source.weights), source.adapters]
 
 
 _failed: set[str] = set()  # keys of what could not be compiled or loaded in this process

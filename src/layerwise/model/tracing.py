@@ -169,6 +169,15 @@ def _named_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
+def _adapters(module: nn.Module) -> list[Any]:
+    """What PEFT has switched on or merged in `module`: tracing follows it."""
+    return [
+        (name, child.disable_adapters, list(child.merged_adapters), list(child.active_adapters))
+        for name, child in module.named_modules()
+        if hasattr(child, "merged_adapters")
+    ]
+
+
 class LayerSource:
     """A visit of a layer as something to compile."""
 
@@ -177,6 +186,7 @@ class LayerSource:
         self.module = backbone.module(visit)
         self.kind = backbone.kinds[visit.layer]
         self.weights = list(_named_tensors(self.module).values())
+        self.adapters = _adapters(self.module)
         part = {Part.BOTH: "layers", Part.ATTENTION: "attention", Part.MLP: "MLPs"}[visit.part]
         self.title = f"{type(self.module).__name__} {part}, {_TITLES[form]}"
 
@@ -191,7 +201,7 @@ class LayerSource:
         }
         return _key(
             self.backbone,
-            [self.form, repr(self.module), sorted(attributes.items(), key=str), repr(self.kind)],
+            [self.form, repr(self.module), self.adapters, sorted(attributes.items(), key=str), repr(self.kind)],
             self.weights,
         )
 
@@ -276,11 +286,14 @@ class HeadSource:
             for key, tensor in _named_tensors(module).items()
         }
         self.weights = list(self.tensors.values())
+        self.adapters = [_adapters(backbone.norm), _adapters(backbone.head)]
 
     @property
     def key(self) -> str:
         return _key(
-            self.backbone, ["head", self.form, repr(self.backbone.norm), repr(self.backbone.head)], self.weights
+            self.backbone,
+            ["head", self.form, repr(self.backbone.norm), repr(self.backbone.head), self.adapters],
+            self.weights,
         )
 
     def traced(self) -> nn.Module:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
 from test_hub import copied, load, logits, with_lora
@@ -15,6 +16,7 @@ from tiny import one_line
 from layerwise import LayerwiseForCausalLM, Plan, attach, fingerprint, from_pretrained
 from layerwise.model.causal_lm import EngineName
 from layerwise.model.compiled import compiler_available
+from layerwise.model.fingerprint import digests, is_changed
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +49,44 @@ def test_full_fine_tuning_comes_back(base: Path, tmp_path: Path) -> None:
     with torch.no_grad():
         model.base.model.layers[0].mlp.up_proj.weight.mul_(1.5)
     assert_comes_back(model, base, tmp_path)
+
+
+def test_a_few_trained_embeddings_come_back(base: Path, tmp_path: Path) -> None:
+    """Too few for the fingerprint, which looks at samples; that a model moves or is saved is no training."""
+    model = attach(load(base))
+    unseen = attach(load(base)).attached_to
+    model.to("cpu").save_pretrained(str(tmp_path / "untrained"))
+    assert not (tmp_path / "untrained" / "base").exists()
+    with torch.no_grad():
+        model.base.model.embed_tokens.weight.data[11, 3:5] += 3
+    assert fingerprint(model.base) == unseen
+    model.save_pretrained(str(tmp_path / "trained"))
+    again = from_pretrained(tmp_path / "trained", engine="eager")
+    assert torch.equal(again.base.model.embed_tokens.weight, model.base.model.embed_tokens.weight)
+
+
+@torch.no_grad()
+def test_every_kind_of_change_shows_and_merging_is_none() -> None:
+    model = tiny.model("llama")
+    before = digests(model)
+    assert not is_changed(tiny.model("llama"), before)
+    weight = model.model.layers[2].self_attn.q_proj.weight
+    kept = weight.clone()
+    for changed in (kept.flip(0), kept.flip(1), kept.neg(), kept * 2, kept.roll(1, 0), kept.bfloat16().float()):
+        weight.copy_(changed)
+        assert is_changed(model, before)
+        weight.copy_(kept)
+    assert not is_changed(model, before)
+    assert is_changed(tiny.model("llama").double(), before)
+    lora = with_lora(model)
+    lora.merge_adapter()
+    lora.unmerge_adapter()
+    assert not torch.equal(model.model.layers[2].self_attn.q_proj.base_layer.weight, kept)  # rounding
+    assert not is_changed(model, before) and not is_changed(model.to(torch.bfloat16), before)
+    model = with_lora(tiny.model("llama")).get_base_model()
+    assert not is_changed(model, before)
+    model.model.norm.weight[0] += 1
+    assert is_changed(model, before)
 
 
 def test_modules_that_peft_trains_whole_come_back(base: Path, tmp_path: Path) -> None:
@@ -103,6 +143,9 @@ def test_a_merged_lora_is_not_saved_as_a_plan_alone(base: Path, tmp_path: Path, 
     merged.save_pretrained(str(tmp_path / "again"))  # what it was merged from is copied
     again = from_pretrained(tmp_path / "again", engine="eager")
     assert torch.equal(logits(again), logits(from_pretrained(tmp_path / "lora", engine="eager")))
+    twice = from_pretrained(tmp_path / "lora", engine=engine)
+    with_lora(twice.base, seed=1)
+    one_line(lambda: twice.save_pretrained(str(tmp_path / "third")), "merged", "engine='eager'")
     with torch.no_grad():
         next(merged.runtime.backbone.layers[0].parameters()).mul_(1.5)  # trained since: no copy would be right
     one_line(lambda: merged.save_pretrained(str(tmp_path / "third")), "merged", "engine='eager'")

@@ -22,7 +22,7 @@ from layerwise import __version__
 from layerwise.decoding.ngram_model import NGramModel
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
 from layerwise.model.exit_head import ExitHead
-from layerwise.model.fingerprint import fingerprint, is_adapted
+from layerwise.model.fingerprint import fingerprint, is_adapted, is_changed
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.plan import Plan
 from layerwise.policies.fixed import RoutingPolicy, policy_from_dict
@@ -49,7 +49,7 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     adapted = is_adapted(model.base)
     base_fingerprint = fingerprint(inner)
-    trained = not adapted and base_fingerprint != model.attached_to
+    trained = not adapted and _is_trained(model)
     about = {
         "format": FORMAT,
         "policy": model.policy.to_dict(),
@@ -71,6 +71,12 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
         _save_empty_peft(inner, folder)
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     card.write_text(_card(about) if kept is None else kept, encoding="utf-8")  # PEFT has written one of its own
+
+
+def _is_trained(model: LayerwiseForCausalLM) -> bool:
+    """Whether the base's own weights changed since `attach`, or are to be saved whatever they are."""
+    inner = model.runtime.backbone.model
+    return fingerprint(inner) != model.attached_to or is_changed(inner, model.attached_digests)
 
 
 def _save_parts(model: LayerwiseForCausalLM, folder: Path, about: dict[str, Any]) -> None:
@@ -95,7 +101,8 @@ def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
     if (
         source is None
         or not (source / FILE).is_file()
-        or fingerprint(model.runtime.backbone.model) != model.attached_to
+        or is_adapted(model.base)  # put in since
+        or _is_trained(model)
     ):
         raise ValueError(
             "this adapter's weights are merged into the model: load it with engine='eager' to train and save it again"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,42 @@ def test_a_few_trained_embeddings_come_back(base: Path, tmp_path: Path) -> None:
     model.save_pretrained(str(tmp_path / "trained"))
     again = from_pretrained(tmp_path / "trained", engine="eager")
     assert torch.equal(again.base.model.embed_tokens.weight, model.base.model.embed_tokens.weight)
+
+
+@pytest.mark.parametrize("adapted", [False, True], ids=["plan", "lora"])
+def test_a_trained_base_goes_with_its_adapter(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, adapted: bool
+) -> None:
+    """Through as many copies as there are, merged or not, wherever the first one went."""
+    model = attach(load(base), "0-3")
+    with torch.no_grad():
+        model.base.model.layers[0].mlp.up_proj.weight.mul_(1.5)
+    model.save_pretrained(str(tmp_path / "0"))
+    monkeypatch.chdir(tmp_path)
+    copied = from_pretrained("0", engine="eager")
+    if adapted:
+        with_lora(copied.base).eval()
+    expected = logits(copied)
+    copied.save_pretrained("1")
+    for source, target, engine in (("1", "2", "auto"), ("2", "3", "eager"), ("3", "3", "eager"), ("3", "3", "auto")):
+        from_pretrained(source, engine=engine).save_pretrained(target)
+    for gone in ("0", "1", "2"):
+        shutil.rmtree(gone)
+    assert json.loads(Path("3/layerwise.json").read_text(encoding="utf-8"))["base_model"] == "base"
+    assert torch.equal(logits(from_pretrained("3", engine="eager")), expected)
+
+
+def test_an_adapter_on_changed_weights_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
+    merged, trained, late = attach(with_lora(load(base))), attach(with_lora(load(base))), with_lora(load(base))
+    merged.base.merge_adapter()
+    trained.base.get_base_model().model.embed_tokens.weight.data[11, 3:5] += 3
+    late.merge_adapter()
+    folder = tmp_path / "lora"
+    for model in (merged, trained, attach(late)):
+        one_line(lambda model=model: model.save_pretrained(str(folder)), "unmerge_adapter", "merge_and_unload")
+    assert not folder.exists()
+    merged.base.merge_and_unload().save_pretrained(tmp_path / "whole")
+    assert_comes_back(attach(load(tmp_path / "whole")), base, tmp_path / "adapter")
 
 
 @torch.no_grad()

@@ -39,23 +39,30 @@ PARTS = ("exits", "exit_head", "ngrams", "routed_layers")  # entries of FILE for
 def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
     """Write `model` as an adapter directory that `from_pretrained` and PEFT load.
 
-    If the base's own weights were trained since `attach`, they are saved too, in `base/`.
+    If the base's own weights were trained since `attach`, or came with the adapter, they are saved too, in `base/`.
+
+    Raises:
+        ValueError: weights that adapters sit on were changed, or which adapter to save cannot be told.
     """
     folder = Path(directory)
     inner = model.runtime.backbone.model
     if model.merged:
         _save_merged(model, folder)
         return
+    adapted, trained = is_adapted(model.base), _is_trained(model)
+    if adapted and (trained or _is_merged(model.base)):
+        raise ValueError(
+            "the weights below the PEFT adapter were changed: undo merge_adapter() with unmerge_adapter(), "
+            "or save what merge_and_unload() returns as a model of its own and load that"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    adapted = is_adapted(model.base)
-    base_fingerprint = fingerprint(inner)
-    trained = not adapted and _is_trained(model)
+    inside = trained or _has_own_base(model)
     about = {
         "format": FORMAT,
         "policy": model.policy.to_dict(),
-        "base_model": "base" if trained else inner.config.name_or_path,
-        "base_inside": trained,
-        "base_fingerprint": base_fingerprint,
+        "base_model": "base" if inside else inner.config.name_or_path,
+        "base_inside": inside,
+        "base_fingerprint": fingerprint(inner),
         "adapted": adapted,
         "layers": model.depth,
         "layerwise_version": __version__,
@@ -63,8 +70,8 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
     _save_parts(model, folder, about)
     card = folder / "README.md"
     kept = _card_of_the_user(folder)
-    if trained:
-        inner.save_pretrained(str(folder / "base"))
+    if inside:
+        _save_base(model, folder, trained)
     if adapted:
         _save_peft(model.base, folder)
     else:
@@ -77,6 +84,28 @@ def _is_trained(model: LayerwiseForCausalLM) -> bool:
     """Whether the base's own weights changed since `attach`, or are to be saved whatever they are."""
     inner = model.runtime.backbone.model
     return fingerprint(inner) != model.attached_to or is_changed(inner, model.attached_digests)
+
+
+def _is_merged(model: nn.Module) -> bool:
+    """Whether PEFT adapters are merged into the weights below them for now."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(one, BaseTunerLayer) and one.merged for one in model.modules())
+
+
+def _has_own_base(model: LayerwiseForCausalLM) -> bool:
+    """Whether it runs on the base that came inside its adapter's folder."""
+    name, folder = model.runtime.backbone.model.config.name_or_path, model.adapter_folder
+    return folder is not None and Path(name) == folder / "base"
+
+
+def _save_base(model: LayerwiseForCausalLM, folder: Path, trained: bool) -> None:
+    """The weights as they are now, if they were trained; else the files they came from."""
+    source, own = model.adapter_folder, folder / "base"
+    if trained or source is None:
+        model.runtime.backbone.model.save_pretrained(str(own))
+    elif source.resolve() != folder.resolve():
+        shutil.copytree(source / "base", own, dirs_exist_ok=True)
 
 
 def _save_parts(model: LayerwiseForCausalLM, folder: Path, about: dict[str, Any]) -> None:
@@ -112,11 +141,10 @@ def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
     about |= {"policy": model.policy.to_dict(), "layerwise_version": __version__}
     if about.get("base_inside"):
         about["base_model"] = "base"
+        _save_base(model, folder, trained=False)
     for part in source.iterdir() if source.resolve() != folder.resolve() else ():
         if part.name.startswith("adapter_") or part.name == "README.md":
             shutil.copy2(part, folder / part.name)
-        elif part.name == "base" and about.get("base_inside"):
-            shutil.copytree(part, folder / "base", dirs_exist_ok=True)
     _save_parts(model, folder, about)
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
@@ -186,7 +214,7 @@ def from_pretrained(
             base = base.merge_and_unload()  # merged weights are read once; separate ones cost extra calls
     model = attach(base, plan, engine, notify)
     model.merged = about["adapted"] and engine != "eager"
-    model.adapter_folder = Path(adapter)
+    model.adapter_folder = adapter
     if plan is None:
         model.policy = policy_from_dict(about["policy"], model.depth, adapter)
     model.exits = tuple(exit for exit in about.get("exits") or () if 0 < exit < model.depth)
@@ -232,9 +260,9 @@ def _named_base(folder: Path, about: dict[str, Any]) -> str:
 
 
 def _adapter_folder(adapter: str | Path) -> Path:
-    """A local folder as it is; else that of the hub, or what is kept of it where the hub cannot be reached."""
+    """A local folder, absolute; else that of the hub, or what is kept of it where the hub cannot be reached."""
     if Path(adapter).is_dir():
-        return Path(adapter)
+        return Path(adapter).absolute()
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
     try:

@@ -89,6 +89,21 @@ def test_a_trained_base_goes_with_its_adapter(
     assert torch.equal(logits(from_pretrained("3", engine="eager")), expected)
 
 
+def test_a_base_of_a_relative_name_is_found_from_everywhere(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base.parent)
+    injected = load(Path(base.name))
+    injected.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    models = from_pretrained(base.name, engine="eager"), attach(with_lora(load(Path(base.name)))), attach(injected)
+    for number, model in enumerate(models):
+        model.save_pretrained(str(tmp_path / str(number)))
+    monkeypatch.chdir(tmp_path)
+    for number, model in enumerate(models):
+        assert torch.equal(logits(from_pretrained(str(number), engine="eager")), logits(model))
+        assert PeftConfig.from_pretrained(str(number)).base_model_name_or_path == str(base)
+
+
 def test_an_adapter_on_changed_weights_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
     merged, trained, late = attach(with_lora(load(base))), attach(with_lora(load(base))), with_lora(load(base))
     merged.base.merge_adapter()

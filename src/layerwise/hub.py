@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,7 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
     about = {
         "format": FORMAT,
         "policy": model.policy.to_dict(),
-        "base_model": "base" if inside else inner.config.name_or_path,
+        "base_model": "base" if inside else _lasting(inner.config.name_or_path),
         "base_inside": inside,
         "base_fingerprint": fingerprint(inner),
         "adapted": adapted,
@@ -78,6 +79,11 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
         _save_empty_peft(inner, folder)
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     card.write_text(_card(about) if kept is None else kept, encoding="utf-8")  # PEFT has written one of its own
+
+
+def _lasting(name: str) -> str:
+    """A model's name; that of a local folder as it is from any working directory."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def _is_trained(model: LayerwiseForCausalLM) -> bool:
@@ -307,6 +313,8 @@ def _save_peft(model: Any, folder: Path) -> None:
     if not isinstance(model, PeftModel):
         _save_injected(model, active[0], folder)
         return
+    config = model.peft_config[active[0]]
+    config.base_model_name_or_path = _lasting(config.base_model_name_or_path or "") or None
     model.save_pretrained(str(folder), selected_adapters=active)
     own = folder / active[0]
     if active[0] != "default" and own.is_dir():
@@ -322,7 +330,7 @@ def _save_injected(model: PreTrainedModel, adapter: str, folder: Path) -> None:
     from safetensors.torch import save_file
 
     config = copy.copy(model.peft_config[adapter])
-    config.inference_mode, config.base_model_name_or_path = True, model.config.name_or_path
+    config.inference_mode, config.base_model_name_or_path = True, _lasting(model.config.name_or_path)
     config.save_pretrained(str(folder))
     tensors = {
         f"base_model.model.{name}": tensor.contiguous()
@@ -351,7 +359,7 @@ def _save_empty_peft(model: PreTrainedModel, folder: Path) -> None:
         layers_to_transform=[0],
         layers_pattern="layers",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=model.config.name_or_path,
+        base_model_name_or_path=_lasting(model.config.name_or_path),
         inference_mode=True,
     ).save_pretrained(str(folder))
     save_file(

@@ -11,6 +11,7 @@ import pytest
 import tiny
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from test_hub import copied, load, logits, with_lora
 from tiny import one_line
 
@@ -232,6 +233,28 @@ def test_a_layerwise_json_without_a_policy_is_refused(adapter: Path, tmp_path: P
     del about["policy"]
     file.write_text(json.dumps(about), encoding="utf-8")
     one_line(lambda: from_pretrained(tmp_path, engine="eager"), str(file), "damaged", "policy")
+
+
+def changed_config(base: Path, folder: Path, **changes: Any) -> Path:
+    """A copy of a model whose config.json has `changes`."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, **changes}), encoding="utf-8")
+    return folder
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(base: Path, tmp_path: Path) -> None:
+    deeper = changed_config(base, tmp_path / "deeper", num_hidden_layers=tiny.LAYERS + 2)
+    one_line(lambda: from_pretrained(deeper), str(deeper), "lacks", "model.layers.6.", "and 15 more", "config.json")
+    tied = changed_config(base, tmp_path / "tied", tie_word_embeddings=True)
+    weights = load_file(tied / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tied / "model.safetensors", metadata={"format": "pt"})
+    assert from_pretrained(tied).base.lm_head.weight is not None
+    one_line(
+        lambda: from_pretrained(changed_config(tied, tmp_path / "headless", tie_word_embeddings=False)),
+        "(lm_head.weight)",
+    )
 
 
 def test_a_layerwise_json_that_is_not_utf_8_is_refused(adapter: Path, tmp_path: Path) -> None:

@@ -114,16 +114,24 @@ def load_base(
     """Load a causal LM in evaluation mode; its `name_or_path` is the name it was asked for by.
 
     Raises:
-        ValueError: there is no such model, or it is no causal LM; one line.
+        ValueError: there is no such model, it is no causal LM, or weights are missing or damaged; one line.
     """
     from transformers import AutoModelForCausalLM
 
     path = model_path(name)
     with _one_line(name, path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        _require_all(sorted(found["missing_keys"]))
     if not os.path.isdir(str(name or DEFAULT)):
         model.config.name_or_path = str(name or DEFAULT)
     return model.to(device).eval()
+
+
+def _require_all(missing: list[str]) -> None:
+    """Refuse a checkpoint that lacks weights, where transformers would fill in random ones."""
+    if missing:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"the checkpoint lacks weights that its config.json asks for ({names}): mend either")
 
 
 def read_device(name: str) -> torch.device:

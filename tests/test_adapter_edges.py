@@ -215,10 +215,21 @@ def test_a_merged_lora_is_not_saved_as_a_plan_alone(base: Path, tmp_path: Path, 
         ({"policy": {"kind": "fixed"}}, ["policy", "no plan"]),
         ({"policy": {"kind": "fixed", "plan": 3}}, ["policy", "no plan"]),
         ({"base_model": ""}, ["without a name", "which base model"]),
+        ({"exits": ["a"]}, ["layerwise.json", "damaged", "exits"]),
+        ({"exits": 5}, ["layerwise.json", "damaged", "exits"]),
         ({"format": 2}, ["layerwise.json", "format 2", "update layerwise"]),
         ({"format": None}, ["layerwise.json", "format None"]),
     ],
-    ids=["policy is text", "no plan", "plan is a number", "empty base model", "newer format", "no format"],
+    ids=[
+        "policy is text",
+        "no plan",
+        "plan is a number",
+        "empty base model",
+        "exits of text",
+        "exits are a number",
+        "newer format",
+        "no format",
+    ],
 )
 def test_what_layerwise_json_must_not_say(
     adapter: Path, tmp_path: Path, changes: dict[str, Any], mentions: list[str]
@@ -271,6 +282,54 @@ def test_only_weights_need_the_configuration_of_peft(base: Path, adapter: Path, 
     attach(with_lora(load(base))).save_pretrained(str(lora))
     (lora / "adapter_config.json").unlink()
     one_line(lambda: from_pretrained(lora, engine="eager"), str(lora), "cannot be loaded", "adapter_config.json")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:11\nsize 5\n"
+
+
+@pytest.mark.parametrize("text", ["", POINTER, "cut short"])
+def test_damaged_weights_of_an_adapter_are_refused(base: Path, tmp_path: Path, text: str) -> None:
+    attach(with_lora(load(base))).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000] if text == "cut short" else text.encode())
+    one_line(lambda: from_pretrained(tmp_path, engine="eager"), str(tmp_path), file.name, "damaged", "again")
+
+
+@pytest.mark.parametrize("text", ["", "[]", "5", "{}", '{"r": "two"}', '{"target_modules": 5}', '{"peft_type": "no"}'])
+def test_a_damaged_configuration_of_peft_is_refused(base: Path, tmp_path: Path, text: str) -> None:
+    attach(with_lora(load(base))).save_pretrained(str(tmp_path))
+    file = tmp_path / "adapter_config.json"
+    if ":" in text:
+        text = json.dumps({**json.loads(file.read_text(encoding="utf-8")), **json.loads(text)})
+    file.write_text(text, encoding="utf-8")
+    one_line(lambda: from_pretrained(tmp_path, engine="eager"), str(tmp_path), file.name, "damaged", "again")
+
+
+@pytest.mark.parametrize(
+    ("changes", "mention"),
+    [
+        ({"hidden_size": "x"}, "'hidden_size' expected int"),
+        ({"num_attention_heads": 0}, "ZeroDivisionError"),
+        ({"dtype": "float99"}, "float99"),
+        ({"pad_token_id": 1000}, "Padding_idx"),
+    ],
+)
+def test_wrong_values_in_a_config_are_refused(
+    base: Path, tmp_path: Path, changes: dict[str, Any], mention: str
+) -> None:
+    one_line(lambda: from_pretrained(base, dtype="float99"), "no dtype 'float99'")
+    folder = changed_config(base, tmp_path / "model", **changes)
+    one_line(lambda: from_pretrained(folder), str(folder), "config.json", mention)
+
+
+def test_damaged_files_of_a_model_are_refused(base: Path, tmp_path: Path) -> None:
+    folder = changed_config(base, tmp_path / "model")
+    (folder / "generation_config.json").write_text("[]", encoding="utf-8")
+    one_line(lambda: from_pretrained(folder), str(folder), "JSON files")
+    (folder / "model.safetensors").write_text(POINTER, encoding="utf-8")
+    one_line(lambda: from_pretrained(folder), str(folder), "weights", "damaged", "again")
+    (folder / "config.json").write_text("5", encoding="utf-8")
+    one_line(lambda: from_pretrained(folder), str(folder), "config.json")
 
 
 # -- cards ---------------------------------------------------------------------------------------------------

@@ -209,13 +209,7 @@ def from_pretrained(
             f"load it with the base model '{about['base_model']}' it was trained on"
         )
     if about["adapted"]:
-        from peft import PeftModel
-
-        try:
-            base = PeftModel.from_pretrained(base, str(adapter)).eval()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the weights of adapter '{adapter}' cannot be loaded: {reason}") from error
+        base = _with_adapter(base, adapter)
         if engine != "eager":
             base = base.merge_and_unload()  # merged weights are read once; separate ones cost extra calls
     model = attach(base, plan, engine, notify)
@@ -232,6 +226,25 @@ def from_pretrained(
         model.routed_layers = RoutedLayers.load(adapter, model.runtime.backbone)
         model.routed_layers.attach(model.runtime.backbone)
     return model
+
+
+def _with_adapter(base: nn.Module, folder: Path) -> Any:
+    """`base` with the PEFT adapter in `folder`; ValueError if its files are missing or damaged."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(base, str(folder)).eval()
+    except Exception as error:  # PEFT trusts its files: a wrong value in one may fail as anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        unread = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+        if isinstance(error, SafetensorError):
+            reason = f"adapter_model.safetensors is damaged ({reason}): save or fetch the adapter again"
+        elif unread or not isinstance(error, (OSError, RuntimeError, ValueError, MemoryError)):
+            reason = (
+                f"adapter_config.json is damaged ({type(error).__name__}: {reason}): save or fetch the adapter again"
+            )
+        raise ValueError(f"the weights of adapter '{folder}' cannot be loaded: {reason}") from error
 
 
 def base_name(name: str | Path | None, adapter: str | Path | None) -> str | None:
@@ -290,6 +303,8 @@ def _read_about(folder: Path) -> dict[str, Any]:
         about = json.loads(file.read_text(encoding="utf-8"))
         expected = {"base_model": str, "base_fingerprint": str, "policy": dict, "adapted": bool}
         wrong = [key for key, kind in expected.items() if not isinstance(about[key], kind)]
+        exits = about.get("exits") or []
+        wrong += [] if isinstance(exits, list) and all(isinstance(one, int) for one in exits) else ["exits"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{file}' is damaged ({error!r}): save the adapter again") from error
     if about.get("format") != FORMAT:

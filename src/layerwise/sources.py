@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -116,9 +117,12 @@ def load_base(
     Raises:
         ValueError: there is no such model, it is no causal LM, or weights are missing or damaged; one line.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     path = model_path(name)
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"no dtype '{dtype}': give auto, float32 or bfloat16")
     with _one_line(name, path):
         model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
         _require_all(sorted(found["missing_keys"]))
@@ -171,10 +175,15 @@ def _one_line(name: str | None, path: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # loading trusts its files: a wrong value in one may fail as anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if os.path.isdir(path) and not (Path(path) / "config.json").is_file():
             reason = "the folder has no config.json"
+        elif isinstance(error, SafetensorError):
+            reason = f"a file of its weights is damaged ({reason}): fetch the model again"
+        elif not isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError)):
+            told = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+            reason = f"a value in its config.json, or another of its JSON files, is wrong ({told}): mend it"
         raise ValueError(f"cannot load a causal language model from '{name or DEFAULT}': {reason}") from error
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,7 @@ from layerwise import __version__
 from layerwise.decoding.ngram_model import NGramModel
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
 from layerwise.model.exit_head import ExitHead
-from layerwise.model.fingerprint import fingerprint, is_adapted
+from layerwise.model.fingerprint import fingerprint, is_adapted, is_changed
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.plan import Plan
 from layerwise.policies.fixed import RoutingPolicy, policy_from_dict
@@ -39,23 +40,30 @@ PARTS = ("exits", "exit_head", "ngrams", "routed_layers")  # entries of FILE for
 def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
     """Write `model` as an adapter directory that `from_pretrained` and PEFT load.
 
-    If the base's own weights were trained since `attach`, they are saved too, in `base/`.
+    If the base's own weights were trained since `attach`, or came with the adapter, they are saved too, in `base/`.
+
+    Raises:
+        ValueError: weights that adapters sit on were changed, or which adapter to save cannot be told.
     """
     folder = Path(directory)
     inner = model.runtime.backbone.model
     if model.merged:
         _save_merged(model, folder)
         return
+    adapted, trained = is_adapted(model.base), _is_trained(model)
+    if adapted and (trained or _is_merged(model.base)):
+        raise ValueError(
+            "the weights below the PEFT adapter were changed: undo merge_adapter() with unmerge_adapter(), "
+            "or save what merge_and_unload() returns as a model of its own and load that"
+        )
     folder.mkdir(parents=True, exist_ok=True)
-    adapted = is_adapted(model.base)
-    base_fingerprint = fingerprint(inner)
-    trained = not adapted and base_fingerprint != model.attached_to
+    inside = trained or _has_own_base(model)
     about = {
         "format": FORMAT,
         "policy": model.policy.to_dict(),
-        "base_model": "base" if trained else inner.config.name_or_path,
-        "base_inside": trained,
-        "base_fingerprint": base_fingerprint,
+        "base_model": "base" if inside else _lasting(inner.config.name_or_path),
+        "base_inside": inside,
+        "base_fingerprint": fingerprint(inner),
         "adapted": adapted,
         "layers": model.depth,
         "layerwise_version": __version__,
@@ -63,14 +71,47 @@ def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
     _save_parts(model, folder, about)
     card = folder / "README.md"
     kept = _card_of_the_user(folder)
-    if trained:
-        inner.save_pretrained(str(folder / "base"))
+    if inside:
+        _save_base(model, folder, trained)
     if adapted:
         _save_peft(model.base, folder)
     else:
         _save_empty_peft(inner, folder)
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     card.write_text(_card(about) if kept is None else kept, encoding="utf-8")  # PEFT has written one of its own
+
+
+def _lasting(name: str) -> str:
+    """A model's name; that of a local folder as it is from any working directory."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
+
+
+def _is_trained(model: LayerwiseForCausalLM) -> bool:
+    """Whether the base's own weights changed since `attach`, or are to be saved whatever they are."""
+    inner = model.runtime.backbone.model
+    return fingerprint(inner) != model.attached_to or is_changed(inner, model.attached_digests)
+
+
+def _is_merged(model: nn.Module) -> bool:
+    """Whether PEFT adapters are merged into the weights below them for now."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    return any(isinstance(one, BaseTunerLayer) and one.merged for one in model.modules())
+
+
+def _has_own_base(model: LayerwiseForCausalLM) -> bool:
+    """Whether it runs on the base that came inside its adapter's folder."""
+    name, folder = model.runtime.backbone.model.config.name_or_path, model.adapter_folder
+    return folder is not None and Path(name) == folder / "base"
+
+
+def _save_base(model: LayerwiseForCausalLM, folder: Path, trained: bool) -> None:
+    """The weights as they are now, if they were trained; else the files they came from."""
+    source, own = model.adapter_folder, folder / "base"
+    if trained or source is None:
+        model.runtime.backbone.model.save_pretrained(str(own))
+    elif source.resolve() != folder.resolve():
+        shutil.copytree(source / "base", own, dirs_exist_ok=True)
 
 
 def _save_parts(model: LayerwiseForCausalLM, folder: Path, about: dict[str, Any]) -> None:
@@ -95,7 +136,8 @@ def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
     if (
         source is None
         or not (source / FILE).is_file()
-        or fingerprint(model.runtime.backbone.model) != model.attached_to
+        or is_adapted(model.base)  # put in since
+        or _is_trained(model)
     ):
         raise ValueError(
             "this adapter's weights are merged into the model: load it with engine='eager' to train and save it again"
@@ -105,11 +147,10 @@ def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
     about |= {"policy": model.policy.to_dict(), "layerwise_version": __version__}
     if about.get("base_inside"):
         about["base_model"] = "base"
+        _save_base(model, folder, trained=False)
     for part in source.iterdir() if source.resolve() != folder.resolve() else ():
         if part.name.startswith("adapter_") or part.name == "README.md":
             shutil.copy2(part, folder / part.name)
-        elif part.name == "base" and about.get("base_inside"):
-            shutil.copytree(part, folder / "base", dirs_exist_ok=True)
     _save_parts(model, folder, about)
     (folder / FILE).write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
 
@@ -168,18 +209,12 @@ def from_pretrained(
             f"load it with the base model '{about['base_model']}' it was trained on"
         )
     if about["adapted"]:
-        from peft import PeftModel
-
-        try:
-            base = PeftModel.from_pretrained(base, str(adapter)).eval()
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the weights of adapter '{adapter}' cannot be loaded: {reason}") from error
+        base = _with_adapter(base, adapter)
         if engine != "eager":
             base = base.merge_and_unload()  # merged weights are read once; separate ones cost extra calls
     model = attach(base, plan, engine, notify)
     model.merged = about["adapted"] and engine != "eager"
-    model.adapter_folder = Path(adapter)
+    model.adapter_folder = adapter
     if plan is None:
         model.policy = policy_from_dict(about["policy"], model.depth, adapter)
     model.exits = tuple(exit for exit in about.get("exits") or () if 0 < exit < model.depth)
@@ -191,6 +226,25 @@ def from_pretrained(
         model.routed_layers = RoutedLayers.load(adapter, model.runtime.backbone)
         model.routed_layers.attach(model.runtime.backbone)
     return model
+
+
+def _with_adapter(base: nn.Module, folder: Path) -> Any:
+    """`base` with the PEFT adapter in `folder`; ValueError if its files are missing or damaged."""
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        return PeftModel.from_pretrained(base, str(folder)).eval()
+    except Exception as error:  # PEFT trusts its files: a wrong value in one may fail as anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        unread = isinstance(error, (json.JSONDecodeError, UnicodeDecodeError))
+        if isinstance(error, SafetensorError):
+            reason = f"adapter_model.safetensors is damaged ({reason}): save or fetch the adapter again"
+        elif unread or not isinstance(error, (OSError, RuntimeError, ValueError, MemoryError)):
+            reason = (
+                f"adapter_config.json is damaged ({type(error).__name__}: {reason}): save or fetch the adapter again"
+            )
+        raise ValueError(f"the weights of adapter '{folder}' cannot be loaded: {reason}") from error
 
 
 def base_name(name: str | Path | None, adapter: str | Path | None) -> str | None:
@@ -225,9 +279,9 @@ def _named_base(folder: Path, about: dict[str, Any]) -> str:
 
 
 def _adapter_folder(adapter: str | Path) -> Path:
-    """A local folder as it is; else that of the hub, or what is kept of it where the hub cannot be reached."""
+    """A local folder, absolute; else that of the hub, or what is kept of it where the hub cannot be reached."""
     if Path(adapter).is_dir():
-        return Path(adapter)
+        return Path(adapter).absolute()
     from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 
     try:
@@ -249,6 +303,8 @@ def _read_about(folder: Path) -> dict[str, Any]:
         about = json.loads(file.read_text(encoding="utf-8"))
         expected = {"base_model": str, "base_fingerprint": str, "policy": dict, "adapted": bool}
         wrong = [key for key, kind in expected.items() if not isinstance(about[key], kind)]
+        exits = about.get("exits") or []
+        wrong += [] if isinstance(exits, list) and all(isinstance(one, int) for one in exits) else ["exits"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{file}' is damaged ({error!r}): save the adapter again") from error
     if about.get("format") != FORMAT:
@@ -272,6 +328,8 @@ def _save_peft(model: Any, folder: Path) -> None:
     if not isinstance(model, PeftModel):
         _save_injected(model, active[0], folder)
         return
+    config = model.peft_config[active[0]]
+    config.base_model_name_or_path = _lasting(config.base_model_name_or_path or "") or None
     model.save_pretrained(str(folder), selected_adapters=active)
     own = folder / active[0]
     if active[0] != "default" and own.is_dir():
@@ -287,7 +345,7 @@ def _save_injected(model: PreTrainedModel, adapter: str, folder: Path) -> None:
     from safetensors.torch import save_file
 
     config = copy.copy(model.peft_config[adapter])
-    config.inference_mode, config.base_model_name_or_path = True, model.config.name_or_path
+    config.inference_mode, config.base_model_name_or_path = True, _lasting(model.config.name_or_path)
     config.save_pretrained(str(folder))
     tensors = {
         f"base_model.model.{name}": tensor.contiguous()
@@ -316,7 +374,7 @@ def _save_empty_peft(model: PreTrainedModel, folder: Path) -> None:
         layers_to_transform=[0],
         layers_pattern="layers",
         task_type="CAUSAL_LM",
-        base_model_name_or_path=model.config.name_or_path,
+        base_model_name_or_path=_lasting(model.config.name_or_path),
         inference_mode=True,
     ).save_pretrained(str(folder))
     save_file(

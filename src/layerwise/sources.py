@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,16 +115,27 @@ def load_base(
     """Load a causal LM in evaluation mode; its `name_or_path` is the name it was asked for by.
 
     Raises:
-        ValueError: there is no such model, or it is no causal LM; one line.
+        ValueError: there is no such model, it is no causal LM, or weights are missing or damaged; one line.
     """
+    import torch
     from transformers import AutoModelForCausalLM
 
     path = model_path(name)
+    if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"no dtype '{dtype}': give auto, float32 or bfloat16")
     with _one_line(name, path):
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        _require_all(sorted(found["missing_keys"]))
     if not os.path.isdir(str(name or DEFAULT)):
         model.config.name_or_path = str(name or DEFAULT)
     return model.to(device).eval()
+
+
+def _require_all(missing: list[str]) -> None:
+    """Refuse a checkpoint that lacks weights, where transformers would fill in random ones."""
+    if missing:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise ValueError(f"the checkpoint lacks weights that its config.json asks for ({names}): mend either")
 
 
 def read_device(name: str) -> torch.device:
@@ -163,10 +175,15 @@ def _one_line(name: str | None, path: str) -> Iterator[None]:
 
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
+    except Exception as error:  # loading trusts its files: a wrong value in one may fail as anything
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if os.path.isdir(path) and not (Path(path) / "config.json").is_file():
             reason = "the folder has no config.json"
+        elif isinstance(error, SafetensorError):
+            reason = f"a file of its weights is damaged ({reason}): fetch the model again"
+        elif not isinstance(error, (OSError, ValueError, KeyError, RuntimeError, ImportError, MemoryError)):
+            told = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
+            reason = f"a value in its config.json, or another of its JSON files, is wrong ({told}): mend it"
         raise ValueError(f"cannot load a causal language model from '{name or DEFAULT}': {reason}") from error
 
 

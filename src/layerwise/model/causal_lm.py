@@ -26,7 +26,7 @@ from layerwise.model.backbone import Backbone, UnsupportedModelError
 from layerwise.model.cache import Cache
 from layerwise.model.compiled import CompiledEngine, compiler_available
 from layerwise.model.exit_head import ExitHead
-from layerwise.model.fingerprint import fingerprint, is_adapted
+from layerwise.model.fingerprint import digests, fingerprint, is_adapted
 from layerwise.model.packing import Packing, check_positions, lengths_of_prompts
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.model.runtime import EagerEngine, Engine, Runtime, check_fit
@@ -68,7 +68,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.runtime = Runtime(backbone, engine)
         self.policy = policy or FixedPolicy(Plan.full(self.runtime.backbone.depth))
         self.training = base.training
-        self.attached_to = fingerprint(inner)  # tells at save whether the base was trained since
+        self.attached_to, self.attached_digests = fingerprint(inner), digests(inner)  # tell at save what has changed
         self.exit_head: ExitHead | None = None  # drafts for this model, if it was trained
         self.ngrams: NGramModel | None = None  # of its answers, to draft with
         self.routed_layers: RoutedLayers | None = None  # layers whose attention is routed

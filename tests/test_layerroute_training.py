@@ -165,6 +165,27 @@ def test_routers_are_fitted_to_who_bears_skips(monkeypatch: pytest.MonkeyPatch) 
     assert 0 < share < 1 and share == pytest.approx(sum(gap < bearable for gap in gaps) / len(gaps))
 
 
+def test_gates_decide_as_before_once_they_are_rounded_though_prompts_end_alike() -> None:
+    prompts = IDS.clone()
+    prompts[:, -1] = 7
+    made = module(objective="quality")
+    weight = made.weight.clone()
+    with torch.no_grad():
+        made.weight.zero_()
+        made.bias.fill_(1)
+        choose_basis(made.model, [answered(ids) for ids in prompts.tolist()])
+        made.weight.copy_(weight)
+    policy, hidden = made.model.policy, made.model.embed(prompts)
+    assert not policy.basis[0].any()  # nothing tells the prompts apart yet
+    for layer in range(LAYERS):
+        before, after = (
+            one.scores(layer, hidden, [prompts.shape[1]] * len(prompts)) for one in (policy, policy.rounded())
+        )
+        torch.testing.assert_close(after, before, rtol=0, atol=0.05)
+        assert layer == 0 or policy.basis[layer, : len(prompts) - 1].any(1).all()
+        hidden = made.model.runtime.forward(hidden, [Plan.of([layer])] * len(prompts))
+
+
 def test_only_layers_that_cost_least_may_be_skipped() -> None:
     made = module(candidates=2, start_bias=0.5, keep="5")
     examples = [answered(IDS[row].tolist()) for row in range(3)]

@@ -315,7 +315,10 @@ class RouterRecipe:
         default=0.5, metadata=_help("Menu: least probability of a plan; what is less sure runs all layers.")
     )
     saved: float = field(
-        default=0.1, metadata=_help("Share of the layers that held-out questions must save; decides the threshold.")
+        default=0.1,
+        metadata=_help(
+            "Share of the layers to save. Menu: chooses plans, on training questions; else the threshold, on held-out."
+        ),
     )
     held_out: float = field(default=0.15, metadata=_help("Share of the questions that choose and do not train."))
     seed: int = field(default=0, metadata=_help("Seed of the routers and of their batches."))

@@ -252,6 +252,10 @@ class LayerRouteRecipe:
             not self.fits or (self.objective == "quality" and self.reads != "mean" and self.settle == 1),
             "fits are of the objective quality: leave out settle, and reads mean",
         )
+        _require(
+            not self.fits or bool(self.keep.strip()) or self.candidates > 0,
+            "fits answer without all layers that may be skipped: say by keep which must run, or give candidates",
+        )
         rate = self.router_learning_rate
         _require(rate is None or rate > 0, f"router-learning-rate must be above 0, not {rate}")
         _require(0 <= self.lora_dropout < 1, f"lora-dropout must be at least 0 and below 1, not {self.lora_dropout}")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 from test_eval import word_tokenizer, words
+from tiny import one_line
 from typer.testing import CliRunner
 
 from layerwise import Plan, attach
@@ -120,6 +121,30 @@ def test_other_options_or_another_model_are_refused_by_name(folder: Path, tmp_pa
         search(folder, tmp_path / "text.jsonl")
     with pytest.raises(ValueError, match="there is no file"):
         read_labels(tmp_path / "missing.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ([1], "no file of labels"),
+        ({"options": [1]}, "no file of labels"),
+        ({"calibration": 0}, "made with"),
+        ({"calibration": 0, "options": {"prior": None}}, "made with"),
+    ],
+)
+def test_a_first_line_that_says_something_else_is_told_in_one_line(
+    folder: Path, tmp_path: Path, about: Any, says: str
+) -> None:
+    file = tmp_path / "l.jsonl"
+    file.write_text(json.dumps({"about": about}) + "\n")
+    one_line(lambda: search(folder, file), str(file), says)
+
+
+def test_a_prompt_may_hold_any_separator(tmp_path: Path) -> None:
+    written = {**record(0, True), "prompt": "a\u2028b\u2029c\x85d\x0be\r\nf"}
+    labels.LabelFile(tmp_path / "l.jsonl", {}).add(written)
+    assert read_labels(tmp_path / "l.jsonl")[1] == [written]
+    assert labels.LabelFile(tmp_path / "l.jsonl", {}).done == {"q0"}
 
 
 def test_a_continued_file_keeps_its_prior(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

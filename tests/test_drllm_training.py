@@ -218,6 +218,7 @@ def test_a_training_is_saved_with_what_it_chose(form: str, given: Path, tmp_path
     record = json.loads((tmp_path / "out" / "training.json").read_text())
     assert model.plan is None and model.policy.threshold == record["threshold"]
     assert record["held_out"]["n"] + record["labels"]["execute"] > 20 and str(given) not in json.dumps(record["static"])
+    assert "no test" in record["held_out"]["note"]
     if form == "menu":
         assert 2 <= len(model.policy.menu) <= 4 and model.policy.menu[0] == FULL
         assert all(plan.visits[0].layer == 0 for plan in model.policy.menu)

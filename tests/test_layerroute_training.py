@@ -29,11 +29,12 @@ from layerwise.training.layerroute import LayerRoute, LayerRouteConfig, LayerRou
 # -- the loss ------------------------------------------------------------------------------------------------
 
 
-def module(**recipe: Any) -> LayerRoute:
+def module(steps: int = 1, **recipe: Any) -> LayerRoute:
     """LayerRoute of a tiny model whose LoRA and routers are random."""
     torch.manual_seed(3)
     lora = LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=False)
-    made = LayerRoute(attach(get_peft_model(tiny.model("llama"), lora)), LayerRouteRecipe(**recipe)).train()
+    model = attach(get_peft_model(tiny.model("llama"), lora))
+    made = LayerRoute(model, LayerRouteRecipe(**recipe), steps).train()
     if made.weight is not None:
         if made.model.policy.reads == "last":
             choose_basis(made.model, [answered(IDS[row, :length].tolist()) for row, length in enumerate(LENGTHS)])
@@ -165,6 +166,27 @@ def test_routers_are_fitted_to_who_bears_skips(monkeypatch: pytest.MonkeyPatch) 
     assert 0 < share < 1 and share == pytest.approx(sum(gap < bearable for gap in gaps) / len(gaps))
 
 
+def test_gates_decide_as_before_once_they_are_rounded_though_prompts_end_alike() -> None:
+    prompts = IDS.clone()
+    prompts[:, -1] = 7
+    made = module(objective="quality")
+    weight = made.weight.clone()
+    with torch.no_grad():
+        made.weight.zero_()
+        made.bias.fill_(1)
+        choose_basis(made.model, [answered(ids) for ids in prompts.tolist()])
+        made.weight.copy_(weight)
+    policy, hidden = made.model.policy, made.model.embed(prompts)
+    assert not policy.basis[0].any()  # nothing tells the prompts apart yet
+    for layer in range(LAYERS):
+        before, after = (
+            one.scores(layer, hidden, [prompts.shape[1]] * len(prompts)) for one in (policy, policy.rounded())
+        )
+        torch.testing.assert_close(after, before, rtol=0, atol=0.05)
+        assert layer == 0 or policy.basis[layer, : len(prompts) - 1].any(1).all()
+        hidden = made.model.runtime.forward(hidden, [Plan.of([layer])] * len(prompts))
+
+
 def test_only_layers_that_cost_least_may_be_skipped() -> None:
     made = module(candidates=2, start_bias=0.5, keep="5")
     examples = [answered(IDS[row].tolist()) for row in range(3)]
@@ -184,8 +206,7 @@ def test_only_layers_that_cost_least_may_be_skipped() -> None:
 
 
 def test_held_and_settled_gates_get_no_gradient_cost_nothing_and_really_skip(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = module(objective="quality", hold=0.5, hold_full=0.5, settle=0.8, penalty=0.3)
-    made.steps = 10
+    made = module(10, objective="quality", hold=0.5, hold_full=0.5, settle=0.8, penalty=0.3)
     free, settled = made(IDS, LABELS, MASK, step=5), made(IDS, LABELS, MASK, step=8)
     assert "weight" in gradients(made, free["loss"]) and made.rows_seen == 4
     calls = Calls(made.model)
@@ -338,8 +359,11 @@ def test_two_steps_from_the_command_line(objective: str, files: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("flags", "owner"),
     [
-        (["--fits", "2", "--penalty", "1"], "--fits 0"),  # the default, but somebody expects it to matter
-        (["--fits", "2", "--router-learning-rate", "0.1"], "--fits 0"),
+        (
+            ["--fits", "2", "--penalty", "1", "--keep", "0"],
+            "--fits 0",
+        ),  # the default, but somebody expects it to matter
+        (["--fits", "2", "--router-learning-rate", "0.1", "--keep", "0"], "--fits 0"),
         (["--objective", "none", "--start-bias", "2"], "--objective paper and --objective budget"),
         (["--objective", "budget", "--penalty", "2"], "--objective paper and --objective quality"),
     ],
@@ -368,8 +392,24 @@ def test_options_that_would_be_ignored_are_refused(
         ({"router_learning_rate": 0.0}, "router-learning-rate"),
         ({"fits": -1}, "fits"),
         ({"fits": 1, "objective": "paper"}, "fits"),
+        ({"fits": 1}, "keep"),
     ],
 )
 def test_recipes_refuse_nonsense(change: dict[str, Any], mention: str) -> None:
     call: Callable[[], Any] = lambda: LayerRouteRecipe(**change)  # noqa: E731
     one_line(call, mention)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "steps", "mention"),
+    [
+        ({"hold": 0.1, "start_closed": "0-5"}, 20, "start-closed"),
+        ({"fits": 1, "candidates": 6}, 20, "candidates"),
+        ({"hold": 0.9}, 2, "hold"),
+        ({"hold": 0.5, "settle": 0.6}, 3, "hold"),
+    ],
+)
+def test_recipes_that_do_not_fit_the_model_or_the_steps_are_refused(
+    recipe: dict[str, Any], steps: int, mention: str
+) -> None:
+    one_line(lambda: LayerRoute(attach(tiny.model("llama")), LayerRouteRecipe(**recipe), steps), mention)

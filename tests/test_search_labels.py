@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import tiny
 from test_eval import word_tokenizer, words
+from tiny import one_line
 from typer.testing import CliRunner
 
 from layerwise import Plan, attach
@@ -122,6 +123,30 @@ def test_other_options_or_another_model_are_refused_by_name(folder: Path, tmp_pa
         read_labels(tmp_path / "missing.jsonl")
 
 
+@pytest.mark.parametrize(
+    ("about", "says"),
+    [
+        ([1], "no file of labels"),
+        ({"options": [1]}, "no file of labels"),
+        ({"calibration": 0}, "made with"),
+        ({"calibration": 0, "options": {"prior": None}}, "made with"),
+    ],
+)
+def test_a_first_line_that_says_something_else_is_told_in_one_line(
+    folder: Path, tmp_path: Path, about: Any, says: str
+) -> None:
+    file = tmp_path / "l.jsonl"
+    file.write_text(json.dumps({"about": about}) + "\n")
+    one_line(lambda: search(folder, file), str(file), says)
+
+
+def test_a_prompt_may_hold_any_separator(tmp_path: Path) -> None:
+    written = {**record(0, True), "prompt": "a\u2028b\u2029c\x85d\x0be\r\nf"}
+    labels.LabelFile(tmp_path / "l.jsonl", {}).add(written)
+    assert read_labels(tmp_path / "l.jsonl")[1] == [written]
+    assert labels.LabelFile(tmp_path / "l.jsonl", {}).done == {"q0"}
+
+
 def test_a_continued_file_keeps_its_prior(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "questions", lambda task, split: QUESTIONS[1:])
     first = search(folder, tmp_path / "l.jsonl", QUESTIONS[:2], calibration=2)
@@ -149,9 +174,12 @@ class _Dies:
         os._exit(1)
 
 
-def test_a_worker_that_dies_is_told_in_one_line() -> None:
-    with pytest.raises(ValueError, match="a worker process died"):
-        list(label_all([Question("sums", "1", "1 + 1 =", " 2\n", (" 2\n", " 3\n"))], _Dies(), 2))
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_a_worker_that_dies_is_told_in_one_line(backend: str) -> None:
+    if backend == "ray":
+        pytest.importorskip("ray")
+    asked = Question("sums", "1", "1 + 1 =", " 2\n", (" 2\n", " 3\n"))
+    one_line(lambda: list(label_all([asked], _Dies(), 2, backend)), "a worker process died")
 
 
 def test_a_ray_cluster_finds_what_one_process_finds(folder: Path, tmp_path: Path) -> None:

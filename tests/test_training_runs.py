@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 
 from layerwise import Plan, from_pretrained
 from layerwise.cli.train import app
+from layerwise.hub import save_adapter
 from layerwise.model import causal_lm
 from layerwise.training import frozen, layerskip
 from layerwise.training.config import FrozenConfig, TrainingConfig
@@ -285,6 +286,34 @@ def test_the_frozen_recipe_from_the_command_line(files: Path, tmp_path: Path, mo
     said = base.generate(asked, max_new_tokens=12, do_sample=False)[0, asked.shape[1] :].tolist()
     assert said == first["answer"]
     assert model.ngrams.order == 6 and model.ngrams.after([*first["prompt"], said[0]]) is not None
+
+
+def test_the_frozen_recipe_leaves_out_what_is_too_long_before_it_is_answered(
+    files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(causal_lm, "compiler_available", lambda: False)
+    said: list[str] = []
+    frozen.train(
+        frozen_config(files, tmp_path / "limit", max_length=6), said.append
+    )  # prompts have 3 to 7 tokens, 8 each
+    assert any("16 of 40 prompts left out: over 5 tokens" in line for line in said)
+    answered = [json.loads(line) for line in (tmp_path / "limit" / "answers.jsonl").read_text().splitlines()]
+    assert len(answered) == 24 and max(len(one["prompt"]) for one in answered) == 5
+    over = sum(len(one["prompt"] + one["answer"]) > 6 for one in answered)
+    assert over and any(f"{over} of 24 answers left out" in line for line in said)
+    said.clear()
+    frozen.train(
+        frozen_config(files, tmp_path / "context", max_new_tokens=252, tokens_per_batch=300), said.append
+    )  # of 256
+    assert any("24 of 40 prompts left out: over 4 tokens" in line for line in said)
+
+
+def test_the_frozen_recipe_refuses_an_adapter_that_does_not_run_every_layer(files: Path, tmp_path: Path) -> None:
+    model = from_pretrained(files / "base", engine="eager")
+    model.plan = "0-2 4-5"
+    save_adapter(model, tmp_path / "adapter")
+    config = frozen_config(files, tmp_path / "out", adapter=str(tmp_path / "adapter"))
+    one_line(lambda: frozen.train(config), str(tmp_path / "adapter"), "every layer once")
 
 
 def test_the_frozen_recipe_refuses_before_it_writes(

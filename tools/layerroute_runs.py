@@ -57,16 +57,19 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 }
 
 
+def configured(objective: str, seed: int, work: Path, data: Path) -> LayerRouteConfig:
+    out = str(work / f"{objective}-{seed}")
+    return LayerRouteConfig(data=str(data), out=out, objective=objective, seed=seed, **BUDGET | OBJECTIVES[objective])
+
+
 def trained(objective: str, seed: int, work: Path, data: Path) -> Path:
     """The adapter's folder; trained if it is not there.
 
     Raises:
         ValueError: the folder holds one of another recipe.
     """
-    out = work / f"{objective}-{seed}"
-    config = LayerRouteConfig(
-        data=str(data), out=str(out), objective=objective, seed=seed, **BUDGET | OBJECTIVES[objective]
-    )
+    config = configured(objective, seed, work, data)
+    out = Path(config.out)
     if (out / "layerwise.json").is_file():
         config.check_resumable(json.loads((out / RECORD).read_text(encoding="utf-8"))["config"])
     else:
@@ -76,7 +79,11 @@ def trained(objective: str, seed: int, work: Path, data: Path) -> Path:
 
 
 def judged(objective: str, seed: int, work: Path, data: Path, samples: int) -> dict[str, Any]:
-    """The run's entry in the results; measured if the work folder has none."""
+    """The run's entry in the results; measured if the work folder has none.
+
+    Raises:
+        ValueError: the folder holds one of another recipe or number of samples.
+    """
     kept = work / f"{objective}-{seed}.json"
     if not kept.is_file():
         adapter = trained(objective, seed, work, data)
@@ -86,7 +93,14 @@ def judged(objective: str, seed: int, work: Path, data: Path, samples: int) -> d
         written = json.dumps(found, indent=2) + "\n"
         kept.with_suffix(".tmp").write_text(written, encoding="utf-8")
         os.replace(kept.with_suffix(".tmp"), kept)
-    return json.loads(kept.read_text(encoding="utf-8"))
+    entry = json.loads(kept.read_text(encoding="utf-8"))
+    if entry["samples"] != samples:
+        raise ValueError(f"'{kept}' is of {entry['samples']} samples, not {samples}: delete it, or give another --work")
+    record = work / f"{objective}-{seed}" / RECORD
+    if record.is_file():
+        saved = json.loads(record.read_text(encoding="utf-8"))["config"]
+        configured(objective, seed, work, data).check_resumable(saved)
+    return entry
 
 
 def generated(run: dict[str, Any], work: Path, prompts: int, answers: int) -> dict[str, Any]:

@@ -53,13 +53,17 @@ def _in_processes(questions: Sequence[Question], make: Callable[[int], Work], wo
             try:
                 yield done.result()
             except BrokenProcessPool as error:
-                raise ValueError(
-                    "a worker process died, perhaps for want of memory: use fewer workers; "
-                    "what was searched is kept, the same command goes on"
-                ) from error
+                raise _died() from error
     finally:
         # Also if the caller stops half-way: what has not begun is dropped, what is in hand is waited for.
         pool.shutdown(cancel_futures=True)
+
+
+def _died() -> ValueError:
+    return ValueError(
+        "a worker process died, perhaps for want of memory: use fewer workers; "
+        "what was searched is kept, the same command goes on"
+    )
 
 
 def _start(make: Callable[[int], Work], workers: int) -> None:
@@ -86,6 +90,7 @@ class _Actor:
 def _on_ray(questions: Sequence[Question], make: Callable[[int], Work], workers: int) -> Iterator[Record]:
     try:
         import ray
+        from ray.exceptions import OutOfMemoryError, RayActorError
         from ray.util import ActorPool
     except ImportError as error:
         raise ValueError("Ray is not installed: pip install 'layerwise[ray]', or use --backend local") from error
@@ -96,6 +101,8 @@ def _on_ray(questions: Sequence[Question], make: Callable[[int], Work], workers:
         actor: Any = ray.remote(_Actor)
         pool = ActorPool([actor.remote(make, workers) for _ in range(workers)])
         yield from pool.map_unordered(lambda one, question: one.run.remote(question), list(questions))
+    except (RayActorError, OutOfMemoryError) as error:
+        raise _died() from error
     finally:
         if ours:
             ray.shutdown()

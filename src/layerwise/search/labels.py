@@ -97,8 +97,11 @@ def read_labels(path: str | Path) -> tuple[dict[str, Any], list[Record]]:
 
 def _parsed(text: str, path: str | Path) -> tuple[dict[str, Any], list[Record]]:
     try:
-        first, *rest = [json.loads(line) for line in text.splitlines()]
-        about = first["about"]
+        # Not splitlines, which splits at U+2028 and others that a prompt may hold.
+        first, *rest = [json.loads(line) for line in text.split("\n")[:-1]]
+        about = {**first["about"]}
+        if not isinstance(about.get("options", {}), dict):
+            raise TypeError("options are no object")
         records = [{**record, "id": record["id"], "paths": record["paths"]} for record in rest]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"'{path}' is no file of labels: make one with 'layerwise search'") from error

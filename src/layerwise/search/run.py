@@ -64,7 +64,7 @@ def search(
     model = attach(base)
     known = read_labels(out)[0] if Path(out).exists() and Path(out).stat().st_size else {}
     if known.get("calibration") == calibration:
-        options = replace(options, prior=known["options"]["prior"])
+        options = replace(options, prior=known.get("options", {}).get("prior") or {})
     elif calibration and not known:
         options = replace(options, prior=training_prior(model, tokenizer, asked, options, calibration, notify))
     about = {

@@ -252,6 +252,10 @@ class LayerRouteRecipe:
             not self.fits or (self.objective == "quality" and self.reads != "mean" and self.settle == 1),
             "fits are of the objective quality: leave out settle, and reads mean",
         )
+        _require(
+            not self.fits or bool(self.keep.strip()) or self.candidates > 0,
+            "fits answer without all layers that may be skipped: say by keep which must run, or give candidates",
+        )
         rate = self.router_learning_rate
         _require(rate is None or rate > 0, f"router-learning-rate must be above 0, not {rate}")
         _require(0 <= self.lora_dropout < 1, f"lora-dropout must be at least 0 and below 1, not {self.lora_dropout}")
@@ -315,7 +319,10 @@ class RouterRecipe:
         default=0.5, metadata=_help("Menu: least probability of a plan; what is less sure runs all layers.")
     )
     saved: float = field(
-        default=0.1, metadata=_help("Share of the layers that held-out questions must save; decides the threshold.")
+        default=0.1,
+        metadata=_help(
+            "Share of the layers to save. Menu: chooses plans, on training questions; else the threshold, on held-out."
+        ),
     )
     held_out: float = field(default=0.15, metadata=_help("Share of the questions that choose and do not train."))
     seed: int = field(default=0, metadata=_help("Seed of the routers and of their batches."))

@@ -243,7 +243,10 @@ def _over_tasks(given: Material, rows: Sequence[int], values: Tensor) -> float:
 
 
 def judged(given: Material, plans: Sequence[Plan]) -> dict[str, Any]:
-    """What the questions held out say of the plans decided for them; the F1 of the classes beside always-execute."""
+    """What the questions held out say of the plans decided for them; the F1 of the classes beside always-execute.
+
+    They chose already, so this is no test: that is `evaluation.paths`, on questions of the test split.
+    """
     rows = given.held
     rewards = given.rewards(rows, [(given.full, plan) for plan in plans])
     labelled = [(given.paths[row], plan) for row, plan in zip(rows, plans, strict=True) if given.paths[row] is not None]
@@ -252,6 +255,7 @@ def judged(given: Material, plans: Sequence[Plan]) -> dict[str, Any]:
     return {
         "held_out": {
             "n": len(rows),
+            "note": "these questions chose the epoch of the routers and, by the form, the threshold or kinds: no test",
             "base_reward": _over_tasks(given, rows, rewards[:, 0]),
             "reward": _over_tasks(given, rows, rewards[:, 1]),
             "layers_saved": _saved(plans, given.full),

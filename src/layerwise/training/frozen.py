@@ -29,7 +29,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from layerwise.data import IGNORED, complete_lines, read_jsonl
+from layerwise.data import IGNORED, complete_lines, prompt_ids, read_jsonl
 from layerwise.data.examples import Tokens
 from layerwise.decoding.ngram_model import NGramModel
 from layerwise.hub import base_name, from_pretrained
@@ -247,19 +247,23 @@ def train(config: FrozenConfig, notify: Callable[[str], None] = lambda line: Non
     With `config.adapter` the head is for that adapter's model, and is saved together with its weights.
 
     Raises:
-        ValueError: no usable data or model; the folder holds a training and `resume` was not asked for, or the reverse;
-            or it holds other answers.
+        ValueError: no usable data or model, or an adapter that leaves layers out or repeats them; the folder holds a
+            training and `resume` was not asked for, or the reverse; or it holds other answers.
         KeyboardInterrupt: Ctrl-C; a checkpoint was written and `notify` was told how to go on.
     """
     out = Path(config.out)
     starting_point(config, out, resume)  # refused before anything is written
     out.mkdir(parents=True, exist_ok=True)
     answered = _answers(config, out / ANSWERS, notify)
-    limit = min(config.max_length, config.tokens_per_batch)
+    limit = _limit(config)
     tokens = [Tokens(a["prompt"] + a["answer"], [IGNORED] * len(a["prompt"]) + a["answer"]) for a in answered]
     tokens = [one for one in tokens if len(one.input_ids) <= limit]
     if not tokens:
         raise ValueError(f"'{config.data}' has no prompt whose answer fits into {limit} tokens: raise max-length")
+    if len(tokens) < len(answered):
+        notify(
+            f"{len(answered) - len(tokens)} of {len(answered)} answers left out: with their prompts over {limit} tokens"
+        )
     drafted = most_frequent([a["answer"] for a in answered], config.vocabulary)
 
     def make(steps: int) -> FrozenExit:
@@ -281,17 +285,34 @@ def train(config: FrozenConfig, notify: Callable[[str], None] = lambda line: Non
 def _load(config: FrozenConfig, engine: EngineName) -> LayerwiseForCausalLM:
     model = from_pretrained(config.model, adapter=config.adapter, dtype=config.precision, engine=engine)
     model.exit_head = model.ngrams = None  # those that the adapter has are replaced
+    if model.plan != Plan.full(model.depth):  # what the head learns from
+        raise ValueError(f"'{config.adapter or config.model}' does not run every layer once: give an adapter that does")
     return model
 
 
+def _limit(config: FrozenConfig) -> int:
+    return min(config.max_length, config.tokens_per_batch)
+
+
 def _answers(config: FrozenConfig, path: Path, notify: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The model's greedy answers to the prompts of `config.data`; the first process writes those that `path` lacks."""
+    """The model's greedy answers to the prompts of `config.data`; the first process writes those that `path` lacks.
+
+    Prompts are left out that would be over the limit with an answer of one token, or over the model's context with the
+    longest.
+    """
     first = training_arguments(config).process_index == 0  # this is what joins the processes
     examples = read_jsonl(config.data)
     writing: Iterator[int] = iter(())
     if first:
         tokenizer = load_tokenizer(base_name(config.model, config.adapter))
-        writing = write_answers(_load(config, "auto"), tokenizer, examples, path, config.max_new_tokens)
+        model, found = _load(config, "auto"), len(examples)
+        most = _limit(config) - 1
+        if context := model.runtime.backbone.context:
+            most = min(most, context - config.max_new_tokens)
+        examples = [one for one in examples if len(prompt_ids(one, tokenizer)) <= most]
+        if len(examples) < found:
+            notify(f"{found - len(examples)} of {found} prompts left out: over {most} tokens")
+        writing = write_answers(model, tokenizer, examples, path, config.max_new_tokens)
     # A word to the others after each batch: they would not wait for all answers, but give up after half an hour.
     while (done := broadcast_object_list([next(writing, None)])[0]) is not None:
         if first:

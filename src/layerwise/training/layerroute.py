@@ -75,6 +75,9 @@ class LayerRoute(nn.Module):
         recipe: objective and routers.
         steps: how many there will be.
 
+    Raises:
+        ValueError: a pass would run no layer at all, or there is no step in which routers learn.
+
     Attributes:
         weight, bias: the routers (see `GatedPolicy`), the model's policy shares them; None without routing.
         price: of a layer run, in nats a token; a dual variable in the objectives budget and quality.
@@ -102,6 +105,7 @@ class LayerRoute(nn.Module):
             device = model.runtime.backbone.device
             self.bias = nn.Parameter(torch.tensor(bias, device=device))
             keep = layers_of(recipe.keep, layers)
+            _check(recipe, layers, keep, closed, steps)
             reads = recipe.reads or ("mean" if recipe.objective == "paper" else "last")
             directions = hidden if reads == "mean" else DIRECTIONS
             self.weight = nn.Parameter(torch.zeros(layers, directions, device=device))
@@ -367,6 +371,15 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
             model.policy = model.policy.rounded()
 
     return run_training(config, make, LayerRouteTrainer, notify, resume, finish=finish)
+
+
+def _check(recipe: LayerRouteRecipe, layers: int, keep: Sequence[int], closed: Sequence[int], steps: int) -> None:
+    if recipe.hold and not {*range(layers)} - {*closed} | {*keep}:
+        raise ValueError(f"start-closed closes all {layers} layers while gates are held: close fewer, or give keep")
+    if recipe.fits and not keep and recipe.candidates >= layers:
+        raise ValueError(f"fits skip all of the candidates, and {recipe.candidates} are all layers: take fewer")
+    if not recipe.fits and ceil(recipe.hold * steps) >= recipe.settle * steps:
+        raise ValueError(f"gates are held in all of the {steps} steps, and learn in none: lower hold, or train longer")
 
 
 def _drawn(examples: Sequence[Tokens], seed: int, most: int) -> list[Tokens]:

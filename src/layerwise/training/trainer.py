@@ -3,8 +3,9 @@
 What it adds to the Trainer, for every recipe:
 
 - *Global batches.* Batches are made once for the whole training, by a budget of tokens and of rows of similar length.
-  All processes make the same list, and each takes every n-th row of every batch. So the number of processes changes
-  the speed and nothing else: the loss is the mean over the tokens of the global batch.
+  All processes make the same list, and each takes every n-th row of every batch; the loss is the mean over the tokens
+  of the global batch. So the number of processes changes the speed and nothing else, unless a recipe draws by chance
+  for its own rows or takes means over them, as LayerRoute does.
 - *Checkpoints that resume.* A checkpoint of a layerwise model is an adapter folder, in which the Trainer finds no
   weights to go on from. Here they are read back: the PEFT adapter, or the whole base where that is trained.
 - *Ctrl-C* ends the training after the step under way, in all processes, with a checkpoint.

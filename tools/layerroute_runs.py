@@ -88,7 +88,7 @@ def judged(objective: str, seed: int, work: Path, data: Path, samples: int) -> d
     if not kept.is_file():
         adapter = trained(objective, seed, work, data)
         reference = trained("none", 0, work, data)
-        command = f"python tools/layerroute_runs.py --objectives {objective}"
+        command = f"python tools/layerroute_runs.py --objectives {objective} --seeds {seed} --samples {samples}"
         found = routing_suite(adapter, None, reference, samples, command=command, notify=options.note)
         written = json.dumps(found, indent=2) + "\n"
         kept.with_suffix(".tmp").write_text(written, encoding="utf-8")

@@ -134,14 +134,20 @@ def layerroute_table(result: dict[str, Any]) -> str:
             f"| {run['differential']:.1f} | {tools:.2f}, x{run['tool_ppl_ratio']:.2f} "
             f"| {planning:.2f}, x{run['planning_ppl_ratio']:.2f} | {' | '.join(controls)} |"
         )
-    one = result["runs"][0]
-    where, kinds = one["environment"], one["kinds"]
+    kinds = result["runs"][0]["kinds"]
+    commits = ", ".join(dict.fromkeys(run["environment"]["commit"] for run in result["runs"]))
+    seeds: dict[str, list[str]] = {}
+    for run in result["runs"]:
+        seeds.setdefault(run["objective"], []).append(str(run["seed"]))
+    again = ", ".join(
+        f"`python tools/layerroute_runs.py --objectives {name} --seeds {','.join(of)}`" for name, of in seeds.items()
+    )
+    missing = "" if "paper" in seeds else " No other seed was trained, and the objective paper was not measured."
     lines += [
         "",
         "Shares are of all decode FLOPs, LM head and attention counted; controls skip as many layers, their cost is in "
         f"nats a token above the routes', with 95% intervals. {kinds['tools']['n']} and {kinds['planning']['n']} "
-        f"held-out prompts; commit {where['commit']}.{''.join(map(_route_answers, result['runs']))} Again: "
-        "`python tools/layerroute_runs.py`.",
+        f"held-out prompts; commits {commits}.{missing}{''.join(map(_route_answers, result['runs']))} Again: {again}.",
     ]
     return "\n".join(lines)
 
@@ -210,11 +216,15 @@ def drllm_table(result: dict[str, Any]) -> str:
             f"{time['prompts']} of the prompts, which save {time['layers_saved']:.1%} of the layers, take "
             f"{time['time_saved']:.1%} less time, {time['realised']:.0%} of what they could{busy}"
         )
-    where = result["environment"]
+    where, kept = result["environment"], ""
+    timed_at = time.get("environment", where)["commit"]
+    timed = "" if timed_at == where["commit"] else f", times of {timed_at}"
+    if result.get("answers_kept"):
+        kept = f", with {result['answers_kept']} verdicts kept from before it (`--fresh` asks again)"
     lines += [
         "",
         f"{result['layers_saved']:.1%} of layer executions per token saved in domain. Time: {realised}. "
-        f"Controls, in domain: {controls}. Commit {where['commit']}. Again: `{result['command']}`.",
+        f"Controls, in domain: {controls}. Commit {where['commit']}{timed}{kept}. Again: `{result['command']}`.",
     ]
     return "\n".join(lines)
 
@@ -263,15 +273,16 @@ def routed_attention_speed_table(result: dict[str, Any]) -> str:
     for length in sorted({point["length"] for point in points}):
         for phase in ("forward", "decode"):
             those = [point for point in points if (point["length"], point["phase"]) == (length, phase)]
-            nearest = [min(those, key=lambda point, share=share: abs(point["usage"] - share)) for share in shares]
-            cells = (f"{point['measured']:.2f}x ({point['ideal']:.2f})" for point in nearest)
-            lines.append(f"| {length:,} | {phase} | {' | '.join(cells)} |")
-    where = result["environment"]
+            by_usage = {point["asked_usage"]: f"{point['measured']:.2f}x ({point['ideal']:.2f})" for point in those}
+            lines.append(f"| {length:,} | {phase} | {' | '.join(by_usage.get(share, '') for share in shares)} |")
+    where, most = result["environment"], result["rounds"]
+    fewer = [point for point in points if point.get("rounds", most) < most]
+    long = f" ({fewer[0]['rounds']} from {min(point['length'] for point in fewer):,} tokens on)" if fewer else ""
     lines += [
         "",
         "Times as fast as the same layer with torch's fused attention everywhere; in brackets what counting allows. "
-        f"Medians of {result['rounds']} interleaved rounds, float32, {where['threads']} threads, commit "
-        f"{where['commit']}. Again: `layerwise bench routed-attention --rounds {result['rounds']} "
+        f"Medians of {most} interleaved rounds{long}, float32, {where['threads']} threads, commit "
+        f"{where['commit']}. Again: `layerwise bench routed-attention --rounds {most} "
         "--out results/routed_attention_speed.json`.",
     ]
     return "\n".join(lines)

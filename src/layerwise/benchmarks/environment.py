@@ -33,8 +33,8 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str:
-    """The commit of the checkout this file is in, with "+" if files differ from it; "" outside a checkout."""
-    here = Path(__file__).parent
+    """The commit of the checkout the package is in, with "+" if its files differ from it; "" outside a checkout."""
+    here = Path(__file__).parents[1]
 
     def git(*words: str) -> str:
         return subprocess.run(

@@ -42,14 +42,14 @@ def measure(who: str, name: str | None, engine: str, context: int) -> dict[str, 
     from layerwise.model.causal_lm import attach
     from layerwise.sources import load_base
 
-    before = _resident()
+    before = resident()
     model = load_base(name, "bfloat16")
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if who == "layerwise":
         model = attach(model, engine=engine)
         # Kernels are made ahead of time and checked on first use; that is not decoding.
         model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=4, min_new_tokens=4, do_sample=False)
-    _reset_peak()
+    reset_peak()
     prompt = torch.arange(context)[None] % 1000 + 100
     output = model.generate(
         prompt,
@@ -63,8 +63,8 @@ def measure(who: str, name: str | None, engine: str, context: int) -> dict[str, 
     layers = cache.slots.values() if who == "layerwise" else cache.layers
     mebi = 2**20
     return {
-        "peak_mib": _peak() / mebi,
-        "resident_mib": _resident() / mebi,
+        "peak_mib": peak() / mebi,
+        "resident_mib": resident() / mebi,
         "before_load_mib": before / mebi,
         "weights_mib": weights / mebi,
         "cache_mib": sum(layer.keys.nbytes + layer.values.nbytes for layer in layers) / mebi,
@@ -79,15 +79,15 @@ def _status(field: str) -> int | None:
         return None
 
 
-def _resident() -> int:
+def resident() -> int:
     return _status("VmRSS:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _peak() -> int:
+def peak() -> int:
     return _status("VmHWM:") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _reset_peak() -> None:
+def reset_peak() -> None:
     with contextlib.suppress(OSError):  # not Linux: the peak then includes loading, for both contenders
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from layerwise.benchmarks.environment import environment
-from layerwise.benchmarks.memory import _peak, _reset_peak, _resident
+from layerwise.benchmarks.memory import peak, reset_peak, resident
 from layerwise.benchmarks.timing import rounds as take_turns
 from layerwise.model.recall_model import RoutedLayerCache
 from layerwise.model.routed_attention import Kernel, RoutedAttention
@@ -89,7 +89,7 @@ def bench_routed_attention(
         turns = rounds if length < _LONG else min(rounds, _LONG_ROUNDS)
         for measure in (_forward_points, _decode_points):
             found = measure(layer, length, usages, turns, kernels and length <= _KERNELS_UP_TO, decoded)
-            points += found
+            points += [point | {"rounds": turns} for point in found]
             for point in found:
                 notify(
                     f"{point['phase']}, length {length}, usage {point['usage']:.1%}: {point['measured']:.2f}x full "
@@ -324,10 +324,10 @@ def measure_memory(
     layer = make_layer(hidden_size, heads, router_width, dtype)
     _mix(layer, torch.zeros(1, 64, hidden_size, dtype=DTYPES[dtype]), None, spread(64, 0.5))  # libraries are loaded
     hidden = torch.randn(1, length, hidden_size, dtype=DTYPES[dtype])
-    before = _resident()
-    _reset_peak()
+    before = resident()
+    reset_peak()
     _mix(layer, hidden, None, None if usage is None else spread(length, usage))
-    return {"length": length, "usage": usage, "full": usage is None, "peak_mib": (_peak() - before) / 2**20}
+    return {"length": length, "usage": usage, "full": usage is None, "peak_mib": (peak() - before) / 2**20}
 
 
 if __name__ == "__main__":

@@ -152,6 +152,8 @@ def _same(runs: _Runs, name: str) -> bool:
 def _compared(runs: _Runs, draft: str) -> dict[str, Any]:
     """Ratios of total times, and what the draft did."""
     lengths = [len(those[0].tokens) for those in runs["plain"]]
+    if max(lengths) < 2:
+        raise ValueError("every answer ended after its first token, so there is no decoding to time: take more prompts")
     plain, drafting = _seconds(runs, "plain"), _seconds(runs, draft)
     ours = [name for name in runs if name not in OTHERS.values()]
     traces = [run.trace for those in runs[draft] for run in those]
@@ -216,10 +218,12 @@ def _batch(
     for _, name, one in rounds({how: (lambda how=how: run(how)) for how in found}, count):
         found[name].append(one)
     plain = found["off"][0][0]
+    seconds = {name: median(taken for _, taken in those) for name, those in found.items()}
     return {
         "rows": ROWS,
         "identical": all(torch.equal(out, plain) for out, _ in found[draft]),
-        "speedup": median(t for _, t in found["off"]) / median(t for _, t in found[draft]),
+        # None where all answers are so short that the prompt takes all of the time.
+        "speedup": seconds["off"] / seconds[draft] if min(seconds.values()) > 0 else None,
     }
 
 

@@ -74,7 +74,8 @@ def speculative(
         raise ValueError("prompts and rounds must be at least 1, new-tokens at least 8")
     options.check_writable(out)
     _kept(out)
-    Draft.parse(draft)
+    if sweep and str(Draft.parse(draft)) != "auto":
+        raise ValueError(f"a sweep compares auto with fixed drafts: leave out --draft {draft}, or --sweep")
     options.quiet()
     from layerwise.benchmarks.speculative import bench_speculative
     from layerwise.sources import model_path
@@ -88,7 +89,7 @@ def speculative(
             )
         )
         if out is not None:  # after each task, so that nothing is lost if the next one is stopped
-            _keep(out, results[-1])
+            _keep(out, results[-1] | {"command": options.command()})
         _print_speculative(results[-1])
     if out is not None:
         print(f"wrote {out}")
@@ -147,12 +148,14 @@ def search(
     """Searching for paths, against evaluating each path alone; and the tree against random and greedy search."""
     from layerwise.data.short_answers import IN_DOMAIN
 
-    names = list(IN_DOMAIN) if tasks == "all" else [name.strip() for name in tasks.split(",")]
+    names = list(IN_DOMAIN) if tasks == "all" else list(dict.fromkeys(name.strip() for name in tasks.split(",")))
     unknown = [name for name in names if name not in IN_DOMAIN]
     if unknown:
         raise ValueError(f"no task '{unknown[0]}': choose all, {', '.join(IN_DOMAIN)}")
     if questions < 1 or simulations < 1 or compare < 0:
         raise ValueError("questions and simulations must be at least 1, compare at least 0")
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, not {seed}")
     options.check_writable(out)
     options.quiet()
     from layerwise.benchmarks.search import bench_search
@@ -175,6 +178,7 @@ def search(
 
 
 def _finish(result: dict[str, Any], out: Path | None, json: bool) -> None:
+    result = result | {"command": options.command()}
     if out is not None:
         out.write_text(json_text.dumps(result, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {out}")
@@ -238,7 +242,8 @@ def _print_speculative(result: dict[str, Any]) -> None:
         f"{result['task']}: {result['speedup']:.2f}x plain decoding with {result['draft']} "
         f"({result['tokens_per_second']:.0f} tokens/s, {result['acceptance']:.0%} of drafted tokens accepted, "
         f"{result['tokens_per_pass']:.1f} tokens a pass), tokens identical: {'yes' if result['identical'] else 'NO'}; "
-        f"batch of {result['batch']['rows']}: {result['batch']['speedup']:.2f}x"
+        f"batch of {result['batch']['rows']}: "
+        + ("too short to time" if result["batch"]["speedup"] is None else f"{result['batch']['speedup']:.2f}x")
     )
     if "speedup_vs_hf" in result:
         line += f"; {result['speedup_vs_hf']:.1f}x transformers"

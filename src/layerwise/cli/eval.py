@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json as json_text
-import shlex
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,9 +95,11 @@ def run(
     if labels is not None and not labels.is_file():
         raise ValueError(f"there is no file '{labels}': make one with 'layerwise search'")
     _check_files(out, figure)
-    command = shlex.join(["layerwise", *sys.argv[1:]])
+    if seed < 0:
+        raise ValueError(f"seed must be 0 or more, not {seed}")
+    command = options.command()
     if suite is Suite.exits:
-        result = _exits(adapter, model, chosen, names, samples, questions, seed, dtype, device)
+        result = _exits(adapter, model, chosen, names, samples, questions, seed, dtype, device) | {"command": command}
     elif suite is Suite.routing:
         result = _routing(adapter, model, reference, samples, answers, timed, seed, command, device)
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from enum import StrEnum
@@ -96,6 +97,11 @@ def refuse_unchosen(context: typer.Context, choice: str, chosen: str, owners: Ma
     for name, values in owners.items():
         if chosen not in values:
             refuse_given(context, [name], " and ".join(f"--{choice} {value}" for value in values))
+
+
+def command() -> str:
+    """What was typed, for the result that came of it."""
+    return shlex.join(["layerwise", *sys.argv[1:]])
 
 
 def check_writable(*files: Path | None) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from layerwise.benchmarks.environment import environment
 from layerwise.benchmarks.timing import Stopwatch, rounds
 from layerwise.cost import ideal_speedup, prefill_cost
 from layerwise.data.short_answers import Question
@@ -89,6 +90,7 @@ def timing(
         "rounds": count,
         "engine": model.runtime.engine.name,
         "load": load,
+        "environment": environment(),
         "cpus": os.cpu_count(),
     }
 

@@ -252,7 +252,7 @@ def word_task(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_command_writes_labels_and_says_what_they_hold(folder: Path, tmp_path: Path, word_task: None) -> None:
     out = tmp_path / "labels.jsonl"
-    words = ["--model", str(folder), "--out", str(out), "--tasks", "lcm", "--limit", "2", "--dtype", "float32"]
+    words = ["--model", str(folder), "--out", str(out), "--tasks", "lcm,lcm", "--limit", "2", "--dtype", "float32"]
     words = ["search", *words, "--simulations", "6", "--calibration", "1", "--json"]
     done = CliRunner().invoke(app, words, catch_exceptions=False)
     assert done.exit_code == 0, done.output
@@ -269,6 +269,7 @@ def test_the_command_writes_labels_and_says_what_they_hold(folder: Path, tmp_pat
         (["--out", "no/such/x.jsonl"], "'no/such' does not exist"),
         (["--out", "x.jsonl", "--simulations", "0"], "simulations must be at least 1"),
         (["--out", "x.jsonl", "--algorithm", "best"], "choose mcts, random, greedy"),
+        (["--out", "x.jsonl", "--seed", "-1"], "seed must be at least 0"),
         (["--out", "x.jsonl", "--workers", "0"], "workers must be at least 1"),
         (["--out", "x.jsonl", "--backend", "cloud"], "choose local or ray"),
         (["--out", "x.jsonl", "--price", "-1"], "price must not be negative"),

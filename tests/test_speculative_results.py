@@ -11,10 +11,12 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from typer.testing import CliRunner
 
 from layerwise import attach
 from layerwise.benchmarks import contenders, speculative
 from layerwise.benchmarks.speculative import _compared, static_drafts
+from layerwise.cli import app
 from layerwise.cli.bench import _keep, _kept, _print_speculative
 from layerwise.trace import Source, Trace
 
@@ -47,6 +49,11 @@ def test_ratios_are_of_total_times_of_medians() -> None:
     assert found["acceptance"] == pytest.approx(4 / 8)
     assert found["tokens_per_second"] == pytest.approx(3 / 4)
     assert found["identical"] and found["identical_to_hf"]
+
+
+def test_answers_of_one_token_have_nothing_to_time() -> None:
+    with pytest.raises(ValueError, match="ended after its first token"):
+        _compared({"plain": [[ran([1], 1.0)]], "auto": [[ran([1], 1.0)]]}, "auto")
 
 
 def test_a_result_without_early_exit_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,6 +146,34 @@ def test_results_of_tasks_and_weights_gather_in_one_file(tmp_path: Path) -> None
         ("base", [("code", 2.0), ("tools", 1.7)]),
         ("mine", [("tools", 2.5)]),
     ]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--draft", "ngram"], "holds code with draft auto: give another file"),
+        (["--new-tokens", "32"], "holds code with new-tokens 64: give another file"),
+        (["--draft", "tree,5", "--sweep"], "a sweep compares auto"),
+    ],
+)
+def test_a_result_of_other_options_is_not_replaced(words: list[str], says: str, tmp_path: Path) -> None:
+    kept = {"task": "code", "draft": "auto", "new_tokens": 64}
+    out = tmp_path / "kept.json"
+    out.write_text(json.dumps({"runs": [{"label": "folder", "tasks": [kept]}]}), encoding="utf-8")
+    words = [
+        "speculative",
+        "--task",
+        "code",
+        "--adapter",
+        "no/such/folder",
+        "--new-tokens",
+        "64",
+        "--out",
+        str(out),
+        *words,
+    ]
+    with pytest.raises(ValueError, match=says):
+        CliRunner().invoke(app, words, catch_exceptions=False)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", '{"runs": [{"name": "x"}]}'])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_text
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +74,10 @@ def speculative(
     if prompts < 1 or rounds < 1 or new_tokens < 8:
         raise ValueError("prompts and rounds must be at least 1, new-tokens at least 8")
     options.check_writable(out)
-    _kept(out)
+    from layerwise.sources import DEFAULT
+
+    label = str(model or DEFAULT) if adapter is None else Path(adapter).name
+    _check_same(out, label, tasks, draft=draft, new_tokens=new_tokens)
     if sweep and str(Draft.parse(draft)) != "auto":
         raise ValueError(f"a sweep compares auto with fixed drafts: leave out --draft {draft}, or --sweep")
     options.quiet()
@@ -148,10 +152,7 @@ def search(
     """Searching for paths, against evaluating each path alone; and the tree against random and greedy search."""
     from layerwise.data.short_answers import IN_DOMAIN
 
-    names = list(IN_DOMAIN) if tasks == "all" else list(dict.fromkeys(name.strip() for name in tasks.split(",")))
-    unknown = [name for name in names if name not in IN_DOMAIN]
-    if unknown:
-        raise ValueError(f"no task '{unknown[0]}': choose all, {', '.join(IN_DOMAIN)}")
+    names = options.task_names(tasks, IN_DOMAIN, IN_DOMAIN)
     if questions < 1 or simulations < 1 or compare < 0:
         raise ValueError("questions and simulations must be at least 1, compare at least 0")
     if seed < 0:
@@ -235,6 +236,15 @@ def _keep(out: Path, result: dict[str, Any]) -> None:
     run["tasks"] = [task for task in run["tasks"] if task["task"] != result["task"]] + [result]
     run["tasks"].sort(key=lambda task: SPECULATIVE_TASKS.index(task["task"]))
     out.write_text(json_text.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_same(out: Path | None, label: str, tasks: Sequence[str], **asked: Any) -> None:
+    """Refuse a file whose results of these weights and tasks, which would be replaced, were asked for otherwise."""
+    for earlier in (task for run in _kept(out) if run["label"] == label for task in run["tasks"]):
+        for name, value in asked.items():
+            if earlier["task"] in tasks and earlier.get(name, value) != value:
+                flag = name.replace("_", "-")
+                raise ValueError(f"'{out}' holds {earlier['task']} with {flag} {earlier[name]}: give another file")
 
 
 def _print_speculative(result: dict[str, Any]) -> None:

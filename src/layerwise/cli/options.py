@@ -99,6 +99,19 @@ def refuse_unchosen(context: typer.Context, choice: str, chosen: str, owners: Ma
             refuse_given(context, [name], " and ".join(f"--{choice} {value}" for value in values))
 
 
+def task_names(text: str, tasks: Iterable[str], everything: Iterable[str]) -> list[str]:
+    """The names in `text`, separated by commas, each once; `everything` if it says "all".
+
+    Raises:
+        ValueError: one is not among `tasks`.
+    """
+    names = list(everything) if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [name for name in names if name not in tasks]
+    if unknown:
+        raise ValueError(f"there is no task '{unknown[0]}': choose from {', '.join(tasks)}")
+    return names
+
+
 def command() -> str:
     """What was typed, for the result that came of it."""
     return shlex.join(["layerwise", *sys.argv[1:]])

@@ -39,13 +39,9 @@ def run(
     from layerwise.search.run import chosen_questions, describe, search
     from layerwise.search.searcher import SearchOptions
 
-    names = list(IN_DOMAIN) if tasks == "all" else [name.strip() for name in tasks.split(",")]
-    unknown = [name for name in names if name not in TASKS]
-    if unknown:
-        raise ValueError(f"there is no task '{unknown[0]}': choose from {', '.join(TASKS)}")
-    for name, value, least in (
-        ("limit", limit, 0), ("calibration", calibration, 0), ("menu", menu, 0), ("workers", workers, 1)
-    ):  # fmt: skip
+    names = options.task_names(tasks, TASKS, IN_DOMAIN)
+    at_least = {"limit": (limit, 0), "calibration": (calibration, 0), "menu": (menu, 0), "seed": (seed, 0)}
+    for name, (value, least) in {**at_least, "workers": (workers, 1)}.items():
         if value < least:
             raise ValueError(f"{name} must be at least {least}, not {value}")
     if backend not in ("local", "ray"):

@@ -173,7 +173,7 @@ def test_a_result_of_other_options_is_not_replaced(words: list[str], says: str, 
         *words,
     ]
     with pytest.raises(ValueError, match=says):
-        CliRunner().invoke(app, words, catch_exceptions=False)
+        CliRunner().invoke(app, [*given, "--out", str(out), *words], catch_exceptions=False)
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", '{"runs": [{"name": "x"}]}'])

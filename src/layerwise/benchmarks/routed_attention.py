@@ -42,7 +42,7 @@ KERNELS: tuple[Kernel, ...] = ("dense", "gathered", "chunked")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DECODED = 320  # tokens of a decoding run: one attends at 0.3%
 _KERNELS_UP_TO = 4096  # longest text on which kernels are compared: dense scores of long ones take seconds
-_LONG, _LONG_ROUNDS = 8192, 3  # texts from which so many rounds, at most, will do
+_LONG, _LONG_ROUNDS = 8192, 5  # texts from which so many rounds, at most, will do
 _FEWEST_MACS = 2e9  # a timed call is repeated, up to 8 times, to do about this much work
 
 

@@ -160,18 +160,7 @@ def test_a_result_of_other_options_is_not_replaced(words: list[str], says: str, 
     kept = {"task": "code", "draft": "auto", "new_tokens": 64}
     out = tmp_path / "kept.json"
     out.write_text(json.dumps({"runs": [{"label": "folder", "tasks": [kept]}]}), encoding="utf-8")
-    words = [
-        "speculative",
-        "--task",
-        "code",
-        "--adapter",
-        "no/such/folder",
-        "--new-tokens",
-        "64",
-        "--out",
-        str(out),
-        *words,
-    ]
+    given = ["bench", "speculative", "--task", "code", "--adapter", "no/such/folder", "--new-tokens", "64"]
     with pytest.raises(ValueError, match=says):
         CliRunner().invoke(app, [*given, "--out", str(out), *words], catch_exceptions=False)
 

@@ -255,3 +255,18 @@ def test_times_between_measured_widths_are_read_off_their_neighbours() -> None:
     tuner.note("off", 0, 0.0, 0.0, 8, 0.020)
     assert tuner.round_seconds(6) == pytest.approx(0.016)
     assert 0 <= tuner.round_seconds(2) < 0.012 and tuner.round_seconds(12) > 0.020
+
+
+def test_what_comes_true_is_learnt_of_each_of_a_trees_tokens() -> None:
+    """Where a text is copied, the fifth token stands as often as the first, though five draws in a row seldom do."""
+    tuner, hope = Tuner.timed({width: 1 + 0.1 * width for width in range(1, 9)}), [0.7**n for n in range(1, 8)]
+    lengths = []
+    for _ in range(12):
+        lengths.append(tuner.choose({"tree": 0.0}, 7, hopes={"tree": hope})[1])
+        tuner.note("tree", lengths[-1], [1.0] * lengths[-1], 0.0, lengths[-1] + 1, 1.1 + 0.1 * lengths[-1], hope)
+    assert lengths[0] < 7 and lengths[-1] == 7
+    for _ in range(40):  # from the third on they fall
+        length = tuner.choose({"tree": 0.0}, 7, hopes={"tree": hope})[1]
+        stood = [float(number < 2) for number in range(length)]
+        tuner.note("tree", length, stood, 0.0, length + 1, 1.1 + 0.1 * length, hope)
+    assert length <= 3

@@ -303,10 +303,10 @@ def _round(
     target.cache.retain(counts, columns)
     crew.learn(read.along(columns))
     stood = [len(stand) for stand, _ in chosen]
-    mean = sum(stood) / len(stood)
     seconds = drafted_at - began
     hope = crew.hopes.get(name, HOPE)
-    crew.tuner.note(name, max(counts) - 1, mean, seconds, max(counts), perf_counter() - drafted_at, hope)
+    shares = [sum(number in stand for stand, _ in chosen) / len(chosen) for number in range(max(counts) - 1)]
+    crew.tuner.note(name, len(shares), shares, seconds, max(counts), perf_counter() - drafted_at, hope)
     if trace is not None:
         trace.drafts[name] += 1
         trace.drafted += sum(counts) - len(counts)

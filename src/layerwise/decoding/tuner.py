@@ -5,6 +5,8 @@ how much of that comes true) and how long it takes to draft one, and it keeps ho
 If a drafted token stands with probability a, then d of them give 1 + a + ... + a^d tokens a round, at the price of
 drafting d and verifying d + 1. The best way is the one that gives most tokens a second; drafting nothing at all is one
 of the ways. A tree that was looked up beforehand knows of each token how likely it is to stand; it gives 1 + their sum.
+Where a text is copied, its fifth token stands far more often than five independent ones would: how much comes true is
+learnt for each of a tree's tokens.
 Within a round drafting goes on as long as one more token is expected to give more than its time would elsewhere: the
 draft's own confidence says how likely it is that those before it stand (Kangaroo, arXiv 2404.18911, stops below a fixed
 confidence; DEL, arXiv 2504.05598, chooses exit and length from measured acceptance).
@@ -25,6 +27,7 @@ from typing import Any
 MEMORY = 0.98  # what a round's counts weigh one round later
 HOPE = 0.6  # acceptance of a way that has not been tried, if it says nothing of itself
 STARTING_WEIGHT = 1.2  # tokens that were hoped for and stood, before there are any
+OWN_WEIGHT = 1.0  # tokens that count for one of a tree as all do, before it has been tried
 ONE_MORE = 0.05  # of a plain step, to verify one more token, where nothing is known
 TIMED = 10.0  # rounds that a time measured counts for at most, and one measured beforehand does
 LONGEST = 2.0  # times what a round was expected to take: beyond, something else was running
@@ -38,7 +41,8 @@ class Way:
     """One way to draft: its counts and its time; `price` is a guess at the time, as a share of a plain step.
 
     A way may say what it hopes for, round by round: a long match more than a short one. It is the probability that a
-    drafted token stands if those before do, or of each token that it stands. What is learnt is how much comes true.
+    drafted token stands if those before do, or of each token that it stands. What is learnt is how much comes true, and
+    where hopes are of each token, of each.
     """
 
     price: float
@@ -46,6 +50,7 @@ class Way:
     hoped: float = 0.0  # the hopes for all tokens that stood, or were the first to fall
     seconds: float | None = None  # to draft one token
     idle: int = 0
+    each: dict[int, tuple[float, float]] = field(default_factory=dict)  # by a token's number: stood and hoped
 
     def acceptance(self, hope: float = HOPE) -> float:
         """Probability that a drafted token stands, given that those before it do."""
@@ -54,15 +59,21 @@ class Way:
     def gains(self, hope: Hope, length: int) -> list[float]:
         """How likely each of `length` drafted tokens is to stand; fewer if there are no more."""
         if isinstance(hope, Sequence):
-            return [min(0.99, trust * self.true()) for trust in hope[:length]]
+            true = self.true_of_each(min(length, len(hope)))
+            return [min(0.99, trust * factor) for trust, factor in zip(hope, true, strict=False)]
         a = self.acceptance(hope)
         return [a ** (number + 1) for number in range(length)]
 
-    def note(self, hope: Hope, drafted: int, stood: float) -> None:
-        """`stood` of `drafted` tokens stood."""
-        hoped = sum(hope[:drafted]) if isinstance(hope, Sequence) else hope * (stood + (stood < drafted))
+    def note(self, hope: Hope, drafted: int, stood: Hope) -> None:
+        """`stood` of `drafted` tokens stood; where hopes are of each token, so may `stood` be."""
         fade = MEMORY * 0.5 ** ((self.idle - 1) / REST)
-        self.stood = self.stood * fade + stood
+        count = sum(stood) if isinstance(stood, Sequence) else stood
+        hoped = sum(hope[:drafted]) if isinstance(hope, Sequence) else hope * (count + (count < drafted))
+        if isinstance(hope, Sequence) and isinstance(stood, Sequence):
+            for number, (trust, share) in enumerate(zip(hope, stood, strict=False)):
+                before = self.each.get(number, (0.0, 0.0))
+                self.each[number] = (before[0] * fade + share, before[1] * fade + trust)
+        self.stood = self.stood * fade + count
         self.hoped = self.hoped * fade + hoped
         self.idle = 0
 
@@ -70,6 +81,16 @@ class Way:
         """How much of what was hoped for comes true."""
         fade = 0.5 ** (self.idle / REST)
         return (self.stood * fade + STARTING_WEIGHT) / (self.hoped * fade + STARTING_WEIGHT)
+
+    def true_of_each(self, count: int) -> list[float]:
+        """The same of each of the first `count` tokens. One that was not tried is like the one before it: where a text
+        is copied, ever more comes true, and only a try tells where that ends."""
+        fade, before, found = 0.5 ** (self.idle / REST), self.true(), []
+        for number in range(count):
+            stood, hoped = self.each.get(number, (0.0, 0.0))
+            before = (stood * fade + OWN_WEIGHT * before) / (hoped * fade + OWN_WEIGHT)
+            found.append(before)
+        return found
 
 
 @dataclass
@@ -150,7 +171,7 @@ class Tuner:
         way, plain = self.ways.get(name) or Way(0.0), self.plain
         each = self._draft_seconds(way)
         more = (each + (self.round_seconds(n + 1) - plain) / n for n in range(1, most + 1))
-        return min(more, default=0.0) / (plain * way.true())
+        return min(more, default=0.0) / (plain * max([way.true(), *way.true_of_each(most)]))
 
     def choose(
         self, prices: Mapping[str, float], most: int, rest: bool = True, hopes: Mapping[str, Hope] = _NONE
@@ -186,13 +207,14 @@ class Tuner:
         self,
         name: str,
         drafted: int,
-        stood: float,
+        stood: Hope,
         draft_seconds: float,
         width: int,
         seconds: float,
         hope: Hope = HOPE,
     ) -> None:
-        """Learn from a round: `stood` of `drafted` tokens a row stood, on average over rows."""
+        """Learn from a round: `stood` of `drafted` tokens a row stood, on average over rows; or of each token, in how
+        many of the rows it stood."""
         for other in self.ways.values():
             other.idle += 1
         known, weight = self.widths.get(width, (seconds / self.pace, 0.0))

@@ -153,7 +153,7 @@ def test_results_of_tasks_and_weights_gather_in_one_file(tmp_path: Path) -> None
     [
         (["--draft", "ngram"], "holds code with draft auto: give another file"),
         (["--new-tokens", "32"], "holds code with new-tokens 64: give another file"),
-        (["--draft", "tree,5", "--sweep"], "a sweep compares auto"),
+        (["--draft", "tree,5", "--sweep", "--out", "another.json"], "a sweep compares auto"),
     ],
 )
 def test_a_result_of_other_options_is_not_replaced(words: list[str], says: str, tmp_path: Path) -> None:

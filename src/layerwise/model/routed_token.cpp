@@ -156,8 +156,8 @@ at::Tensor attend_token(const at::Tensor& inputs, int64_t first, int64_t count, 
   });
 }
 
-// The router's logit and gate (1, 1), its average, the token's output (1, 1, size), and whether it attends. weights: the
-// router's four, the convolution's value, output and taps, attention's four. `gate` (1, 1) decides instead, if given.
+// The router's logit and gate (1, 1), its average, the token's output (1, 1, size), and whether it attends. weights:
+// the router's four, the convolution's value, output and taps, attention's four. `gate` (1, 1) decides instead, if given.
 //
 // hidden is stored in inputs (1, capacity, size) at `place`, behind `waiting` inputs that the convolution has not seen.
 // Its values go into `window` behind `filled` others. Keys and values of all inputs from `made` on go into their
@@ -179,7 +179,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, bool> routed_token(
     const T* const old = before ? weight<T>(*before) : nullptr;
     const float score = route<T>(token, size, weights, old, average.mutable_data_ptr<T>(), decay);
     auto logit = at::empty({1, 1}, hidden.options()), chosen = at::empty({1, 1}, hidden.options());
-    const bool attends = gate ? gate->item().toFloat() > 0 : score > 0;
+    bool attends = score > 0;
+    if (gate) {  // `item` takes longer than the router
+      attends = gate->scalar_type() == hidden.scalar_type() ? weight<T>(*gate)[0] > 0 : gate->item().toFloat() > 0;
+    }
     logit.mutable_data_ptr<T>()[0] = static_cast<T>(score);
     chosen.mutable_data_ptr<T>()[0] = static_cast<T>(attends ? 1.f : 0.f);
     at::Tensor mixed;

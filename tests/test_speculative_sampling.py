@@ -121,8 +121,9 @@ def test_second_guesses_stand_when_sampling(monkeypatch: pytest.MonkeyPatch) -> 
     judged = Judge.judge
 
     def spy(judge: Judge, *args: Any) -> tuple[list[int], int]:
-        found = judged(judge, *args)
-        stood.append(found[0])
+        found, drafted = judged(judge, *args), args[1]
+        if drafted:  # a row at its end has no room for any
+            stood.append(found[0])
         return found
 
     monkeypatch.setattr(Judge, "judge", spy)

@@ -43,6 +43,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _DECODED = 320  # tokens of a decoding run: one attends at 0.3%
 _KERNELS_UP_TO = 4096  # longest text on which kernels are compared: dense scores of long ones take seconds
 _LONG, _LONG_ROUNDS = 8192, 5  # texts from which so many rounds, at most, will do
+_WARM = 2.0  # seconds of work before anything is timed: of a process just begun the first tenths of a second are slow
 _FEWEST_MACS = 2e9  # a timed call is repeated, up to 8 times, to do about this much work
 
 
@@ -84,6 +85,9 @@ def bench_routed_attention(
         raise ValueError(f"no dtype '{dtype}': choose {', '.join(DTYPES)}")
     layer = make_layer(hidden_size, heads, router_width, dtype)
     layer.prepare(notify)
+    warm_until = time.perf_counter() + _WARM
+    while time.perf_counter() < warm_until:
+        _mix(layer, torch.randn(1, min(lengths), hidden_size, dtype=DTYPES[dtype]), None, None)
     points = []
     for length in lengths:
         turns = rounds if length < _LONG else min(rounds, _LONG_ROUNDS)

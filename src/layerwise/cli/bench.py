@@ -152,7 +152,7 @@ def search(
     """Searching for paths, against evaluating each path alone; and the tree against random and greedy search."""
     from layerwise.data.short_answers import IN_DOMAIN
 
-    names = options.task_names(tasks, IN_DOMAIN, IN_DOMAIN)
+    names = list(IN_DOMAIN) if tasks == "all" else options.names_of(tasks, IN_DOMAIN)
     if questions < 1 or simulations < 1 or compare < 0:
         raise ValueError("questions and simulations must be at least 1, compare at least 0")
     if seed < 0:

@@ -245,8 +245,4 @@ def _numbers(exits: str | None) -> list[int] | None:
 def _names(datasets: str) -> list[str]:
     from layerwise.data import TASKS, TEXTS
 
-    names = [name.strip() for name in datasets.split(",")]
-    unknown = [name for name in names if name not in (*TEXTS, *TASKS)]
-    if unknown:
-        raise ValueError(f"there is no data set '{unknown[0]}': choose from {', '.join((*TEXTS, *TASKS))}")
-    return list(dict.fromkeys(names))
+    return options.names_of(datasets, (*TEXTS, *TASKS), "data set")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -99,16 +99,16 @@ def refuse_unchosen(context: typer.Context, choice: str, chosen: str, owners: Ma
             refuse_given(context, [name], " and ".join(f"--{choice} {value}" for value in values))
 
 
-def task_names(text: str, tasks: Iterable[str], everything: Iterable[str]) -> list[str]:
-    """The names in `text`, separated by commas, each once; `everything` if it says "all".
+def names_of(text: str, known: Collection[str], what: str = "task") -> list[str]:
+    """The names in `text`, separated by commas, each once.
 
     Raises:
-        ValueError: one is not among `tasks`.
+        ValueError: one is not among those `known`.
     """
-    names = list(everything) if text == "all" else list(dict.fromkeys(name.strip() for name in text.split(",")))
-    unknown = [name for name in names if name not in tasks]
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"there is no task '{unknown[0]}': choose from {', '.join(tasks)}")
+        raise ValueError(f"there is no {what} '{unknown[0]}': choose from {', '.join(known)}")
     return names
 
 

@@ -39,7 +39,7 @@ def run(
     from layerwise.search.run import chosen_questions, describe, search
     from layerwise.search.searcher import SearchOptions
 
-    names = options.task_names(tasks, TASKS, IN_DOMAIN)
+    names = list(IN_DOMAIN) if tasks == "all" else options.names_of(tasks, TASKS)
     at_least = {"limit": (limit, 0), "calibration": (calibration, 0), "menu": (menu, 0), "seed": (seed, 0)}
     for name, (value, least) in {**at_least, "workers": (workers, 1)}.items():
         if value < least:

@@ -85,9 +85,9 @@ def bench_routed_attention(
         raise ValueError(f"no dtype '{dtype}': choose {', '.join(DTYPES)}")
     layer = make_layer(hidden_size, heads, router_width, dtype)
     layer.prepare(notify)
-    warm_until = time.perf_counter() + _WARM
+    hidden, warm_until = torch.randn(1, min(lengths), hidden_size, dtype=DTYPES[dtype]), time.perf_counter() + _WARM
     while time.perf_counter() < warm_until:
-        _mix(layer, torch.randn(1, min(lengths), hidden_size, dtype=DTYPES[dtype]), None, None)
+        _mix(layer, hidden, None, None)
     points = []
     for length in lengths:
         turns = rounds if length < _LONG else min(rounds, _LONG_ROUNDS)

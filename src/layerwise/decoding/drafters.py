@@ -144,6 +144,10 @@ class PlanDrafter:
     behind: list[Tensor] = field(default_factory=list)  # per row, (tokens, hidden size) not in `cache` yet
 
     def __post_init__(self) -> None:
+        self._part()
+
+    def _part(self) -> None:
+        """Tell what of the plans is walked with the target, and what is their own."""
         if self.share and self.target.uniform and len(set(self.plans)) == 1:
             self.shared = self.target.plans[0].common_prefix(self.plans[0])
         self.own = slice(self.shared, None) if self.shared < len(self.plans[0]) else None
@@ -210,7 +214,7 @@ class PolicyDrafter(PlanDrafter):
         found = decide(self.policy, prompt.counts)
         target.model.runtime.forward(prompt.states[0], found, prompt.counts, self.cache, target.trace, Phase.PREFILL)
         self.plans = list(found if isinstance(found, Sequence) else found.plans)
-        self.__post_init__()
+        self._part()
         target.cuts |= self.cuts
         self.behind = [prompt.deep.new_empty(0, prompt.deep.shape[-1])] * target.rows
 

@@ -92,6 +92,7 @@ def test_attention(heads: int, groups: int, size: int, dtype: torch.dtype) -> No
         (2, 9, 16, 16),
         (3, 17, 47, 128),
         (2, 3, 5, 8),
+        (1, 8, 203, 256),  # several blocks of values
     ):
         query = random_tensor(0, rows, heads, tokens, size, dtype=dtype)
         keys, values = (random_tensor(seed, rows, groups, capacity, size, dtype=dtype) for seed in (1, 2))
@@ -106,6 +107,11 @@ def test_attention(heads: int, groups: int, size: int, dtype: torch.dtype) -> No
         ).transpose(1, 2)
         assert found.dtype == dtype
         near(found, expected)
+        found = torch.ops.layerwise.few_token_attention(query, keys, values, None, 0.17, length)
+        expected = torch.nn.functional.scaled_dot_product_attention(query.double(), k, v, scale=0.17)
+        near(found, expected.transpose(1, 2))
+    with pytest.raises(RuntimeError, match="sizes do not fit"):
+        torch.ops.layerwise.few_token_attention(query, keys, values, None, 0.17, capacity + 1)
 
 
 def test_attention_of_scores_far_apart() -> None:

@@ -283,6 +283,20 @@ def test_operators_see_weights_written_to_and_cast_after_prepare() -> None:
     torch.testing.assert_close(routing.logits, said.logits, rtol=5e-2, atol=1e-2)
 
 
+def test_full_attention_by_the_fused_kernel_equals_ours() -> None:
+    """What the benchmark compares with is the same attention."""
+    sizes = {"hidden_size": 64, "heads": 2}
+    ours, fused = layer(**sizes), layer(**sizes)
+    fused.fused, caches = True, [RoutedLayerCache(), RoutedLayerCache()]
+    for mix in (ours, fused):
+        assert mix.prepare()
+        mix.mixing = "attention"
+    with torch.no_grad():
+        for token in torch.randn(90, 1, 1, 64):
+            found, expected = (mix(token, cache=cache)[0] for mix, cache in zip((ours, fused), caches, strict=True))
+            torch.testing.assert_close(found, expected, **CLOSE)
+
+
 def test_several_tokens_after_a_single_first_one() -> None:
     """The operators' window then holds less than the convolution reaches."""
     mix, hidden = layer(hidden_size=64, heads=2), torch.randn(1, 4, 64)

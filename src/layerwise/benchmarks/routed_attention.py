@@ -2,9 +2,10 @@
 
 One `RoutedAttention` layer with random weights. Full attention is that layer with `mixing = "attention"`: the same
 projections around torch's fused `scaled_dot_product_attention`, no router and no convolution. In decoding it runs both
-with torch's own projections and with the operators that the routed layer uses, and the faster of the two counts. The
-routed layer runs everything it needs: router, convolution, gather, scatter; only *who* attends is given, so that a
-usage can be set. Routed positions are spread at random over the text. Contenders take turns (see `timing`).
+with torch's own projections and with the operators that the routed layer uses for them, and the faster of the two
+counts; what full attention takes if its single queries are scored by our operator too is noted beside it
+(`full_own_seconds`). The routed layer runs everything it needs: router, convolution, gather, scatter; only *who*
+attends is given, so that a usage can be set. Routed positions are spread at random over the text. Contenders take turns (see `timing`).
 
     ideal     cost of full attention / cost of the routed layer, as counted: multiplications for a forward pass, bytes
               of weights and cache read for a decoding step. It includes router, convolution and projections.
@@ -199,7 +200,7 @@ def _decode_points(
     layer: RoutedAttention, length: int, usages: Sequence[float], rounds: int, kernels: bool, decoded: int
 ) -> list[dict[str, Any]]:
     gates = {usage: spread(decoded, usage) for usage in usages}
-    times: dict[Any, list[float]] = {name: [] for name in ("full", "prepared", *usages)}
+    times: dict[Any, list[float]] = {name: [] for name in ("full", "prepared", "own", *usages)}
     laid_out = []  # all of them, so that none gets the memory of another
     for number in range(rounds):
         # Whether a layer of a few megabytes stays in a processor's cache depends by a fifth on the pages it got.
@@ -217,14 +218,16 @@ def _decode_points(
     for usage, gate in gates.items():
         ideal = full / decode_bytes(layer, gate, length, width)
         bound = full / max(1.0, decode_bytes(layer, gate, length, width, parts=False))
-        points.append(_point(length, usage, gate, "decode", ideal, bound, usual, middle[usage]))
+        point = _point(length, usage, gate, "decode", ideal, bound, usual, middle[usage])
+        points.append(point | {"full_own_seconds": middle["own"]})
     return points
 
 
 def _decoders(
     layer: RoutedAttention, length: int, gates: Mapping[float, Tensor], decoded: int
 ) -> dict[Any, Callable[[], float]]:
-    """Of full attention, without and with operators, and of each usage: seconds a token of decoding a run."""
+    """Of full attention without operators, with them for projections, with them alone, and of each usage: seconds a
+    token of decoding a run."""
     prompt = torch.randn(1, length, layer.hidden_size, dtype=layer.q_proj.weight.dtype)
     tokens = torch.randn(1, decoded, layer.hidden_size, dtype=prompt.dtype)
     caches, able = {}, layer.prepared
@@ -234,7 +237,7 @@ def _decoders(
             # The last of the prompt attends, so both begin with all keys made, as after a question.
             layer(prompt, cache=caches[mixing], gate=torch.arange(length)[None] == length - 1)
 
-    def run(gate: Tensor | None, prepared: bool = True) -> Callable[[], float]:
+    def run(gate: Tensor | None, prepared: bool = True, fused: bool = False) -> Callable[[], float]:
         cache = caches["attention" if gate is None else "routed"]
         steps = [tokens[:, at : at + 1] for at in range(decoded)]
         asks = [None if gate is None else gate[:, at : at + 1].to(prompt.dtype) for at in range(decoded)]
@@ -242,7 +245,7 @@ def _decoders(
         @torch.inference_mode()
         def decode() -> None:
             layer.mixing, layer.kernel = "attention" if gate is None else "routed", "auto"
-            layer.prepared = able and prepared
+            layer.prepared, layer.fused = able and prepared, fused
             for token, ask in zip(steps, asks, strict=True):
                 layer(token, cache=cache, gate=ask)
 
@@ -252,13 +255,12 @@ def _decoders(
                 return _timed(decode) / decoded
             finally:
                 cache.restore(state)
-                layer.prepared = able
+                layer.prepared, layer.fused = able, False
 
         return timed
 
-    return {"full": run(None, prepared=False), "prepared": run(None)} | {
-        usage: run(gate) for usage, gate in gates.items()
-    }
+    full = {"full": run(None, prepared=False), "prepared": run(None, fused=True), "own": run(None)}
+    return full | {usage: run(gate) for usage, gate in gates.items()}
 
 
 def _point(

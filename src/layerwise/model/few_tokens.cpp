@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <vector>
 #ifdef __AVX512BF16__
 #include <immintrin.h>
@@ -28,6 +29,10 @@
 namespace {
 
 using namespace vectors;
+
+constexpr int64_t AHEAD = 24;  // keys, and values, that are fetched beforehand
+
+constexpr int64_t BLOCK = 64;  // keys whose values meet all tokens while they are in the first-level cache
 
 // One tile of `rows` rows of W with `tokens` tokens of x. k is a multiple of LANES.
 template <int rows, int tokens, typename W, typename Y>
@@ -182,7 +187,10 @@ void score(const float* query, const T* keys, float* scores, int64_t tokens, int
       for (int64_t i = 0; i < size; i += LANES) {
         const Floats inputs = load(query + t * size + i);
 #pragma GCC unroll 16
-        for (int k = 0; k < LANES; ++k) sums[k] += load(block + k * size + i) * inputs;
+        for (int k = 0; k < LANES; ++k) {
+          if (t == 0) __builtin_prefetch(from + (AHEAD + k) * size + i, 0, 2);
+          sums[k] += load(block + k * size + i) * inputs;
+        }
       }
       const Floats found = totals(sums);
       std::memcpy(scores + t * stride + key, &found, sizeof found);
@@ -190,19 +198,20 @@ void score(const float* query, const T* keys, float* scores, int64_t tokens, int
   }
 }
 
-// Softmax of scores (scaled, plus mask) in place; the row has room up to a multiple of LANES. Returns 1 / sum.
+// Softmax of scores (scaled, plus mask if there is one) in place; the row has room up to a multiple of LANES. Returns
+// 1 / sum.
 inline float soften(float* scores, const float* mask, int64_t keys, float scale) {
   Floats bests = Floats{} - INFINITY;
   int64_t i = 0;
   for (; i + LANES <= keys; i += LANES) {
-    const Floats scaled = load(scores + i) * scale + load(mask + i);
+    const Floats scaled = load(scores + i) * scale + (mask ? load(mask + i) : Floats{});
     std::memcpy(scores + i, &scaled, sizeof scaled);
     bests = scaled > bests ? scaled : bests;
   }
   float most = -INFINITY;
   for (int lane = 0; lane < LANES; ++lane) most = std::max(most, bests[lane]);
   for (; i < keys; ++i) {
-    scores[i] = scores[i] * scale + mask[i];
+    scores[i] = scores[i] * scale + (mask ? mask[i] : 0.f);
     most = std::max(most, scores[i]);
   }
   for (; i % LANES; ++i) scores[i] = -INFINITY;
@@ -216,16 +225,41 @@ inline float soften(float* scores, const float* mask, int64_t keys, float scale)
   return 1.f / total(sum);
 }
 
-// out[t] = sum over keys of weights[t][key] * values[key], for LANES values at a time.
-template <int tokens, typename V>
-inline void mix(const float* weights, int64_t stride, const V* values, int64_t keys, int64_t size, Floats* out) {
-  Floats sums[tokens] = {};
+// to[t] += sum over `keys` keys of weights[t][key] * values[key], of `lanes` x LANES numbers of each value.
+template <int tokens, int lanes, typename V>
+inline void mix(const float* weights, int64_t stride, const V* values, int64_t keys, int64_t size, float* to) {
+  Floats sums[tokens][lanes];
+  for (int t = 0; t < tokens; ++t)
+    for (int i = 0; i < lanes; ++i) sums[t][i] = load(to + t * size + i * LANES);
   for (int64_t key = 0; key < keys; ++key) {
-    const Floats value = load(values + key * size);
-#pragma GCC unroll 8
-    for (int t = 0; t < tokens; ++t) sums[t] += weights[t * stride + key] * value;
+    Floats value[lanes];
+    for (int i = 0; i < lanes; ++i) {
+      __builtin_prefetch(values + (key + AHEAD) * size + i * LANES, 0, 2);
+      value[i] = load(values + key * size + i * LANES);
+    }
+#pragma GCC unroll 6
+    for (int t = 0; t < tokens; ++t)
+#pragma GCC unroll 4
+      for (int i = 0; i < lanes; ++i) sums[t][i] += weights[t * stride + key] * value[i];
   }
-  for (int t = 0; t < tokens; ++t) out[t] = sums[t];
+  for (int t = 0; t < tokens; ++t)
+    for (int i = 0; i < lanes; ++i) std::memcpy(to + t * size + i * LANES, &sums[t][i], sizeof(Floats));
+}
+
+template <int lanes, typename V>
+void mix(const float* weights, int64_t stride, const V* values, int64_t keys, int64_t size, float* to, int64_t tokens) {
+  for (int64_t t = 0; t < tokens; t += 6) {  // 24 sums at most, as many as registers hold
+    const float* const from = weights + t * stride;
+    float* const out = to + t * size;
+    switch (std::min<int64_t>(6, tokens - t)) {
+      case 1: mix<1, lanes>(from, stride, values, keys, size, out); break;
+      case 2: mix<2, lanes>(from, stride, values, keys, size, out); break;
+      case 3: mix<3, lanes>(from, stride, values, keys, size, out); break;
+      case 4: mix<4, lanes>(from, stride, values, keys, size, out); break;
+      case 5: mix<5, lanes>(from, stride, values, keys, size, out); break;
+      default: mix<6, lanes>(from, stride, values, keys, size, out);
+    }
+  }
 }
 
 template <typename T>
@@ -236,44 +270,41 @@ void attend_head(const float* query, const T* keys, const T* values, const float
   scores.resize(tokens * stride);
   score(query, keys, scores.data(), tokens, length, size, stride, spare);
   std::vector<float> norms(tokens);
-  for (int64_t t = 0; t < tokens; ++t) norms[t] = soften(scores.data() + t * stride, mask + t * length, length, scale);
-  for (int64_t at = 0; at < size; at += LANES) {
-    for (int64_t t = 0; t < tokens; t += 8) {
-      const float* const weights = scores.data() + t * stride;
-      Floats mixed[8];
-      const int64_t now = std::min<int64_t>(8, tokens - t);
-      switch (now) {
-        case 1: mix<1>(weights, stride, values + at, length, size, mixed); break;
-        case 2: mix<2>(weights, stride, values + at, length, size, mixed); break;
-        case 3: mix<3>(weights, stride, values + at, length, size, mixed); break;
-        case 4: mix<4>(weights, stride, values + at, length, size, mixed); break;
-        case 5: mix<5>(weights, stride, values + at, length, size, mixed); break;
-        case 6: mix<6>(weights, stride, values + at, length, size, mixed); break;
-        case 7: mix<7>(weights, stride, values + at, length, size, mixed); break;
-        default: mix<8>(weights, stride, values + at, length, size, mixed);
-      }
-      for (int64_t i = 0; i < now; ++i)
-        for (int lane = 0; lane < LANES; ++lane)
-          out[(t + i) * out_stride + at + lane] = static_cast<T>(mixed[i][lane] * norms[t + i]);
-    }
+  for (int64_t t = 0; t < tokens; ++t)
+    norms[t] = soften(scores.data() + t * stride, mask ? mask + t * length : nullptr, length, scale);
+  spare.assign(tokens * size, 0.f);
+  for (int64_t key = 0; key < length; key += BLOCK) {
+    const int64_t count = std::min(BLOCK, length - key);
+    int64_t at = 0;
+    for (; at + 4 * LANES <= size; at += 4 * LANES)
+      mix<4>(scores.data() + key, stride, values + key * size + at, count, size, spare.data() + at, tokens);
+    for (; at < size; at += LANES)
+      mix<1>(scores.data() + key, stride, values + key * size + at, count, size, spare.data() + at, tokens);
   }
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t i = 0; i < size; ++i) out[t * out_stride + i] = static_cast<T>(spare[t * size + i] * norms[t]);
 }
 
-// query (rows, heads, tokens, size), keys and values (rows, key heads, capacity, size) of which the first `length`
-// count, mask (rows, 1, tokens, length) added to the scaled scores, float32. Gives (rows, tokens, heads, size).
+// query (rows, heads, tokens, size), keys and values (rows, key heads, capacity, size) of which the first `known` count,
+// mask (rows, 1, tokens, known) added to the scaled scores, float32. Without one `known` is given, and all tokens see all
+// of them. Gives (rows, tokens, heads, size).
 at::Tensor few_token_attention(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values,
-                               const at::Tensor& mask, double scale) {
+                               const std::optional<at::Tensor>& mask, double scale, std::optional<int64_t> known) {
   const int64_t rows = query.size(0), heads = query.size(1), tokens = query.size(2), size = query.size(3);
-  const int64_t groups = keys.size(1), capacity = keys.size(2), length = mask.size(3), shared = heads / groups;
+  const int64_t groups = keys.size(1), capacity = keys.size(2), shared = heads / groups;
+  const int64_t length = mask ? mask->size(3) : known.value_or(capacity);
+  TORCH_CHECK(length <= capacity, "few_token_attention: sizes do not fit");
   const auto type = keys.scalar_type();
   const bool fits = keys.is_contiguous() && values.is_contiguous() && size % (2 * LANES) == 0 &&
                     (type == at::kFloat || type == at::kBFloat16) && query.scalar_type() == type;
   if (!fits) {
     const auto k = keys.narrow(2, 0, length).repeat_interleave(shared, 1);
     const auto v = values.narrow(2, 0, length).repeat_interleave(shared, 1);
-    return at::scaled_dot_product_attention(query, k, v, mask.to(type), 0.0, false, scale).transpose(1, 2).contiguous();
+    const auto bias = mask ? std::optional(mask->to(type)) : std::nullopt;
+    return at::scaled_dot_product_attention(query, k, v, bias, 0.0, false, scale).transpose(1, 2).contiguous();
   }
-  const auto q = query.to(at::kFloat).contiguous(), m = mask.contiguous();
+  const auto q = query.to(at::kFloat).contiguous(), m = mask ? mask->contiguous() : at::Tensor();
+  const float* const bias = mask ? m.const_data_ptr<float>() : nullptr;
   auto out = at::empty({rows, tokens, heads, size}, query.options());
   const auto run = [&](auto* result, const auto* k, const auto* v) {
     const float* const inputs = q.const_data_ptr<float>();
@@ -282,7 +313,7 @@ at::Tensor few_token_attention(const at::Tensor& query, const at::Tensor& keys, 
       for (int64_t item = begin; item < end; ++item) {
         const int64_t row = item / heads, head = item % heads, group = row * groups + head / shared;
         attend_head(inputs + item * tokens * size, k + group * capacity * size, v + group * capacity * size,
-                    m.const_data_ptr<float>() + row * tokens * length, result + (row * tokens * heads + head) * size,
+                    bias ? bias + row * tokens * length : nullptr, result + (row * tokens * heads + head) * size,
                     tokens, length, size, heads * size, static_cast<float>(scale), scores, spare);
       }
     });
@@ -299,7 +330,8 @@ at::Tensor few_token_attention(const at::Tensor& query, const at::Tensor& keys, 
 
 TORCH_LIBRARY(layerwise, library) {
   library.def("few_token_linear(Tensor input, Tensor[] weights) -> Tensor[]");
-  library.def("few_token_attention(Tensor query, Tensor keys, Tensor values, Tensor mask, float scale) -> Tensor");
+  library.def("few_token_attention(Tensor query, Tensor keys, Tensor values, Tensor? mask, float scale,"
+              " int? length=None) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(layerwise, CPU, library) {
   library.impl("few_token_linear", few_token_linear);

@@ -42,6 +42,7 @@ def load_operators(notify: Callable[[str], None]) -> None:
     few_token_linear: input (..., k) and any number of weights (n, k), to as many outputs (..., n).
     few_token_attention: query (rows, heads, tokens, size), keys and values (rows, key heads, capacity, size), additive
         float32 mask (rows, 1, tokens, length), scale, to (rows, tokens, heads, size); the first `length` keys count.
+        Without a mask `length` is an argument, and all tokens see all of these keys.
 
     Raises:
         OSError, subprocess.CalledProcessError: there is no compiler, or it fails.
@@ -55,7 +56,9 @@ def load_operators(notify: Callable[[str], None]) -> None:
         return [input.new_empty((*input.shape[:-1], weight.shape[0])) for weight in weights]
 
     @torch.library.register_fake("layerwise::few_token_attention")
-    def _(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scale: float) -> Tensor:
+    def _(
+        query: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, scale: float, length: int | None = None
+    ) -> Tensor:
         rows, heads, tokens, size = query.shape
         return query.new_empty((rows, tokens, heads, size))
 

@@ -1,4 +1,4 @@
-// What operators for one token of one row share: maps of one vector, by several threads, and short filters.
+// What operators for one token of one row share: maps of one vector, by several threads, short filters, and attention.
 //
 // A matrix that is still in the processor's cache meets its vector in runs of eight rows: as many sums as hide the
 // latency of a product, and few enough streams to load from. One that comes from memory is read as it lies there, a row
@@ -9,11 +9,13 @@
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
+#include <optional>
 #include <type_traits>
 #include <vector>
 #ifdef __AVX512BF16__
@@ -151,6 +153,18 @@ void filter_head(const float* taps, int64_t count, const T* newest, int64_t size
     for (int64_t j = 0; j < count; ++j) sum += taps[j] * static_cast<float>(newest[at - j * size]);
     to[at] = static_cast<Y>(sum);
   }
+}
+
+// Attention of one query (1, heads, 1, size) to the first `length` of keys and values (1, key heads, capacity, size):
+// (1, 1, heads, size). By the operator of few_tokens.cpp, which must be loaded.
+inline at::Tensor attend_one(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, int64_t length,
+                             double scale) {
+  static const auto few =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("layerwise::few_token_attention", "")
+          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const std::optional<at::Tensor>&,
+                            double, std::optional<int64_t>)>();
+  return few.call(query, keys, values, std::nullopt, scale, length);
 }
 
 template <typename Run>

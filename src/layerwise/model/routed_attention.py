@@ -57,6 +57,8 @@ class RoutedAttention(nn.Module):
         kernel: how routed queries are scored; all give the same result. "dense" scores every position; "gathered" the
             routed ones against all keys; "chunked" in chunks, each against the keys up to its last query. "auto" is
             dense if everybody attends and chunked otherwise.
+        fused: of a prepared layer that attends everywhere, a single query is scored by torch's fused attention: what
+            benchmarks compare with.
         blend: compute both paths everywhere while training, for an exact straight-through gradient. Without it the
             routed path is used, and only positions that attend teach the router.
         tau: temperature of the Gumbel softmax in training.
@@ -98,7 +100,7 @@ class RoutedAttention(nn.Module):
         self.mixing: Mixing = "routed"
         self.kernel: Kernel = "auto"
         self.chunk, self.blend, self.tau = CHUNK, True, 1.0
-        self.prepared = False
+        self.prepared = self.fused = False
         self.start_taps()
 
     def start_taps(self) -> None:
@@ -225,7 +227,7 @@ class RoutedAttention(nn.Module):
         keys, values = cache.key_room(cache.length, self.kv_heads, self.head_dim, hidden)
         inputs, count = cache.inputs, cache.length - cache.made
         output = torch.ops.layerwise.attend_token.default(
-            inputs.buffer, inputs.end - count, count, self._attention_weights, keys, values, cache.made
+            inputs.buffer, inputs.end - count, count, self._attention_weights, keys, values, cache.made, self.fused
         )
         cache.made = cache.length
         return output

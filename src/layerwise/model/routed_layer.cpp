@@ -4,7 +4,6 @@
 
 #include "one_token.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -44,17 +43,6 @@ void rotate(T* x, int64_t heads, int64_t each, const T* cosine, const T* sine) {
       x[i] = static_cast<T>(first * cosine[i] - second * sine[i]);
       x[i + half] = static_cast<T>(second * cosine[i + half] + first * sine[i + half]);
     }
-}
-
-// Attention of one query over the first `length` keys: (heads * size).
-at::Tensor attend(const at::Tensor& query, const at::Tensor& keys, const at::Tensor& values, int64_t length,
-                  double scale) {
-  static const auto few =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("layerwise::few_token_attention", "")
-          .typed<at::Tensor(const at::Tensor&, const at::Tensor&, const at::Tensor&, const at::Tensor&, double)>();
-  const auto mask = at::zeros({1, 1, 1, length}, query.options().dtype(at::kFloat));
-  return few.call(query, keys, values, mask, scale);
 }
 
 // The hidden state (1, 1, size) after attention, and the router's gate and logit (1, 1), both 0 if it is not asked.
@@ -144,7 +132,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> routed_layer(
     if (attends) {
       add(asked, maps[4]);
       rotate(asked, heads, each, cos, sin);
-      const auto attended = attend(query, keys, values, place + 1, scale);
+      const auto attended = attend_one(query, keys, values, place + 1, scale);
       std::memcpy(mixed.data(), attended.template const_data_ptr<T>(), inner * sizeof(T));
     }
     T* const to = output.template mutable_data_ptr<T>();

@@ -106,10 +106,11 @@ at::Tensor convolve(const T* inputs, int64_t tokens, const at::Tensor& value, co
 }
 
 // Attention of the last of `count` inputs (count, size), the first of which stands at `made`: their keys and values go
-// into the buffers (1, key heads, capacity, head size), of which earlier ones are filled. Gives (1, 1, size).
+// into the buffers (1, key heads, capacity, head size), of which earlier ones are filled. Gives (1, 1, size). If `fused`,
+// scores are left to the framework's attention.
 template <typename T>
 at::Tensor attend(const T* tokens, int64_t count, const Attention& maps, const at::Tensor& keys,
-                  const at::Tensor& values, int64_t made) {
+                  const at::Tensor& values, int64_t made, bool fused = false) {
   const int64_t inner = maps.query.size(0), size = maps.query.size(1), length = made + count;
   const int64_t groups = keys.size(1), capacity = keys.size(2), each = keys.size(3), rows = groups * each;
   TORCH_CHECK(length <= capacity && keys.is_contiguous() && values.is_contiguous(),
@@ -135,9 +136,11 @@ at::Tensor attend(const T* tokens, int64_t count, const Attention& maps, const a
       std::memcpy(all_keys + to, new_keys + from, each * sizeof(T));
       std::memcpy(all_values + to, new_values + from, each * sizeof(T));
     }
-  const auto mixed = at::scaled_dot_product_attention(query, keys.narrow(2, 0, length), values.narrow(2, 0, length), {},
-                                                      0.0, false, {}, inner != rows)
-                         .contiguous();
+  const auto mixed = fused ? at::scaled_dot_product_attention(query, keys.narrow(2, 0, length),
+                                                              values.narrow(2, 0, length), {}, 0.0, false, {},
+                                                              inner != rows)
+                                 .contiguous()
+                           : attend_one(query, keys, values, length, 1.0 / std::sqrt(each));
   auto output = at::empty({1, 1, maps.output.size(0)}, keys.options());
   multiply<CACHED, T>({{weight<T>(maps.output), output.template mutable_data_ptr<T>(), output.size(2)}},
               mixed.template const_data_ptr<T>(), inner);
@@ -146,13 +149,14 @@ at::Tensor attend(const T* tokens, int64_t count, const Attention& maps, const a
 
 // `attend` for inputs (1, capacity, size) from `first` on.
 at::Tensor attend_token(const at::Tensor& inputs, int64_t first, int64_t count, at::TensorList weights,
-                        const at::Tensor& keys, const at::Tensor& values, int64_t made) {
+                        const at::Tensor& keys, const at::Tensor& values, int64_t made, bool fused) {
   const Attention maps{weights[0], weights[1], weights[2], weights[3]};
   TORCH_CHECK(first >= 0 && first + count <= inputs.size(1),
               "attend_token: sizes do not fit");
   return of_type(inputs, [&](auto zero) {
     using T = decltype(zero);
-    return attend<T>(weight<T>(inputs) + first * inputs.size(2), count, maps, keys, values, made);
+    return attend<T>(weight<T>(inputs) + first * inputs.size(2), count, maps, keys, values, made,
+                     fused);
   });
 }
 
@@ -207,7 +211,7 @@ TORCH_LIBRARY_FRAGMENT(layerwise, library) {
       " int position, int made) -> (Tensor, Tensor, Tensor, Tensor, bool)");
   library.def(
       "attend_token(Tensor inputs, int first, int count, Tensor[] weights, Tensor(a!) keys, Tensor(b!) values,"
-      " int made) -> Tensor");
+      " int made, bool fused=False) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(layerwise, CPU, library) {
   library.impl("routed_token", routed_token);

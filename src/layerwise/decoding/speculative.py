@@ -61,14 +61,15 @@ class Crew:
         self.prices: dict[str, float] = {}
         self.hopes: dict[str, Hope] = {}  # of this round, where a draft knows
         # A tree is looked up row by row, and in a batch every further token is dear: second guesses do not pay there.
+        # For one row the chains stay beside it: a long copy is often right where the tree has spent tokens on doubts.
         auto, counted = draft.kind == "auto", model.ngrams is not None
         tree = draft.kind == "tree" or (auto and counted and target.rows == 1)
         self.ngram: NGramDrafter | None = None
-        if draft.kind == "ngram" or draft.lookup or (auto and not tree):
+        if draft.kind == "ngram" or draft.lookup or auto:
             self.ngram = NGramDrafter(target)
             self.drafters["ngram"] = self.ngram
         self.corpus: CorpusDrafter | None = None
-        if draft.kind == "corpus" or (auto and counted and not tree):
+        if draft.kind == "corpus" or (auto and counted):
             self.corpus = CorpusDrafter(target, model.ngrams)
             self.drafters["corpus"] = self.corpus
         self.tree: TreeDrafter | None = None

@@ -38,8 +38,8 @@ BUDGET: dict[str, Any] = {  # the same for every objective
     "max_length": MOST_TOKENS,
     "save_every": 25,
 }
-FREE = "4-7 14 17 25"  # by greedy search those that the inputs which bear it best miss least; others always run
-KEPT = "0-3 8-13 15-16 18-24 26-29"
+FREE = "4-7 17 25 27"  # by greedy search those that the inputs which bear it best miss least; others always run
+KEPT = "0-3 8-16 18-24 26 28-29"
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "quality": {
         "tolerance": 0.08,
@@ -49,6 +49,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "start_bias": 0.2,
         "start_closed": FREE,
         "keep": KEPT,
+        "bridge_rank": 64,
         "learning_rate": 1e-3,
         "lora_dropout": 0.0,
     },

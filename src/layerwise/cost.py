@@ -27,6 +27,7 @@ class LayerShape:
     other_weights: int  # norms and biases: read, but not multiplied as matrices
     query_width: int  # query heads x head size
     key_width: int  # key heads x head size: what one token adds to K, and again to V
+    bridge_weights: int = 0  # of the map that stands in for the layer, if there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +76,11 @@ def pass_cost(
     multiplied = attention = read = cached = 0
     for visit in plan:
         layer = shape.layers[visit.layer]
+        if visit.part is Part.BRIDGE:
+            multiplied += layer.bridge_weights
+            continue
         read += layer.other_weights
-        if visit.part is not Part.MLP:
+        if visit.attends:
             multiplied += layer.attention_weights
             attention += 2 * 2 * layer.query_width * tokens * keys  # scores, then the weighted sum of values
             cached += 2 * layer.key_width * (keys + tokens)  # all keys and values read, the new ones written

@@ -21,6 +21,7 @@ from torch import nn
 
 from layerwise import __version__
 from layerwise.decoding.ngram_model import NGramModel
+from layerwise.model.bridges import Bridges
 from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
 from layerwise.model.exit_head import ExitHead
 from layerwise.model.fingerprint import fingerprint, is_adapted, is_changed
@@ -34,7 +35,8 @@ if TYPE_CHECKING:
 
 FILE = "layerwise.json"
 FORMAT = 1
-PARTS = ("exits", "exit_head", "ngrams", "routed_layers")  # entries of FILE for what a model may have besides
+# Entries of FILE for what a model may have besides.
+PARTS = ("exits", "exit_head", "ngrams", "routed_layers", "bridges")
 
 
 def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
@@ -128,6 +130,9 @@ def _save_parts(model: LayerwiseForCausalLM, folder: Path, about: dict[str, Any]
     if model.routed_layers is not None:
         about["routed_layers"] = list(model.routed_layers.numbers)
         model.routed_layers.save(folder)
+    if model.bridges is not None:
+        about["bridges"] = list(model.bridges.numbers)
+        model.bridges.save(folder)
 
 
 def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
@@ -212,11 +217,9 @@ def from_pretrained(
         base = _with_adapter(base, adapter)
         if engine != "eager":
             base = base.merge_and_unload()  # merged weights are read once; separate ones cost extra calls
-    model = attach(base, plan, engine, notify)
+    model = attach(base, None, engine, notify)
     model.merged = about["adapted"] and engine != "eager"
     model.adapter_folder = adapter
-    if plan is None:
-        model.policy = policy_from_dict(about["policy"], model.depth, adapter)
     model.exits = tuple(exit for exit in about.get("exits") or () if 0 < exit < model.depth)
     if about.get("exit_head"):
         model.exit_head = ExitHead.load(adapter, model.runtime.backbone)
@@ -225,6 +228,13 @@ def from_pretrained(
     if about.get("routed_layers"):
         model.routed_layers = RoutedLayers.load(adapter, model.runtime.backbone)
         model.routed_layers.attach(model.runtime.backbone)
+    if about.get("bridges"):
+        model.bridges = Bridges.load(adapter, model.runtime.backbone).to(model.dtype)
+        model.bridges.attach(model.runtime.backbone)
+    if plan is None:
+        model.policy = policy_from_dict(about["policy"], model.depth, adapter)
+    else:
+        model.plan = plan
     return model
 
 

@@ -1,14 +1,16 @@
 """Plans: which layers one forward pass visits, and in which order.
 
 A transformer with L layers usually visits 0, 1, ..., L-1. A plan is any other list of visits: layers left out
-(skips), visited again (repeats), or visited in part (attention or MLP alone). Plans are values: frozen,
-hashable, compared by content, and written as text that reads back to the same plan:
+(skips), visited again (repeats), visited in part (attention or MLP alone), or crossed by a bridge, a small map that an
+adapter may bring for a layer that is left out. Plans are values: frozen, hashable, compared by content, and written as
+text that reads back to the same plan:
 
     0-29            every layer of a 30-layer model
     0-5 8-29        layers 6 and 7 skipped
     0-6 7*2 8-29    layer 7 twice
     3-5*2           the block 3 4 5 3 4 5
     0-8 9a 10m 11-29    attention alone in layer 9, MLP alone in layer 10
+    0-3 4-6b 7-29   bridges in place of layers 4 to 6
 
 Each visit that attends owns one slot of the KV cache, keyed (layer, how often the layer attended before): the
 second visit of a layer sees other hidden states than the first, so it must not share its keys.
@@ -35,13 +37,14 @@ class Part(StrEnum):
     BOTH = ""
     ATTENTION = "a"
     MLP = "m"
+    BRIDGE = "b"
 
     __hash__ = str.__hash__  # an enum's own is Python, and visits are keys that every layer call looks up
 
 
 @dataclass(frozen=True, slots=True, order=True)
 class Visit:
-    """One run of one layer, or of its attention or MLP alone."""
+    """One run of one layer, of its attention or MLP alone, or of the bridge that stands in for it."""
 
     layer: int
     part: Part = Part.BOTH
@@ -49,7 +52,7 @@ class Visit:
     @property
     def attends(self) -> bool:
         """Whether the visit reads and writes a slot of the KV cache."""
-        return self.part is not Part.MLP
+        return self.part in (Part.BOTH, Part.ATTENTION)
 
     def __str__(self) -> str:
         return f"{self.layer}{self.part}"
@@ -63,7 +66,8 @@ class Slot:
     nth: int
 
 
-_ITEM = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?([am]?)(?:\*(\d{1,6}))?", re.ASCII)
+_DEPTHS = {Part.BOTH: 1.0, Part.ATTENTION: 0.5, Part.MLP: 0.5, Part.BRIDGE: 0.0}
+_ITEM = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?([abm]?)(?:\*(\d{1,6}))?", re.ASCII)
 _GRAMMAR = 'write layers and ranges such as "0-5 7*2 8-29"'
 MAX_REPEATS = 64  # more in one item is a slip of the keyboard, and would exhaust the cache
 MAX_LAYERS = 10_000
@@ -144,7 +148,7 @@ class Plan:
         raise ValueError(f"plan '{self}' does not visit the block {first}-{last} as a whole")
 
     def only(self, part: Part, *layers: int) -> Plan:
-        """With just the attention or the MLP of `layers` run."""
+        """With just the attention, the MLP or the bridge of `layers` run."""
         return Plan(tuple(Visit(v.layer, part) if v.layer in layers else v for v in self.visits))
 
     def __add__(self, other: Plan) -> Plan:
@@ -166,12 +170,12 @@ class Plan:
 
     @property
     def depth(self) -> float:
-        """Layers run per token: 1 for a whole visit, 1/2 for attention or MLP alone."""
-        return sum(1.0 if visit.part is Part.BOTH else 0.5 for visit in self.visits)
+        """Layers run per token: 1 for a whole visit, 1/2 for attention or MLP alone, 0 for a bridge."""
+        return sum(_DEPTHS[visit.part] for visit in self.visits)
 
     @cached_property
     def slots(self) -> tuple[Slot | None, ...]:
-        """The KV slot of each visit; None for an MLP visit."""
+        """The KV slot of each visit; None for one that does not attend."""
         seen: Counter[int] = Counter()
         slots: list[Slot | None] = []
         for visit in self.visits:
@@ -180,8 +184,8 @@ class Plan:
         return tuple(slots)
 
     def counts(self, layers: int) -> tuple[int, ...]:
-        """How often each of `layers` layers is visited, whole or in part."""
-        visited = Counter(visit.layer for visit in self.visits)
+        """How often each of `layers` layers is visited, whole or in part; a bridge is no visit of its layer."""
+        visited = Counter(visit.layer for visit in self.visits if visit.part is not Part.BRIDGE)
         return tuple(visited[layer] for layer in range(layers))
 
     def common_prefix(self, other: Plan) -> int:

@@ -5,7 +5,8 @@ projections around torch's fused `scaled_dot_product_attention`, no router and n
 with torch's own projections and with the operators that the routed layer uses for them, and the faster of the two
 counts; what full attention takes if its single queries are scored by our operator too is noted beside it
 (`full_own_seconds`). The routed layer runs everything it needs: router, convolution, gather, scatter; only *who*
-attends is given, so that a usage can be set. Routed positions are spread at random over the text. Contenders take turns (see `timing`).
+attends is given, so that a usage can be set. Routed positions are spread at random over the text. Contenders take turns
+(see `timing`).
 
     ideal     cost of full attention / cost of the routed layer, as counted: multiplications for a forward pass, bytes
               of weights and cache read for a decoding step. It includes router, convolution and projections.

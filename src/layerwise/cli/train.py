@@ -29,7 +29,9 @@ OBJECTIVES_OF: dict[str, tuple[str, ...]] = {
     "target": ("budget",),
     "tolerance": ("quality",),
     "dual_rate": ("budget", "quality"),
-    **dict.fromkeys(("candidates", "keep", "start_closed", "start_bias", "hold", "hold_full", "settle"), ROUTED),
+    **dict.fromkeys(
+        ("candidates", "keep", "start_closed", "start_bias", "hold", "hold_full", "settle", "bridge_rank"), ROUTED
+    ),
     **dict.fromkeys(("reads", "router_learning_rate"), ROUTED),
 }
 BY_GRADIENT = ("penalty", "dual_rate", "router_learning_rate")  # not for routers that are fitted

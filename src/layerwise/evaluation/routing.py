@@ -106,21 +106,22 @@ def perplexity(losses: Sequence[float], chosen: Sequence[int]) -> float:
 # -- controls ----------------------------------------------------------------------------------------------------
 
 
-def control_plans(plans: Sequence[Plan], layers: int, keep: Sequence[int], seed: int) -> dict[str, list[Plan]]:
-    """For each control a plan for each prompt; each control skips as many layers over all prompts as `plans` do.
+def control_plans(plans: Sequence[Plan], policy: GatedPolicy, seed: int) -> dict[str, list[Plan]]:
+    """For each control a plan for each prompt; each control skips as many layers over all prompts as `plans` do, and
+    takes bridges where the policy does.
 
     Static and random skip the same number for every prompt, give or take one: that a prompt bears many is what routers
     have to find out.
     """
-    chance, full = random.Random(seed), Plan.full(layers)
+    chance, layers = random.Random(seed), policy.layers
     skipped = [[layer for layer, ran in enumerate(plan.counts(layers)) if not ran] for plan in plans]
     times = [sum(layer in those for those in skipped) for layer in range(layers)]
-    free = sorted((layer for layer in range(layers) if layer not in keep), key=lambda layer: -times[layer])
+    free = sorted((layer for layer in range(layers) if layer not in policy.keep), key=lambda layer: -times[layer])
     total = sum(len(those) for those in skipped)
     low, more = divmod(total, len(plans))
     extra = set(chance.sample(range(len(plans)), more))
-    static = [full.skip(*free[: low + (at in extra)]) for at in range(len(plans))]
-    drawn = [full.skip(*chance.sample(free, low + (at in extra))) for at in range(len(plans))]
+    static = [policy.plan(free[: low + (at in extra)]) for at in range(len(plans))]
+    drawn = [policy.plan(chance.sample(free, low + (at in extra))) for at in range(len(plans))]
     order = list(range(len(plans)))
     chance.shuffle(order)
     return {"static": static, "random": drawn, "shuffled": [plans[at] for at in order]}
@@ -137,10 +138,9 @@ def controls(
     """Each control's exp(CE) over tool calls and planning, and how much more nats a token it costs than the routes."""
     chosen = [at for at, one in enumerate(asked) if one.side in ("tools", "planning")]
     assert isinstance(model.policy, GatedPolicy)
-    keep = model.policy.keep
     those = [plans[at] for at in chosen]
     found = {}
-    for name, other in control_plans(those, model.depth, keep, seed).items():
+    for name, other in control_plans(those, model.policy, seed).items():
         theirs, _ = answer_losses(model, [asked[at] for at in chosen], pad, other)
         worse = [their - losses[at] for their, at in zip(theirs, chosen, strict=True)]
         found[name] = {

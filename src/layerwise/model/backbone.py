@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from layerwise.cost import LayerShape, ModelShape
-from layerwise.plan import Part, Visit
+from layerwise.plan import Part, Plan, Visit
 
 TESTED = "Llama, Qwen2, Qwen3, Mistral and Gemma3 text models are tested"
 _LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "past_key_values", "position_embeddings")
@@ -83,6 +83,7 @@ class Backbone:
         self.sdpa = implementation == "sdpa"
         self.kinds = self._kinds()
         self.attention: dict[int, nn.Module] = {}  # run in place of a layer's own attention
+        self.bridges: dict[int, nn.Module] = {}  # run in place of a layer, where a plan says so
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
     # -- the parts ---------------------------------------------------------------------------------------
@@ -130,6 +131,8 @@ class Backbone:
         left out; since every decoder layer adds its branches to the residual stream, that leaves the rest as is.
         In the same way attention is replaced where `attention` says so.
         """
+        if visit.part is Part.BRIDGE:
+            return self.bridges[visit.layer]
         own = self.attention.get(visit.layer)
         if visit.part is Part.BOTH and own is None:
             return self.layers[visit.layer]
@@ -142,6 +145,16 @@ class Backbone:
             left_out = "mlp" if visit.part is Part.ATTENTION else "self_attn"
             part._modules[left_out] = _Nothing(tuple_result=left_out == "self_attn")
         return part
+
+    def check(self, plan: Plan) -> Plan:
+        """Return the plan itself if the model can run it, else raise ValueError."""
+        for visit in plan.check(self.depth):
+            if visit.part is Part.BRIDGE and visit.layer not in self.bridges:
+                raise ValueError(
+                    f"plan '{plan}' has a bridge in place of layer {visit.layer}, but the model has none there: load "
+                    "an adapter that brings it, or leave the layer out"
+                )
+        return plan
 
     def rotary(self, kind: str | None, positions: Tensor, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines at `positions` (rows, width), all below `stop`; each (rows, width, head size)."""
@@ -166,12 +179,13 @@ class Backbone:
     def shape(self) -> ModelShape:
         """The sizes that costs are computed from, read off the modules as they are now."""
         layers = []
-        for layer in self.layers:
+        for number, layer in enumerate(self.layers):
             attention, mlp = _matrix_entries(layer.self_attn), _matrix_entries(layer.mlp)
+            bridge = _matrix_entries(self.bridges[number]) if number in self.bridges else 0
             everything = sum(parameter.numel() for parameter in layer.parameters())
             queries = layer.self_attn.o_proj.in_features  # not of q_proj: some models have one map for all three
             keys = queries // layer.self_attn.num_key_value_groups
-            layers.append(LayerShape(attention, mlp, everything - attention - mlp, queries, keys))
+            layers.append(LayerShape(attention, mlp, everything - attention - mlp, queries, keys, bridge))
         vocabulary, hidden = self.head.weight.shape
         return ModelShape(tuple(layers), hidden, vocabulary, self.head.weight.element_size())
 

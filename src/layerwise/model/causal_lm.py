@@ -23,6 +23,7 @@ from layerwise.decoding.ngram_model import NGramModel
 from layerwise.decoding.pass_times import BESIDES, pass_times
 from layerwise.decoding.tuner import Tuner
 from layerwise.model.backbone import Backbone, UnsupportedModelError
+from layerwise.model.bridges import Bridges
 from layerwise.model.cache import Cache
 from layerwise.model.compiled import CompiledEngine, compiler_available
 from layerwise.model.exit_head import ExitHead
@@ -72,6 +73,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.exit_head: ExitHead | None = None  # drafts for this model, if it was trained
         self.ngrams: NGramModel | None = None  # of its answers, to draft with
         self.routed_layers: RoutedLayers | None = None  # layers whose attention is routed
+        self.bridges: Bridges | None = None  # what stands in for layers, where a plan says so
         self.exits: tuple[int, ...] = ()  # exits that were trained: drafts that `auto` tries
         self._draft = Draft("off")
         self._tuners: dict[str, Tuner] = {}
@@ -100,10 +102,10 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
     def read_plan(self, plan: Plan | str) -> Plan:
         """Check a plan, or parse its text, for this model; ValueError if it does not fit."""
         if isinstance(plan, str):
-            return Plan.parse(plan, self.depth)
+            plan = Plan.parse(plan, self.depth)
         if not isinstance(plan, Plan):
             raise ValueError(f"a plan is a Plan or its text, not {plan!r}")
-        return plan.check(self.depth)
+        return self.runtime.backbone.check(plan)
 
     def row_plans(self, rows: int, plans: Sequence[Plan | str] | None = None) -> list[Plan]:
         """The plan of each row: `plans` if given (one a row), else what the policy says."""
@@ -149,7 +151,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         if draft.kind == "corpus" and self.ngrams is None:
             raise ValueError("this model has no corpus to draft from: load an adapter that brings one, or use auto")
         if draft.plan is not None:
-            draft.plan.check(self.depth)
+            self.runtime.backbone.check(draft.plan)
         as_text = replace(draft, trust=None)
         return replace(Draft.parse(str(as_text), self.depth), trust=draft.trust)
 

@@ -79,7 +79,7 @@ class ExitHead(nn.Module):
         """The head's layer, norm and cut head as a backbone of one layer, to be run as any other."""
         own = base.over(norm=self.norm, head=self.head)
         own.layers = [self.layer]
-        own.kinds, own.attention = base.kinds[-1:], {}
+        own.kinds, own.attention, own.bridges = base.kinds[-1:], {}, {}
         return own
 
     # -- saving ------------------------------------------------------------------------------------------

@@ -187,8 +187,8 @@ class LayerSource:
         self.kind = backbone.kinds[visit.layer]
         self.weights = list(_named_tensors(self.module).values())
         self.adapters = _adapters(self.module)
-        part = {Part.BOTH: "layers", Part.ATTENTION: "attention", Part.MLP: "MLPs"}[visit.part]
-        self.title = f"{type(self.module).__name__} {part}, {_TITLES[form]}"
+        part = {Part.BOTH: " layers", Part.ATTENTION: " attention", Part.MLP: " MLPs", Part.BRIDGE: "s"}[visit.part]
+        self.title = f"{type(self.module).__name__}{part}, {_TITLES[form]}"
 
     @property
     def key(self) -> str:

@@ -226,6 +226,9 @@ class LayerRouteRecipe:
         default=0,
         metadata=_help("Quality: how often after the held steps routers are fitted to measured gaps; 0: by gradient."),
     )
+    bridge_rank: int = field(
+        default=0, metadata=_help("With fits: rank of the maps that stand in for layers that may be skipped; 0: none.")
+    )
     start_bias: float = field(default=1.0, metadata=_help("Bias of gates that begin open; closed ones have its minus."))
     reads: Reads | None = field(
         default=None, metadata=_help("What a router sees: mean, or last token, of the prompt; paper: mean, else last.")
@@ -245,7 +248,7 @@ class LayerRouteRecipe:
         for name in ("tolerance", "start_bias"):
             value = getattr(self, name)
             _require(value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
-        for name in ("penalty", "dual_rate", "weight_decay", "candidates", "fits"):
+        for name in ("penalty", "dual_rate", "weight_decay", "candidates", "fits", "bridge_rank"):
             value = getattr(self, name)
             _require(value >= 0, f"{name.replace('_', '-')} must be 0 or more, not {value}")
         _require(
@@ -256,6 +259,7 @@ class LayerRouteRecipe:
             not self.fits or bool(self.keep.strip()) or self.candidates > 0,
             "fits answer without all layers that may be skipped: say by keep which must run, or give candidates",
         )
+        _require(not self.bridge_rank or self.fits > 0, "bridges are fitted with the routers: give fits too")
         rate = self.router_learning_rate
         _require(rate is None or rate > 0, f"router-learning-rate must be above 0, not {rate}")
         _require(0 <= self.lora_dropout < 1, f"lora-dropout must be at least 0 and below 1, not {self.lora_dropout}")

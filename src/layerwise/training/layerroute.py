@@ -26,6 +26,9 @@ With `fits` the objective quality needs no price, and no gradient reaches the ro
 fitted to gaps that are measured, of examples answered with all skips and with none (`gate_fits`); after the held steps,
 `fits` times at even distances, and once more at the end. The LoRA learns by CE along the paths that they choose.
 
+With `bridge_rank` a skipped layer is crossed by a bridge (`model.bridges`). Before the first step bridges are fitted by
+least squares to the half of some examples that lose least without these layers; then they learn as the LoRA does.
+
 Means of gates are over rows and all layers. No objective knows of what kind an input is.
 """
 
@@ -45,18 +48,21 @@ from transformers import TrainerCallback
 
 from layerwise.data.examples import IGNORED, Tokens
 from layerwise.model.backbone import Backbone
+from layerwise.model.bridges import Bridges
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.frame import Frame
 from layerwise.model.packing import Packing, lengths_of_prompts
 from layerwise.model.runtime import EagerEngine, Runtime
 from layerwise.plan import Plan, Route, Step, schedule
 from layerwise.policies.gates import GatedPolicy, Gates
+from layerwise.training.bridge_fit import fit_bridges
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, layers_of
 from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, row_losses
 from layerwise.training.trainer import RecipeTrainer, read_examples, run_training
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
 PROMPTS = 64  # in whose states the directions are found that routers see
+BRIDGED = 128  # examples, of which half fit the bridges
 FITTED = 192  # examples that routers are fitted to while the LoRA learns
 LAST_FITTED = 384  # and at last
 PRUDENCE = 3.0  # at last, when no training follows: an input that skips what it cannot bear loses most
@@ -113,6 +119,8 @@ class LayerRoute(nn.Module):
             basis = None if reads == "mean" else torch.zeros(layers, directions, hidden, device=device)
             center = None if reads == "mean" else torch.zeros(layers, hidden, device=device)
             model.policy = GatedPolicy(self.weight, self.bias, keep, reads, center, basis)
+            if recipe.bridge_rank and not recipe.candidates:
+                self._bridge()
 
     def choose_candidates(self, examples: Sequence[Tokens]) -> None:
         """Keep all layers but the recipe's `candidates`, those without which these answers lose least.
@@ -132,12 +140,29 @@ class LayerRoute(nn.Module):
         Returns:
             the mean gap, nats a token, and the share of examples whose gap is bearable.
         """
-        full = Plan.full(self.model.depth)
-        kept = self.model.policy.keep
-        gaps = lost(self.model, examples, full.skip(*(layer for layer in range(len(full)) if layer not in kept)))
+        gaps = lost(self.model, examples, self._short())
         bearable = max(self.recipe.tolerance, SHRINK * gaps.mean().item())
         choose_basis(self.model, examples, (1 - gaps / bearable).clamp(-prudence, 1))
         return gaps.mean().item(), (gaps < bearable).float().mean().item()
+
+    def fit_bridges(self, examples: Sequence[Tokens]) -> None:
+        """Fit the bridges to the half of these examples that lose least without the layers that may be skipped."""
+        gaps = lost(self.model, examples, self._short())
+        bearing = gaps.argsort()[: max(1, len(examples) // 2)].tolist()
+        fit_bridges(self.model, [examples[at] for at in bearing], self._short())
+
+    def _short(self) -> Plan:
+        """The plan of a prompt that skips all it may."""
+        policy = self.model.policy
+        return policy.plan([layer for layer in range(self.model.depth) if layer not in policy.keep])
+
+    def _bridge(self) -> None:
+        """Give every layer that may be skipped a bridge, which adds nothing yet."""
+        model = self.model
+        free = tuple(layer for layer in range(model.depth) if layer not in model.policy.keep)
+        model.bridges = Bridges(model.runtime.backbone, free, self.recipe.bridge_rank)
+        model.bridges.attach(model.runtime.backbone)
+        model.policy = replace(model.policy, bridged=free)
 
     def _may_skip(self, candidates: Sequence[int]) -> None:
         """Keep all layers but these, cheapest first; their gates start open, the cheapest next to closing."""
@@ -146,6 +171,8 @@ class LayerRoute(nn.Module):
         assert self.bias is not None
         for rank, layer in enumerate(candidates, 1):
             self.bias.data[layer] = 2 * self.recipe.start_bias * rank / len(candidates)
+        if self.recipe.bridge_rank:
+            self._bridge()
 
     @property
     def config(self) -> Any:
@@ -242,9 +269,9 @@ class LayerRoute(nn.Module):
 
     def _held_plans(self, rows: int) -> list[Plan]:
         """For each row, by chance: every layer, or those whose gates are open by their bias."""
-        full = Plan.full(self.model.depth)
+        full, policy = Plan.full(self.model.depth), self.model.policy
         closed = [layer for layer, bias in enumerate(self.bias.tolist()) if bias <= 0]  # type: ignore[union-attr]
-        short = full.skip(*(layer for layer in closed if layer not in self.model.policy.keep))
+        short = policy.plan([layer for layer in closed if layer not in policy.keep])
         return [full if whole else short for whole in (torch.rand(rows) < self.recipe.hold_full).tolist()]
 
     def _note(self, values: Tensor, real: Tensor) -> None:
@@ -310,6 +337,9 @@ class LayerRouteTrainer(RecipeTrainer):
             module.price, module.gap = float(state["price"]), float(state["gap"])
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ValueError(f"'{folder}' is no checkpoint of this training: it has no readable {STATE}") from error
+        if module.model.bridges is not None:
+            bridges = Bridges.load(folder, module.model.runtime.backbone)
+            module.model.bridges.load_state_dict(bridges.state_dict())
         if module.weight is not None:
             saved = GatedPolicy.load(module.model.policy.to_dict(), module.model.depth, folder)
             with torch.no_grad():
@@ -328,6 +358,8 @@ class _Dual(TrainerCallback):
         recipe = module.recipe
         if not isinstance(module.model.policy, GatedPolicy) or module.model.policy.reads != "last":
             return
+        if module.model.bridges is not None and state.global_step == 0:
+            module.fit_bridges(_drawn(examples, args.seed, BRIDGED))
         times = [recipe.hold + (1 - recipe.hold) * fit / max(1, recipe.fits) for fit in range(max(1, recipe.fits))]
         if state.global_step not in [ceil(time * module.steps) for time in times]:
             return
@@ -364,6 +396,8 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
 
     def finish(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:
         """The routers as they are shipped, so that what is saved decides as what is in memory."""
+        if model.bridges is not None and config.precision == "bfloat16":  # saved as what they are run in, as the LoRA
+            model.bridges.to(torch.bfloat16)
         if config.fits:  # once more to the finished LoRA
             gap, bearing = made[0].fit_gates(_drawn(examples, config.seed, LAST_FITTED), PRUDENCE)
             notify(f"routers fitted: {bearing:.0%} of the examples bear every skip, which costs {gap:.3f} on average")

@@ -299,14 +299,17 @@ def logged(out: Path) -> Iterator[dict[str, float]]:
             yield {name: value for name, value in entry.items() if name not in ("epoch", "step")}
 
 
-@pytest.mark.parametrize("fits", [0, 2])
+@pytest.mark.parametrize(("fits", "bridge_rank"), [(0, 0), (2, 0), (2, 2)])
 def test_ctrl_c_and_resume_equal_uninterrupted_training(
     fits: int,
+    bridge_rank: int,
     files: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given = {"fits": 2, "hold": 0.2, "hold_full": 0.5, "start_closed": "2-3", "keep": "0-1 4-5"} if fits else {}
+    given: dict[str, Any] = {"bridge_rank": bridge_rank}
+    if fits:
+        given |= {"fits": 2, "hold": 0.2, "hold_full": 0.5, "start_closed": "2-3", "keep": "0-1 4-5"}
     whole = config(files, tmp_path / "whole", router_learning_rate=0.05, **given)
     train(whole)
     expected = list(logged(tmp_path / "whole"))
@@ -328,6 +331,10 @@ def test_ctrl_c_and_resume_equal_uninterrupted_training(
     assert torch.equal(ours.policy.weight, theirs.policy.weight) and ours.policy.weight.any()
     assert ours.policy.weight.dtype == torch.bfloat16
     assert decided(ours, IDS, attention_mask=MASK) == decided(theirs, IDS, attention_mask=MASK)
+    if bridge_rank:
+        assert ours.bridges.numbers == (2, 3) and ours.policy.bridged == (2, 3)
+        for mine, its in zip(ours.bridges.parameters(), theirs.bridges.parameters(), strict=True):
+            assert torch.equal(mine, its) and mine.any()
 
 
 def test_the_budget_moves_the_rate_to_its_target(files: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -387,6 +394,8 @@ def test_options_that_would_be_ignored_are_refused(
         ({"tolerance": 0.0}, "tolerance"),
         ({"penalty": -1.0}, "penalty"),
         ({"keep": "x"}, "'x'"),
+        ({"bridge_rank": -1}, "bridge-rank"),
+        ({"bridge_rank": 2}, "give fits too"),
         ({"rank": 0}, "rank"),
         ({"lora_dropout": 1.0}, "lora-dropout"),
         ({"router_learning_rate": 0.0}, "router-learning-rate"),

@@ -19,6 +19,7 @@ DOCUMENTED = {  # every example in the module's docstring, and the visits it sta
     "0-6 7*2 8-29": [(i, "") for i in [*range(7), 7, 7, *range(8, 30)]],
     "3-5*2": [(i, "") for i in [3, 4, 5, 3, 4, 5]],
     "0-8 9a 10m 11-29": [*((i, "") for i in range(9)), (9, "a"), (10, "m"), *((i, "") for i in range(11, 30))],
+    "0-3 4-6b 7-29": [*((i, "") for i in range(4)), *((i, "b") for i in (4, 5, 6)), *((i, "") for i in range(7, 30))],
 }
 
 MALFORMED = [  # text, model depth, item that the message must name, what it must say about the way out
@@ -51,7 +52,7 @@ def wild_plan(rng: random.Random, layers: int = 30) -> Plan:
     for _ in range(rng.randint(1, 8)):
         first = rng.randrange(layers)
         run = range(first, min(layers, first + rng.choice((1, 1, 2, 3, 10))))
-        part = rng.choice((Part.BOTH, Part.BOTH, Part.ATTENTION, Part.MLP))
+        part = rng.choice((Part.BOTH, Part.BOTH, Part.ATTENTION, Part.MLP, Part.BRIDGE))
         block = [Visit(layer, part) for layer in run]
         longest = 70 if len(block) == 1 else 4
         visits += block * rng.choice((1, 1, 1, 2, rng.randint(1, longest)))
@@ -64,7 +65,7 @@ def monotone_plan(rng: random.Random, layers: int = 12) -> Plan:
     """Only skips and repeats: layers in rising order, each whole or in one part."""
     visits: list[Visit] = []
     for layer in range(layers):
-        part = rng.choice((Part.BOTH, Part.BOTH, Part.BOTH, Part.ATTENTION, Part.MLP))
+        part = rng.choice((Part.BOTH, Part.BOTH, Part.BOTH, Part.ATTENTION, Part.MLP, Part.BRIDGE))
         visits += [Visit(layer, part)] * rng.choice((0, 1, 1, 1, 2, 3))
     return Plan(tuple(visits or [Visit(0)]))
 
@@ -267,7 +268,8 @@ def test_counts_of_each_layer() -> None:
     rng = random.Random(3)
     for _ in range(100):
         plan = wild_plan(rng)
-        assert plan.counts(30) == tuple(sum(visit.layer == layer for visit in plan) for layer in range(30))
+        visited = [visit.layer for visit in plan if visit.part is not Part.BRIDGE]
+        assert plan.counts(30) == tuple(visited.count(layer) for layer in range(30))
 
 
 def test_slots_count_only_visits_that_attend() -> None:
@@ -281,8 +283,9 @@ def test_each_attending_visit_owns_one_slot() -> None:
     for _ in range(200):
         plan = wild_plan(rng)
         for at, (visit, slot) in enumerate(zip(plan, plan.slots, strict=True)):
-            earlier = sum(v.layer == visit.layer and v.part is not Part.MLP for v in plan.visits[:at])
-            assert slot == (None if visit.part is Part.MLP else Slot(visit.layer, earlier))
+            keyless = (Part.MLP, Part.BRIDGE)
+            earlier = sum(v.layer == visit.layer and v.part not in keyless for v in plan.visits[:at])
+            assert slot == (None if visit.part in keyless else Slot(visit.layer, earlier))
         owned = [slot for slot in plan.slots if slot]
         assert len(set(owned)) == len(owned)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from layerwise.cost import decode_cost
 from layerwise.data import Example, bfcl, load, routing, split_of, tokenize
 from layerwise.evaluation import routing as suite
 from layerwise.evaluation.routed_answers import Asked, called, deciding_seconds, result, right
+from layerwise.policies.gates import GatedPolicy
 from layerwise.report.route_figures import layer_use_figure
 
 
@@ -64,7 +66,8 @@ def test_flops_count_every_token_and_the_head(model: Any) -> None:
 def test_controls_skip_as_many_layers() -> None:
     full = Plan.full(6)
     plans = [full.skip(2), full.skip(2, 3), full, full.skip(3, 4), full.skip(2, 3, 4)]
-    found = suite.control_plans(plans, 6, [0, 5], seed=3)
+    policy = GatedPolicy(torch.zeros(6, 2), torch.zeros(6), keep=(0, 5))
+    found = suite.control_plans(plans, policy, seed=3)
     skipped = {name: sum(6 - len(plan) for plan in those) for name, those in found.items()}
     assert skipped == {"static": 8, "random": 8, "shuffled": 8}
     assert sorted(map(str, found["shuffled"])) == sorted(map(str, plans))
@@ -72,6 +75,10 @@ def test_controls_skip_as_many_layers() -> None:
     assert sorted(len(plan) for plan in found["random"]) == [4, 4, 4, 5, 5]  # whatever the routes skip of a prompt
     ran = {layer for plan in found["random"] for layer in plan.counts(6)[:1]}
     assert ran == {1}  # layer 0 is kept
+    bridged = suite.control_plans(plans, replace(policy, bridged=(1, 2, 3, 4)), seed=3)
+    for name in ("static", "random"):
+        assert [plan.depth for plan in bridged[name]] == [plan.depth for plan in found[name]]
+        assert all(len(plan) == 6 for plan in bridged[name])
 
 
 @pytest.mark.parametrize(

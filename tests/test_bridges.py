@@ -1,0 +1,219 @@
+"""Bridges: the laws hold for plans with them, policies take them, training fits and saves them."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_cost import counted, embedded
+from test_layerroute_training import answered, gradients, module
+from tiny import ARCHITECTURES, LAYERS, one_line, random_plan
+
+from layerwise import Plan, attach, from_pretrained
+from layerwise.cost import pass_cost
+from layerwise.data import Tokens
+from layerwise.model.bridges import Bridge, Bridges
+from layerwise.model.causal_lm import LayerwiseForCausalLM
+from layerwise.model.compiled import compiler_available
+from layerwise.model.runtime import Runtime
+from layerwise.plan import Part, Visit
+from layerwise.policies.gates import GatedPolicy
+from layerwise.training import layerroute
+from layerwise.training.bridge_fit import fit_bridges, low_rank
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+
+
+def bridged(name: str = "llama", layers: tuple[int, ...] = (1, 2, 4), **options: Any) -> LayerwiseForCausalLM:
+    """A tiny model with random bridges."""
+    model = attach(tiny.model(name), **options)
+    model.bridges = Bridges(model.runtime.backbone, layers, 3)
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(5)
+        for parameter in model.bridges.parameters():
+            parameter.normal_(std=0.3)
+    model.bridges.attach(model.runtime.backbone)
+    return model
+
+
+def with_bridges(rng: random.Random) -> Plan:
+    """A random plan some of whose visits are bridges."""
+    visits = [
+        Visit(visit.layer, Part.BRIDGE) if visit.layer in (1, 2, 4) and rng.random() < 0.6 else visit
+        for visit in random_plan(rng)
+    ]
+    return Plan((*visits, Visit(3), Visit(2, Part.BRIDGE)))
+
+
+def by_hand(bridge: Bridge, states: torch.Tensor) -> torch.Tensor:
+    scaled = states / (states.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    return states + scaled @ bridge.down.weight.T @ bridge.up.weight.T + bridge.up.bias
+
+
+# -- plans and passes ----------------------------------------------------------------------------------------
+
+
+def test_text_and_depth() -> None:
+    plan = Plan.parse("0-3 4-6b 7-9")
+    assert str(plan) == "0-3 4-6b 7-9" and plan == Plan.full(10).only(Part.BRIDGE, 4, 5, 6)
+    assert plan.depth == 7 and plan.counts(10) == (1, 1, 1, 1, 0, 0, 0, 1, 1, 1)
+    assert [slot is None for slot in plan.slots] == [False] * 4 + [True] * 3 + [False] * 3
+
+
+@torch.no_grad()
+def test_a_bridge_takes_the_place_of_its_layer() -> None:
+    model, ids = bridged(), tiny.tokens(2, 9)
+    runtime, states = model.runtime, model.embed(ids)
+    before = runtime.forward(states, [Plan.parse("0")] * 2)
+    expected = runtime.forward(by_hand(model.bridges[1], before), [Plan.parse("2-5")] * 2)
+    torch.testing.assert_close(runtime.forward(states, [Plan.parse("0 1b 2-5")] * 2), expected, **CLOSE)
+    fresh = attach(tiny.model("llama"))
+    fresh.bridges = Bridges(fresh.runtime.backbone, [1], 2)
+    fresh.bridges.attach(fresh.runtime.backbone)
+    nothing = fresh(ids, plans=["0 1b 2-5"] * 2).logits
+    assert torch.equal(nothing, fresh(ids, plans=["0 2-5"] * 2).logits)  # a new bridge adds nothing
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_cached_equals_uncached_and_batches_equal_rows(name: str) -> None:
+    model, rng = bridged(name), random.Random(name)
+    for _ in range(4):
+        plans, lengths = [with_bridges(rng) for _ in range(3)], [11, 7, 4]
+        ids, mask = tiny.padded(11, lengths, "left", seed=rng.randrange(99))
+        whole = model(ids, attention_mask=mask, plans=plans).logits
+        for row, length in enumerate(lengths):
+            own = ids[row : row + 1, 11 - length :]
+            alone = model(own, plans=[plans[row]]).logits
+            torch.testing.assert_close(whole[row : row + 1, 11 - length :], alone, **CLOSE)
+            first = model(own[:, :-2], plans=[plans[row]], use_cache=True)
+            rest = model(own[:, -2:], plans=[plans[row]], past_key_values=first.past_key_values, use_cache=True)
+            torch.testing.assert_close(rest.logits, alone[:, -2:], **CLOSE)
+
+
+@torch.no_grad()
+def test_cost_is_what_is_counted() -> None:
+    backbone = bridged().runtime.backbone
+    for text in ("0-5", "0 1-2b 3-5", "0 2b*2 3a 4b 5"):
+        plan, inputs = Plan.parse(text), embedded(backbone, 1, 7)
+        found = counted(lambda plan=plan, inputs=inputs: backbone.logits(Runtime(backbone).forward(inputs, [plan])))
+        assert found == pass_cost(backbone.shape, plan, 7).flops
+    bridge, layer = Plan.parse("1b"), Plan.parse("1")
+    assert pass_cost(backbone.shape, bridge, 1).weight_bytes < pass_cost(backbone.shape, layer, 1).weight_bytes
+
+
+@pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
+def test_kernels_and_drafts_equal_eager() -> None:
+    plan, ids = "0 1-2b 3 4b 5", tiny.tokens(1, 8)
+    eager, compiled = bridged(engine="eager"), bridged(engine="compiled")
+    expected = eager.generate(ids, max_new_tokens=12, do_sample=False, plans=[plan])
+    assert torch.equal(compiled.generate(ids, max_new_tokens=12, do_sample=False, plans=[plan]), expected)
+    kernels = compiled.runtime.engine._layers
+    assert kernels[Visit(1, Part.BRIDGE), "layerwise_one_token"] is not None
+    full = eager.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(compiled.generate(ids, max_new_tokens=12, do_sample=False, draft=f"plan:{plan}"), full)
+
+
+def test_what_is_not_there_is_told_in_one_line() -> None:
+    model = bridged()
+    for wrong in ("0 1b 3b 4-5", Plan.parse("0 3b")):
+        one_line(lambda wrong=wrong: model.read_plan(wrong), "layer 3", "has none there")
+    one_line(lambda: model.read_draft("plan:0 5b"), "layer 5")
+    one_line(lambda: Bridges(model.runtime.backbone, [LAYERS], 1), "layers to bridge")
+    one_line(lambda: Bridges(model.runtime.backbone, [], 1), "layers to bridge")
+    one_line(lambda: Bridges(model.runtime.backbone, [0], 33), "1 to 32")
+    policy = GatedPolicy(torch.zeros(LAYERS, 32), torch.zeros(LAYERS))
+    one_line(lambda: replace(policy, bridged=(LAYERS,)), "bridged names layers")
+
+
+# -- policies ------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_closed_gates_take_bridges(tmp_path: Path) -> None:
+    model, (ids, mask) = bridged(), tiny.padded(9, [9, 6, 4], "right")
+    weight = torch.randn(LAYERS, 32, generator=torch.Generator().manual_seed(1))
+    model.policy = GatedPolicy(weight, torch.zeros(LAYERS), keep=(0,), bridged=(1, 2, 4), reads="last")
+    route = model.policy.route([9, 6, 4])
+    hidden = model.runtime.forward(model.embed(ids), route, [9, 6, 4])
+    plans = route.plans
+    assert len(set(plans)) > 1 and any(visit.part is Part.BRIDGE for plan in plans for visit in plan)
+    for plan in plans:
+        ran = {visit.layer for visit in plan}
+        assert {1, 2, 4} <= ran  # as a layer or as a bridge
+    torch.testing.assert_close(model.runtime.forward(model.embed(ids), plans, [9, 6, 4]), hidden, **CLOSE)
+    routed = model(ids, attention_mask=mask, labels=ids).loss
+    model.save_pretrained(tmp_path / "saved")
+    again = from_pretrained(_base(tmp_path), adapter=tmp_path / "saved", engine="eager")
+    assert again.policy.bridged == (1, 2, 4) and again.bridges.numbers == (1, 2, 4)
+    torch.testing.assert_close(again(ids, attention_mask=mask, labels=ids).loss, routed, **CLOSE)
+    fixed = from_pretrained(_base(tmp_path), adapter=tmp_path / "saved", engine="eager", plan="0 1b 2-5")
+    assert str(fixed.plan) == "0 1b 2-5"
+    (tmp_path / "saved" / "bridges.safetensors").write_bytes(b"no")
+    one_line(lambda: from_pretrained(_base(tmp_path), adapter=tmp_path / "saved"), "the bridges", "cannot be loaded")
+
+
+def _base(folder: Path) -> Path:
+    base = folder / "base-model"
+    if not base.is_dir():
+        tiny.model("llama").save_pretrained(base)
+    return base
+
+
+# -- fitting and training ------------------------------------------------------------------------------------
+
+
+def test_low_rank_regression_finds_a_low_rank_map() -> None:
+    chance = torch.Generator().manual_seed(0)
+    inputs = torch.randn(4000, 12, generator=chance)
+    whole = torch.randn(9, 3, generator=chance) @ torch.randn(3, 12, generator=chance)
+    outputs = inputs @ whole.T + 2.0
+    down, up, bias = low_rank(inputs, outputs, torch.ones(4000), 3)
+    found = inputs @ down.T @ up.T + bias
+    assert ((found - outputs).norm() / outputs.norm()) < 0.03  # the ridge is 2%
+    assert torch.allclose(down.norm(dim=1), up.norm(dim=0), rtol=1e-4)
+    down, up, bias = low_rank(inputs, outputs, torch.ones(4000), 1)
+    assert 0.2 < ((inputs @ down.T @ up.T + bias - outputs).norm() / outputs.norm()) < 1
+    heavy = torch.ones(4000)
+    outputs[0], heavy[0] = 50.0, 1e6  # a row of such weight is met
+    down, up, bias = low_rank(inputs, outputs, heavy, 3)
+    assert (inputs[0] @ down.T @ up.T + bias - 50.0).abs().max() < 1
+
+
+@torch.no_grad()
+def test_fitted_bridges_come_near_their_layers() -> None:
+    model = bridged(layers=(2, 3))
+    for bridge in model.runtime.backbone.bridges.values():
+        for parameter in bridge.up.parameters():
+            parameter.zero_()
+    examples = [answered(tiny.tokens(1, 9, seed)[0].tolist()) for seed in range(40)]
+    plan = Plan.parse("0-1 2-3b 4-5")
+
+    def away() -> float:
+        states = torch.cat([model.embed(torch.tensor([one.input_ids])) for one in examples])
+        short, full = (model.runtime.forward(states, [one] * 40) for one in (plan[:4], Plan.parse("0-3")))
+        return (short - full).norm().item()
+
+    skipped = away()
+    fit_bridges(model, examples, plan)
+    assert away() < 0.7 * skipped
+
+
+def test_bridges_learn_in_held_steps_and_are_fitted_to_what_bears_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe: dict[str, Any] = {"keep": "0 3-5", "fits": 1, "start_closed": "1-2", "hold": 0.9, "bridge_rank": 2}
+    made = module(10, **recipe)
+    assert made.model.policy.bridged == (1, 2) and set(made.model.runtime.backbone.bridges) == {1, 2}
+    examples = [answered(tiny.tokens(1, 6 + seed, seed)[0].tolist()) for seed in range(6)]
+    monkeypatch.setattr(layerroute, "lost", lambda *_: torch.tensor([0.9, 0.1, 0.8, 0.2, 0.3, 0.7]))
+    taken: list[list[Tokens]] = []
+    monkeypatch.setattr(layerroute, "fit_bridges", lambda model, those, plan: taken.append(list(those)))
+    made.fit_bridges(examples)
+    assert taken == [[examples[1], examples[3], examples[4]]]
+    ids = torch.tensor([examples[0].input_ids])
+    loss = made(ids, torch.tensor([examples[0].labels]), step=0)["loss"]
+    assert any("bridges" in name for name in gradients(made, loss))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,17 +50,27 @@ def moving_average(values: Tensor, decay: float, before: Tensor | None = None) -
         return (1 - decay) * values if before is None else torch.lerp(before[:, None], values, 1 - decay)
     size = min(width, _BLOCK)
     blocks = -(-width // size)
-    steps = torch.arange(size, device=values.device)
-    inside = _powers(decay, steps[:, None] - steps).to(values.dtype) * (1 - decay)
+    inside, ahead, fade = _decays(decay, size, blocks, values.dtype, values.device)
     local = torch.matmul(inside, F.pad(values, (0, 0, 0, blocks * size - width)).unflatten(1, (blocks, size)))
-    # What a block hands on to the next ones fades by decay^size each.
-    order = torch.arange(blocks, device=values.device)
-    ahead = _powers(decay**size, order[:, None] - order - 1).to(values.dtype)
     carry = torch.matmul(ahead, local[:, :, -1])
     if before is not None:
+        order = torch.arange(blocks, device=values.device)
         carry = carry + (decay**size) ** order.to(values.dtype)[:, None] * before[:, None]
-    fade = decay ** (steps + 1).to(values.dtype)
-    return (local + fade[:, None] * carry[:, :, None]).view(rows, blocks * size, channels)[:, :width]
+    return (local + fade * carry[:, :, None]).view(rows, blocks * size, channels)[:, :width]
+
+
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # those of inference could not be used in training
+@torch.no_grad()
+def _decays(
+    decay: float, size: int, blocks: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights within a block (size, size); from the end of each block to the ones after it, to which it hands on what
+    fades by decay^size a block, (blocks, blocks); and of what a block is handed at each of its positions (size, 1)."""
+    steps, order = torch.arange(size, device=device), torch.arange(blocks, device=device)
+    inside = _powers(decay, steps[:, None] - steps).to(dtype) * (1 - decay)
+    ahead = _powers(decay**size, order[:, None] - order - 1).to(dtype)
+    return inside, ahead, decay ** (steps + 1).to(dtype)[:, None]
 
 
 def _powers(base: float, exponents: Tensor) -> Tensor:

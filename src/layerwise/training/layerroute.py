@@ -216,7 +216,7 @@ class LayerRoute(nn.Module):
                 walked = self._held_plans(rows) if held and self.training else self.model.policy.route(lengths)
             deep = Runtime(runtime.backbone).forward(hidden, walked, counts)
             plans = walked if isinstance(walked, Sequence) else walked.plans
-            run = torch.tensor([float(len(plan)) for plan in plans], device=hidden.device)
+            run = torch.tensor([plan.depth for plan in plans], device=hidden.device)
             losses, positions = row_losses(runtime.backbone, deep, packed, counts)
             return self._report(losses.sum(), losses, positions, run, real)
         engine = _Mixed(runtime.backbone, Gates(self.model.policy, lengths))

@@ -281,11 +281,22 @@ def routed_attention_speed_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         "Times as fast as the same layer with torch's fused attention everywhere; in brackets what counting allows. "
-        f"Medians of {most} interleaved rounds{long}, float32, {where['threads']} threads, commit "
+        f"{_own(points)}Medians of {most} interleaved rounds{long}, float32, {where['threads']} threads, commit "
         f"{where['commit']}. Again: `layerwise bench routed-attention --rounds {most} "
         "--out results/routed_attention_speed.json`.",
     ]
     return "\n".join(lines)
+
+
+def _own(points: list[dict[str, Any]]) -> str:
+    """How much of it in decoding is the operator's merit, and not routing's."""
+    shares = [point["full_seconds"] / point["full_own_seconds"] for point in points if "full_own_seconds" in point]
+    if not shares:
+        return ""
+    return (
+        "In decoding single queries are scored by an operator of ours, by which full attention itself is "
+        f"{_range(shares, '.2f')} times as fast as by torch's. "
+    )
 
 
 def routed_text_table(result: dict[str, Any]) -> str:

@@ -22,9 +22,10 @@ from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.compiled import compiler_available
 from layerwise.model.runtime import Runtime
 from layerwise.plan import Part, Visit
-from layerwise.policies.gates import GatedPolicy
+from layerwise.policies.gates import GatedPolicy, summary
 from layerwise.training import layerroute
 from layerwise.training.bridge_fit import fit_bridges, low_rank
+from layerwise.training.gate_fits import choose_basis
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
@@ -217,3 +218,21 @@ def test_bridges_learn_in_held_steps_and_are_fitted_to_what_bears_them(monkeypat
     ids = torch.tensor([examples[0].input_ids])
     loss = made(ids, torch.tensor([examples[0].labels]), step=0)["loss"]
     assert any("bridges" in name for name in gradients(made, loss))
+
+
+@torch.no_grad()
+def test_routers_are_fitted_to_what_closed_gates_lead_to() -> None:
+    """The states that a router sees in the fit are those it will see: bridged where gates before it are closed."""
+    model, lengths = bridged(), (5, 9, 7, 4)
+    examples = [answered(tiny.tokens(1, length, seed)[0].tolist()) for seed, length in enumerate(lengths)]
+    weight, basis = torch.zeros(LAYERS, 16), torch.zeros(LAYERS, 16, 32)
+    bias = torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0, 1.0])
+    model.policy = GatedPolicy(weight, bias, (0, 3, 5), "last", torch.zeros(LAYERS, 32), basis, bridged=(1, 2, 4))
+    choose_basis(model, examples)
+    plan = model.policy.plan([1, 2, 4])
+    for layer in range(1, LAYERS):
+        seen = []
+        for one in examples:
+            hidden = model.embed(torch.tensor([one.input_ids[: one.prompt_length]]))
+            seen.append(summary(model.runtime.forward(hidden, [plan[:layer]]), [one.prompt_length], "last"))
+        torch.testing.assert_close(model.policy.center[layer], torch.cat(seen).mean(0), **CLOSE)

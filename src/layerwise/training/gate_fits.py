@@ -19,7 +19,7 @@ from layerwise.data.examples import IGNORED, Tokens, collate, length_sorted_batc
 from layerwise.model.backbone import Backbone
 from layerwise.model.modes import evaluating
 from layerwise.model.runtime import Runtime
-from layerwise.plan import Plan
+from layerwise.plan import Part, Plan, Visit
 from layerwise.policies.gates import Gates, summary
 from layerwise.training.exit_loss import LOGITS_AT_ONCE, exit_losses, labelled
 
@@ -108,7 +108,7 @@ def choose_basis(model: LayerwiseForCausalLM, examples: Sequence[Tokens], bears:
             If given, routers are fitted to it, layer after layer, as logistic regressions.
     """
     with evaluating(model):
-        runtime, policy, full = Runtime(model.runtime.backbone), model.policy, Plan.full(model.depth)
+        runtime, policy = Runtime(model.runtime.backbone), model.policy
         groups = length_sorted_batches([one.prompt_length for one in examples], TOKENS_AT_ONCE)
         walks = []
         for group in groups:
@@ -125,11 +125,12 @@ def choose_basis(model: LayerwiseForCausalLM, examples: Sequence[Tokens], bears:
                 seen = (states - policy.center[layer]) @ policy.basis[layer].T
                 policy.weight[layer], policy.bias[layer] = _fitted(seen, needs)
             for hidden, gates in walks:
-                rows = gates.decide(layer, hidden)[1].nonzero()[:, 0]
-                if len(rows):
-                    counts = [gates.lengths[row] for row in rows.tolist()]
-                    plans = [full[layer : layer + 1]] * len(rows)
-                    hidden[rows] = runtime.forward(hidden[rows], plans, counts)
+                run = gates.decide(layer, hidden)[1]
+                for rows, part in ((run.nonzero()[:, 0], Part.BOTH), ((~run).nonzero()[:, 0], Part.BRIDGE)):
+                    if len(rows) and (part is Part.BOTH or layer in policy.bridged):
+                        counts = [gates.lengths[row] for row in rows.tolist()]
+                        plans = [Plan((Visit(layer, part),))] * len(rows)
+                        hidden[rows] = runtime.forward(hidden[rows], plans, counts)
 
 
 def _components(centred: Tensor) -> Tensor:

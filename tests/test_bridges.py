@@ -23,6 +23,7 @@ from layerwise.model.compiled import compiler_available
 from layerwise.model.runtime import Runtime
 from layerwise.plan import Part, Visit
 from layerwise.policies.gates import GatedPolicy, summary
+from layerwise.report.html import _cell
 from layerwise.training import layerroute
 from layerwise.training.bridge_fit import fit_bridges, low_rank
 from layerwise.training.gate_fits import choose_basis
@@ -236,3 +237,26 @@ def test_routers_are_fitted_to_what_closed_gates_lead_to() -> None:
             hidden = model.embed(torch.tensor([one.input_ids[: one.prompt_length]]))
             seen.append(summary(model.runtime.forward(hidden, [plan[:layer]]), [one.prompt_length], "last"))
         torch.testing.assert_close(model.policy.center[layer], torch.cat(seen).mean(0), **CLOSE)
+
+
+@pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
+def test_kernels_follow_bridges_that_are_replaced() -> None:
+    model, ids = bridged(engine="compiled"), tiny.tokens(1, 6)
+    asked: list[Visit] = []
+    usual = model.runtime.engine._build
+    model.runtime.engine._build = lambda visit, form: asked.append(visit) or usual(visit, form)  # type: ignore[method-assign]
+    model.policy = GatedPolicy(torch.zeros(LAYERS, 32), -torch.ones(LAYERS), keep=(0, 3, 5), bridged=(1, 2, 4))
+    model.prepare()
+    assert {Visit(layer, Part.BRIDGE) for layer in (1, 2, 4)} <= set(asked)  # so that no answer waits for them
+    found = model.generate(ids, max_new_tokens=3, do_sample=False)
+    assert torch.equal(found, bridged().generate(ids, max_new_tokens=3, do_sample=False, plans=["0 1-2b 3 4b 5"]))
+    model.bridges = Bridges(model.runtime.backbone, [1], 2)
+    model.bridges.attach(model.runtime.backbone)
+    one_line(lambda: model.generate(ids, max_new_tokens=3), "layer 2", "has none there")
+    found = model.generate(ids, max_new_tokens=3, do_sample=False, plans=["0 1b 3 5"])
+    assert torch.equal(found, attach(tiny.model("llama")).generate(ids, max_new_tokens=3, plans=["0 3 5"]))
+
+
+def test_a_strip_draws_a_bridge_as_what_it_is() -> None:
+    assert _cell([Visit(1, Part.BRIDGE)])[0] == "bridge" == _cell([Visit(1, Part.BRIDGE)] * 2)[0]
+    assert _cell([Visit(1), Visit(1, Part.BRIDGE)]) == _cell([Visit(1)])

@@ -78,6 +78,7 @@ def pass_cost(
         layer = shape.layers[visit.layer]
         if visit.part is Part.BRIDGE:
             multiplied += layer.bridge_weights
+            read += shape.hidden  # its bias
             continue
         read += layer.other_weights
         if visit.attends:

@@ -124,7 +124,10 @@ class Plan:
         return cls(tuple(visits))
 
     def check(self, layers: int) -> Plan:
-        """Return the plan itself if a model with `layers` layers can run it, else raise ValueError."""
+        """Return the plan itself if it names layers of a model with `layers` layers only, else raise ValueError.
+
+        Whether the model has the bridges that it names is for `Backbone.check` to say.
+        """
         for visit in self.visits:
             if not 0 <= visit.layer < layers:
                 raise ValueError(f"plan '{self}' names layer {visit.layer}, but the model's layers are 0-{layers - 1}")

@@ -132,7 +132,7 @@ class Backbone:
         In the same way attention is replaced where `attention` says so.
         """
         if visit.part is Part.BRIDGE:
-            return self.bridges[visit.layer]
+            return self._bridge(visit.layer)
         own = self.attention.get(visit.layer)
         if visit.part is Part.BOTH and own is None:
             return self.layers[visit.layer]
@@ -149,12 +149,17 @@ class Backbone:
     def check(self, plan: Plan) -> Plan:
         """Return the plan itself if the model can run it, else raise ValueError."""
         for visit in plan.check(self.depth):
-            if visit.part is Part.BRIDGE and visit.layer not in self.bridges:
-                raise ValueError(
-                    f"plan '{plan}' has a bridge in place of layer {visit.layer}, but the model has none there: load "
-                    "an adapter that brings it, or leave the layer out"
-                )
+            if visit.part is Part.BRIDGE:
+                self._bridge(visit.layer)
         return plan
+
+    def _bridge(self, layer: int) -> nn.Module:
+        if layer not in self.bridges:
+            raise ValueError(
+                f"a plan has a bridge in place of layer {layer}, but the model has none there: load an adapter that "
+                "brings it, or leave the layer out"
+            )
+        return self.bridges[layer]
 
     def rotary(self, kind: str | None, positions: Tensor, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines at `positions` (rows, width), all below `stop`; each (rows, width, head size)."""

@@ -83,6 +83,9 @@ class CompiledEngine:
     def refresh(self) -> None:
         """Forget every kernel whose parameters were replaced since (another dtype, an adapter attached), or whose
         adapters were switched or merged."""
+        for visit, form in list(self._layers):
+            if visit.part is Part.BRIDGE and visit.layer not in self.backbone.bridges:
+                del self._layers[visit, form]
         sources = {visit: LayerSource(self.backbone, visit) for visit, _ in self._layers}
         for (visit, form), kernel in list(self._layers.items()):
             if kernel is not None and kernel.made_for != _identity(sources[visit]):

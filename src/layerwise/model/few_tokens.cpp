@@ -246,8 +246,9 @@ inline void mix(const float* weights, int64_t stride, const V* values, int64_t k
     for (int i = 0; i < lanes; ++i) std::memcpy(to + t * size + i * LANES, &sums[t][i], sizeof(Floats));
 }
 
+// The same for any number of tokens.
 template <int lanes, typename V>
-void mix(const float* weights, int64_t stride, const V* values, int64_t keys, int64_t size, float* to, int64_t tokens) {
+void mix_all(const float* weights, int64_t stride, const V* values, int64_t keys, int64_t size, float* to, int64_t tokens) {
   for (int64_t t = 0; t < tokens; t += 6) {  // 24 sums at most, as many as registers hold
     const float* const from = weights + t * stride;
     float* const out = to + t * size;
@@ -272,14 +273,14 @@ void attend_head(const float* query, const T* keys, const T* values, const float
   std::vector<float> norms(tokens);
   for (int64_t t = 0; t < tokens; ++t)
     norms[t] = soften(scores.data() + t * stride, mask ? mask + t * length : nullptr, length, scale);
-  spare.assign(tokens * size, 0.f);
+  spare.assign(tokens * size, 0.f);  // the sums, from here on
   for (int64_t key = 0; key < length; key += BLOCK) {
     const int64_t count = std::min(BLOCK, length - key);
     int64_t at = 0;
     for (; at + 4 * LANES <= size; at += 4 * LANES)
-      mix<4>(scores.data() + key, stride, values + key * size + at, count, size, spare.data() + at, tokens);
+      mix_all<4>(scores.data() + key, stride, values + key * size + at, count, size, spare.data() + at, tokens);
     for (; at < size; at += LANES)
-      mix<1>(scores.data() + key, stride, values + key * size + at, count, size, spare.data() + at, tokens);
+      mix_all<1>(scores.data() + key, stride, values + key * size + at, count, size, spare.data() + at, tokens);
   }
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t i = 0; i < size; ++i) out[t * out_stride + i] = static_cast<T>(spare[t * size + i] * norms[t]);

@@ -136,7 +136,8 @@ at::Tensor attend(const T* tokens, int64_t count, const Attention& maps, const a
       std::memcpy(all_keys + to, new_keys + from, each * sizeof(T));
       std::memcpy(all_values + to, new_values + from, each * sizeof(T));
     }
-  const auto mixed = fused ? at::scaled_dot_product_attention(query, keys.narrow(2, 0, length),
+  const bool theirs = fused || each % (2 * LANES) != 0;  // sizes that our operator would copy for
+  const auto mixed = theirs ? at::scaled_dot_product_attention(query, keys.narrow(2, 0, length),
                                                               values.narrow(2, 0, length), {}, 0.0, false, {},
                                                               inner != rows)
                                  .contiguous()

@@ -199,9 +199,11 @@ class LayerSource:
             for key, value in vars(child).items()
             if key not in ("layer_idx", "training") and isinstance(value, (int, float, str, bool, type(None)))
         }
+        # The code of a layer has the version of transformers; that of a bridge is ours.
+        own = Path(__file__).with_name("bridges.py").read_text(encoding="utf-8") * (self.visit.part is Part.BRIDGE)
         return _key(
             self.backbone,
-            [self.form, repr(self.module), self.adapters, sorted(attributes.items(), key=str), repr(self.kind)],
+            [self.form, repr(self.module), self.adapters, sorted(attributes.items(), key=str), repr(self.kind), own],
             self.weights,
         )
 

@@ -60,8 +60,8 @@ def policy_from_dict(saved: dict[str, Any], layers: int, folder: str | Path | No
     """Read back `Policy.to_dict`, and from `folder` what the policy wrote beside it.
 
     Raises:
-        ValueError: a kind of policy that this version does not know, a plan the model cannot run, or a file that is
-            missing or does not fit.
+        ValueError: a kind of policy that this version does not know, a plan that names layers the model lacks, or a
+            file that is missing or does not fit.
     """
     if saved.get("kind") == "gated" and folder is not None:
         from layerwise.policies.gates import GatedPolicy

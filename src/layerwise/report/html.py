@@ -78,6 +78,7 @@ pre, code { font: 13.5px/1.5 ui-monospace, "SF Mono", Menlo, Consolas, monospace
 .cell, .key { height: 24px; border: 1px solid transparent; border-radius: 3px; background: var(--fill);
   color: var(--text); font: 600 11px/22px system-ui, sans-serif; text-align: center; white-space: nowrap; }
 .key { width: 24px; } .skip { background: none; border: 1px dashed var(--soft); opacity: .65; }
+.bridge { background: none; border: 1px dashed var(--soft); color: var(--soft); }
 .attention, .mlp, .split { border-color: var(--fill); color: var(--ink);
   background: color-mix(in srgb, var(--fill) 28%, var(--page)); } .dense .cell { font-size: 8px; letter-spacing: -1px; }
 .number { height: 15px; color: var(--soft); font: 11px/15px system-ui; text-align: center; } .strip.dense { gap: 1px; }
@@ -263,7 +264,9 @@ def _by_layer(plan: Plan, layers: int) -> list[list[Visit]]:
 
 def _cell(visits: Sequence[Visit]) -> tuple[str, str]:
     """How a strip draws a layer with these visits: the kind of its cell, and the mark inside."""
-    parts = tuple(sorted(visit.part for visit in visits))
+    parts = tuple(sorted(visit.part for visit in visits if visit.part is not Part.BRIDGE))
+    if visits and not parts:
+        return KINDS[(Part.BRIDGE,)][:2]
     if parts in KINDS:
         return KINDS[parts][:2]
     return "repeat", f"{parts[0] if len(set(parts)) == 1 else ''}&times;{len(parts)}"

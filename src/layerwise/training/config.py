@@ -5,7 +5,7 @@ Kept apart from the code that trains, so that `layerwise train --help` need not 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -41,10 +41,12 @@ class Resumable(Options):
 
     def check_resumable(self, saved: dict[str, Any]) -> None:
         """Refuse to resume a training whose `to_dict` was `saved`, unless it would go on as it began."""
+        defaults = {one.name: one.default for one in fields(self)}  # of options that are younger than the training
         for name, value in self.to_dict().items():
-            if name not in self.free_to_change and saved.get(name) != value:
+            began = saved.get(name, defaults[name])
+            if name not in self.free_to_change and began != value:
                 raise ValueError(
-                    f"the training in '{self.out}' began with {name.replace('_', '-')} {saved.get(name)}, not {value}: "
+                    f"the training in '{self.out}' began with {name.replace('_', '-')} {began}, not {value}: "
                     "resume it with the same options, or give another folder"
                 )
 
@@ -236,7 +238,7 @@ class LayerRouteRecipe:
     router_learning_rate: float | None = field(
         default=None, metadata=_help("Highest learning rate of the routers, if not that of the LoRA.")
     )
-    weight_decay: float = field(default=0.01, metadata=_help("Weight decay of LoRA and routers."))
+    weight_decay: float = field(default=0.01, metadata=_help("Weight decay of LoRA, bridges and routers."))
     lora_dropout: float = field(default=0.05, metadata=_help("Dropout of the LoRA's inputs."))
     rank: int = field(default=8, metadata=_help("LoRA rank, alpha is twice as much."))
 

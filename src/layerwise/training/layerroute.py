@@ -5,11 +5,11 @@ In training every layer runs, and a gate g, hard in the forward pass and soft in
 
     h <- h + g (Layer_i(h) - h)        g = [soft > 1/2] + soft - stopgrad(soft)
 
-so a skipped layer is an identity, as it will be, and yet its router learns what running it would have changed. The gate
-reads the tokens before the first label, which is what generation shows it. In evaluation mode layers are really
-skipped; in training too while routers do not learn: at first (`hold`), when rows leave out the layers whose gates begin
-closed, but for a share of the rows drawn by chance (`hold_full`), and at last (`settle`), when every row takes the path
-that its gates chose and the LoRA makes the best of it.
+so a skipped layer is an identity, as it will be (without bridges, see below), and yet its router learns what running it
+would have changed. The gate reads the tokens before the first label, which is what generation shows it. In evaluation
+mode layers are really skipped; in training too while routers do not learn: at first (`hold`), when rows leave out the
+layers whose gates begin closed, but for a share of the rows drawn by chance (`hold_full`), and at last (`settle`), when
+every row takes the path that its gates chose and the LoRA makes the best of it.
 
 What keeps gates from all staying open is the objective, beside the cross entropy CE:
 
@@ -77,7 +77,7 @@ class LayerRoute(nn.Module):
     """The loss of LayerRoute as a module around `model`, whose policy it sets.
 
     Args:
-        model: what is trained is the PEFT adapter in it.
+        model: what is trained is the PEFT adapter in it, and the bridges that the recipe asks for.
         recipe: objective and routers.
         steps: how many there will be.
 
@@ -348,7 +348,8 @@ class LayerRouteTrainer(RecipeTrainer):
 
 
 class _Dual(TrainerCallback):
-    """Chooses what routers see when they begin to learn; moves the price by what all processes saw in a step."""
+    """Fits bridges before the first step; chooses what routers see when they begin to learn, or fits them; moves the
+    price by what all processes saw in a step."""
 
     def __init__(self, trainer: LayerRouteTrainer) -> None:
         self.trainer = trainer

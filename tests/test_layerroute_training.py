@@ -23,7 +23,7 @@ from layerwise import Plan, attach, from_pretrained
 from layerwise.cli.train import app
 from layerwise.data import Tokens
 from layerwise.training import layerroute
-from layerwise.training.gate_fits import choose_basis
+from layerwise.training.gate_fits import choose_basis, parting
 from layerwise.training.layerroute import LayerRoute, LayerRouteConfig, LayerRouteRecipe, train
 
 # -- the loss ------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_routers_are_fitted_to_who_bears_skips(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(layerroute, "choose_basis", lambda model, examples, bears: seen.append(bears))
     found, share = made.fit_gates(examples)
     assert found == pytest.approx(mean, abs=1e-5)
-    bearable = max(0.01, 0.8 * mean)
+    bearable = max(0.01, parting(torch.tensor(gaps)))
     expected = torch.tensor([max(-1.0, min(1.0, 1 - gap / bearable)) for gap in gaps])
     torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-3)
     assert 0 < share < 1 and share == pytest.approx(sum(gap < bearable for gap in gaps) / len(gaps))
@@ -225,6 +225,22 @@ def test_held_and_settled_gates_get_no_gradient_cost_nothing_and_really_skip(mon
     torch.testing.assert_close(held["loss"] / held["routed_loss"][1], expected, **CLOSE)
     assert held["layers_run"][0] == 4 * LAYERS - 4 and "weight" not in gradients(made, held["loss"])
     assert made.rows_seen == 4  # the dual variable does not move while routers do not learn
+
+
+def test_gaps_part_where_least_variance_is_left() -> None:
+    chance = torch.Generator().manual_seed(0)
+    low, high = 0.1 + 0.03 * torch.randn(70, generator=chance), 0.6 + 0.05 * torch.randn(50, generator=chance)
+    mixed = torch.cat([high, low])[torch.randperm(120, generator=chance)]
+    assert low.max() < parting(mixed) < high.min()
+    assert low.max() < parting(torch.cat([mixed, torch.tensor([40.0, 60.0])])) < high.min()  # outliers
+
+    def within(values: Tensor, cut: float) -> float:
+        parts = (values[values < cut], values[values >= cut])
+        return sum(((part - part.mean()) ** 2).sum().item() for part in parts if len(part))
+
+    values = torch.rand(30, generator=chance).clamp(max=0.9)
+    clipped = values.clamp(max=values.quantile(0.95))
+    assert within(clipped, parting(values)) == pytest.approx(min(within(clipped, one) for one in clipped[1:].tolist()))
 
 
 def test_what_is_bearable_follows_the_mean_gap_down_to_the_tolerance() -> None:

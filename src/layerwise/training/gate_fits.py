@@ -3,6 +3,7 @@
 - `layer_costs`: what answers lose without each layer. The gradient of a gate does not tell: layers that write the huge
   state of the first token have small ones, and nothing works without them.
 - `lost`: what each answer loses by a plan.
+- `parting`: how much is too much.
 - `choose_basis`: the few directions in which prompts differ most at each layer, and routers fitted on them.
 """
 
@@ -90,6 +91,18 @@ def lost(model: LayerwiseForCausalLM, examples: Sequence[Tokens], plan: Plan) ->
                 means.append(sums / positions.clamp(min=1))
             found[group] = (means[0] - means[1]).float().cpu()
     return found
+
+
+def parting(gaps: Tensor) -> float:
+    """Between which gaps (examples,) lies the parting of those that bear it from those that do not: the cut that leaves
+    least variance within the two groups (Otsu 1979, IEEE Trans. SMC 9). Gaps beyond the 95th percentile count as that.
+    """
+    ordered = gaps.double().clamp(max=gaps.double().quantile(0.95)).sort().values
+    count = torch.arange(1, len(ordered), dtype=ordered.dtype)
+    below = ordered.cumsum(0)[:-1] / count
+    above = (ordered.sum() - ordered.cumsum(0)[:-1]) / (len(ordered) - count)
+    at = int((count * (len(ordered) - count) * (above - below).square()).argmax())
+    return ((ordered[at] + ordered[at + 1]) / 2).item()
 
 
 @torch.no_grad()

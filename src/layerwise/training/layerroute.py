@@ -23,8 +23,10 @@ What keeps gates from all staying open is the objective, beside the cross entrop
     none      CE, the same LoRA without routing: what the others are to be compared with.
 
 With `fits` the objective quality needs no price, and no gradient reaches the routers: they are logistic regressions
-fitted to gaps that are measured, of examples answered with all skips and with none (`gate_fits`); after the held steps,
-`fits` times at even distances, and once more at the end. The LoRA learns by CE along the paths that they choose.
+fitted to gaps that are measured, of examples answered with all skips and with none (`gate_fits`): those below the gap
+that parts them best in two, or below the tolerance if that is greater, should skip, the others run. This is done after
+the held steps, `fits` times at even distances, and once more at the end. The LoRA learns by CE along the paths that
+they choose.
 
 With `bridge_rank` a skipped layer is crossed by a bridge (`model.bridges`). Before the first step bridges are fitted by
 least squares to the half of some examples that lose least without these layers; then they learn as the LoRA does.
@@ -57,7 +59,7 @@ from layerwise.plan import Plan, Route, Step, schedule
 from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.bridge_fit import fit_bridges
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, layers_of
-from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, row_losses
+from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, parting, row_losses
 from layerwise.training.trainer import RecipeTrainer, read_examples, run_training
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
@@ -141,7 +143,7 @@ class LayerRoute(nn.Module):
             the mean gap, nats a token, and the share of examples whose gap is bearable.
         """
         gaps = lost(self.model, examples, self._short())
-        bearable = max(self.recipe.tolerance, SHRINK * gaps.mean().item())
+        bearable = max(self.recipe.tolerance, parting(gaps))
         choose_basis(self.model, examples, (1 - gaps / bearable).clamp(-prudence, 1))
         return gaps.mean().item(), (gaps < bearable).float().mean().item()
 

@@ -234,3 +234,28 @@ def test_a_second_guess_stands_where_the_first_is_wrong(name: str, draft: str, m
         assert trace.drafts.total() < 0.8 * NEW
         known, whole = drafters[-1].own.texts[0], plain[drafters[-1].target.numbers[0]].tolist()
         assert known == whole[-1 - len(known) : -1]  # what drafts learn is the branch that stood
+
+
+def test_auto_chooses_between_tree_and_chains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one row all three, and each can win a round; of a batch the chains alone."""
+    model, offered = attached("llama"), []
+    plain = model.generate(**one(), **FREE)
+    monkeypatch.setattr(model, "ngrams", crossed([plain]))
+    choose = Tuner.choose
+
+    def turn(self: Tuner, prices: dict[str, float], *given: Any, **more: Any) -> Any:
+        offered.append(sorted(prices))
+        name = offered[-1][len(offered) % len(prices)] if prices else "off"  # each in its turn
+        return (name, 2, lambda trust: True) if prices else choose(self, prices, *given, **more)
+
+    monkeypatch.setattr(Tuner, "choose", turn)
+    monkeypatch.setattr(Tuner, "least", lambda *_: 0.0)
+    trace = Trace()
+    assert torch.equal(model.generate(**one(), **FREE, draft="auto", trace=trace), plain)
+    lookups = {"corpus", "ngram", "tree"}
+    assert any(lookups <= set(names) for names in offered) and lookups <= set(trace.drafts)
+    offered.clear()
+    batch = ragged(*LENGTHS)
+    whole = model.generate(**batch, **FREE)
+    assert torch.equal(model.generate(**batch, **FREE, draft="auto"), whole)
+    assert offered and not any("tree" in names for names in offered)

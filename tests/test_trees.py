@@ -238,21 +238,20 @@ def test_a_second_guess_stands_where_the_first_is_wrong(name: str, draft: str, m
 
 def test_auto_chooses_between_tree_and_chains(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of one row all three, and each can win a round; of a batch the chains alone."""
-    model, offered = attached("llama"), []
+    model, offered, rng = attached("llama"), [], random.Random(0)
     plain = model.generate(**one(), **FREE)
     monkeypatch.setattr(model, "ngrams", crossed([plain]))
-    choose = Tuner.choose
+    choose, lookups = Tuner.choose, {"corpus", "ngram", "tree"}
 
     def turn(self: Tuner, prices: dict[str, float], *given: Any, **more: Any) -> Any:
         offered.append(sorted(prices))
-        name = offered[-1][len(offered) % len(prices)] if prices else "off"  # each in its turn
-        return (name, 2, lambda trust: True) if prices else choose(self, prices, *given, **more)
+        ours = sorted(lookups & set(prices))
+        return (rng.choice(ours), 2, lambda trust: True) if ours else choose(self, prices, *given, **more)
 
     monkeypatch.setattr(Tuner, "choose", turn)
     monkeypatch.setattr(Tuner, "least", lambda *_: 0.0)
     trace = Trace()
     assert torch.equal(model.generate(**one(), **FREE, draft="auto", trace=trace), plain)
-    lookups = {"corpus", "ngram", "tree"}
     assert any(lookups <= set(names) for names in offered) and lookups <= set(trace.drafts)
     offered.clear()
     batch = ragged(*LENGTHS)

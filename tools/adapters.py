@@ -217,7 +217,8 @@ def _without_folders(file: Path, part: str | None, names: dict[str, str | None])
 
 
 FILES = ("layerwise.json", "adapter_config.json", "adapter_model.safetensors", "training.json")
-FILES += ("exit_head.safetensors", "ngrams.safetensors", "routers.safetensors", "routed_layers.safetensors")
+FILES += ("exit_head.safetensors", "ngrams.safetensors", "routers.safetensors", "bridges.safetensors")
+FILES += ("routed_layers.safetensors",)
 MAKERS = {
     "layerskip-frozen": untouched,
     "layerskip": early,

@@ -1,6 +1,6 @@
-"""Make results/layerroute.json again: python tools/layerroute_runs.py [--work FOLDER] [--seeds 0,1] [--objectives ...].
+"""Make results/layerroute.json again: python tools/layerroute_runs.py [--work FOLDER] [--seeds 0,1] [--recipes ...].
 
-Trains an adapter for each objective and seed on the mix `routing` (up to 40 minutes each on two cores), then judges it
+Trains an adapter for each recipe and seed on the mix `routing` (up to 40 minutes each on two cores), then judges it
 by `layerwise eval --suite tools-vs-planning`, beside the same LoRA trained without routing, of seed 0. What is
 in the work folder already is not made again, and a stopped training goes on where it was. Run it twice at once with
 other seeds, one thread each, to use two cores well: each run only adds to the results.
@@ -38,38 +38,37 @@ BUDGET: dict[str, Any] = {  # the same for every objective
     "max_length": MOST_TOKENS,
     "save_every": 25,
 }
-FREE = "4-7 17 25 27"  # by greedy search those that the inputs which bear it best miss least; others always run
-KEPT = "0-3 8-16 18-24 26 28-29"
-OBJECTIVES: dict[str, dict[str, Any]] = {
-    "quality": {
-        "tolerance": 0.08,
-        "hold": 0.15,
-        "hold_full": 0.5,
-        "fits": 2,
-        "start_bias": 0.2,
-        "start_closed": FREE,
-        "keep": KEPT,
-        "bridge_rank": 64,
-        "learning_rate": 1e-3,
-        "lora_dropout": 0.0,
-    },
-    "none": {"learning_rate": 1e-3, "lora_dropout": 0.0},
-    "paper": {"penalty": 1.0, "learning_rate": 2e-4},  # all as published, but for the number of steps
+FREE = "4-7 14 17 25"  # by greedy search those that the inputs which bear it best miss least; others always run
+KEPT = "0-3 8-13 15-16 18-24 26-29"
+BY_FITS: dict[str, Any] = {
+    "objective": "quality",
+    "tolerance": 0.08,
+    "hold": 0.15,
+    "hold_full": 0.5,
+    "fits": 2,
+    "start_bias": 0.2,
+    "learning_rate": 1e-3,
+    "lora_dropout": 0.0,
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "quality": BY_FITS | {"start_closed": FREE, "keep": KEPT},
+    "bridges": BY_FITS | {"start_closed": "4-7 17 25 27", "keep": "0-3 8-16 18-24 26 28-29", "bridge_rank": 64},
+    "none": {"objective": "none", "learning_rate": 1e-3, "lora_dropout": 0.0},
+    "paper": {"objective": "paper", "penalty": 1.0, "learning_rate": 2e-4},  # all as published, but for the steps
 }
 
 
-def configured(objective: str, seed: int, work: Path, data: Path) -> LayerRouteConfig:
-    out = str(work / f"{objective}-{seed}")
-    return LayerRouteConfig(data=str(data), out=out, objective=objective, seed=seed, **BUDGET | OBJECTIVES[objective])
+def configured(name: str, seed: int, work: Path, data: Path) -> LayerRouteConfig:
+    return LayerRouteConfig(data=str(data), out=str(work / f"{name}-{seed}"), seed=seed, **BUDGET | RECIPES[name])
 
 
-def trained(objective: str, seed: int, work: Path, data: Path) -> Path:
+def trained(name: str, seed: int, work: Path, data: Path) -> Path:
     """The adapter's folder; trained if it is not there.
 
     Raises:
         ValueError: the folder holds one of another recipe.
     """
-    config = configured(objective, seed, work, data)
+    config = configured(name, seed, work, data)
     out = Path(config.out)
     if (out / "layerwise.json").is_file():
         config.check_resumable(json.loads((out / RECORD).read_text(encoding="utf-8"))["config"])
@@ -79,17 +78,17 @@ def trained(objective: str, seed: int, work: Path, data: Path) -> Path:
     return out
 
 
-def judged(objective: str, seed: int, work: Path, data: Path, samples: int) -> dict[str, Any]:
+def judged(name: str, seed: int, work: Path, data: Path, samples: int) -> dict[str, Any]:
     """The run's entry in the results; measured if the work folder has none.
 
     Raises:
         ValueError: the folder holds one of another recipe or number of samples.
     """
-    kept = work / f"{objective}-{seed}.json"
+    kept = work / f"{name}-{seed}.json"
     if not kept.is_file():
-        adapter = trained(objective, seed, work, data)
+        adapter = trained(name, seed, work, data)
         reference = trained("none", 0, work, data)
-        command = f"python tools/layerroute_runs.py --objectives {objective} --seeds {seed} --samples {samples}"
+        command = f"python tools/layerroute_runs.py --recipes {name} --seeds {seed} --samples {samples}"
         found = routing_suite(adapter, None, reference, samples, command=command, notify=options.note)
         written = json.dumps(found, indent=2) + "\n"
         kept.with_suffix(".tmp").write_text(written, encoding="utf-8")
@@ -97,16 +96,16 @@ def judged(objective: str, seed: int, work: Path, data: Path, samples: int) -> d
     entry = json.loads(kept.read_text(encoding="utf-8"))
     if entry["samples"] != samples:
         raise ValueError(f"'{kept}' is of {entry['samples']} samples, not {samples}: delete it, or give another --work")
-    record = work / f"{objective}-{seed}" / RECORD
+    record = work / f"{name}-{seed}" / RECORD
     if record.is_file():
         saved = json.loads(record.read_text(encoding="utf-8"))["config"]
-        configured(objective, seed, work, data).check_resumable(saved)
+        configured(name, seed, work, data).check_resumable(saved)
     return entry
 
 
 def generated(run: dict[str, Any], work: Path, prompts: int, answers: int) -> dict[str, Any]:
     """A run's entry with answers and times added; for a machine on which nothing else runs."""
-    name = f"{run['objective']}-{run['seed']}"
+    name = run["adapter"]
     tokenizer, adapter, reference = load_tokenizer(), work / name, work / "none-0"
     asked = held_out(tokenizer, run["samples"], MOST_TOKENS, run["sample_seed"])
     options.note(f"{name}: answers and times")
@@ -118,11 +117,16 @@ def generated(run: dict[str, Any], work: Path, prompts: int, answers: int) -> di
     return run
 
 
+def recipe(run: dict[str, Any]) -> tuple[Any, ...]:
+    """What a run is of: a run in the results is replaced by one of the same."""
+    return run["objective"], run["seed"], run.get("bridge_rank") or 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make results/layerroute.json again.")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "layerroute", help="folder for adapters")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="seeds, separated by commas")
-    parser.add_argument("--objectives", default="quality,paper", help=f"of {', '.join(OBJECTIVES)}")
+    parser.add_argument("--recipes", default="quality,bridges,paper", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--samples", type=int, default=60, help="held-out examples of each kind")
     parser.add_argument("--timed", type=int, default=0, help="also answer prompts, and time decoding on so many")
     chosen = parser.parse_args()
@@ -131,16 +135,18 @@ def main() -> int:
     data = chosen.work / "routing.jsonl"
     if not data.is_file():
         write_jsonl(data, load("routing", "train"))
-    for objective in chosen.objectives.split(","):
+    for name in chosen.recipes.split(","):
         for seed in map(int, chosen.seeds.split(",")):
-            if objective == "none":
-                trained(objective, seed, chosen.work, data)
+            if name == "none":
+                trained(name, seed, chosen.work, data)
             else:
-                judged(objective, seed, chosen.work, data, chosen.samples)
+                judged(name, seed, chosen.work, data, chosen.samples)
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(chosen.work.glob("*-*.json"))]
     if chosen.timed:
         runs = [run if run["time_realised"] else generated(run, chosen.work, chosen.timed, ANSWERS) for run in runs]
     if runs:
+        kept = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.is_file() else []
+        runs += [run for run in kept if recipe(run) not in map(recipe, runs)]
         RESULTS.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {RESULTS}")
     return 0

@@ -118,38 +118,44 @@ def layerskip_quality_table(result: dict[str, Any]) -> str:
 
 def layerroute_table(result: dict[str, Any]) -> str:
     """One row a run of tools/layerroute_runs.py."""
+    runs = sorted(result["runs"], key=_route_order)
     lines = [
         "| objective, seed | tool calls save | planning saves | differential | exp(CE) tools, vs same LoRA | planning |"
         " static skip costs | random | shuffled |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for run in sorted(result["runs"], key=lambda run: (run["objective"] != "quality", run["objective"], run["seed"])):
+    for run in runs:
         controls = (
             f"{one['ce_above_routed']:+.3f} ({one['interval'][0]:+.3f} to {one['interval'][1]:+.3f})"
             for one in run["controls"].values()
         )
         tools, planning = (run["kinds"][kind]["ppl"]["routed"] for kind in ("tools", "planning"))
         lines.append(
-            f"| {run['objective']}, {run['seed']} | **{run['tool_skip']:.1f}%** | {run['planning_skip']:.1f}% "
+            f"| {_route_name(run)} | **{run['tool_skip']:.1f}%** | {run['planning_skip']:.1f}% "
             f"| {run['differential']:.1f} | {tools:.2f}, x{run['tool_ppl_ratio']:.2f} "
             f"| {planning:.2f}, x{run['planning_ppl_ratio']:.2f} | {' | '.join(controls)} |"
         )
-    kinds = result["runs"][0]["kinds"]
-    commits = ", ".join(dict.fromkeys(run["environment"]["commit"] for run in result["runs"]))
-    seeds: dict[str, list[str]] = {}
-    for run in result["runs"]:
-        seeds.setdefault(run["objective"], []).append(str(run["seed"]))
-    again = ", ".join(
-        f"`python tools/layerroute_runs.py --objectives {name} --seeds {','.join(of)}`" for name, of in seeds.items()
-    )
-    missing = "" if "paper" in seeds else " No other seed was trained, and the objective paper was not measured."
+    kinds = runs[0]["kinds"]
+    commits = ", ".join(dict.fromkeys(run["environment"]["commit"] for run in runs))
+    paper = any(run["objective"] == "paper" for run in runs)
+    missing = "" if paper else " No other seed was trained, and the objective paper was not measured."
     lines += [
         "",
-        "Shares are of all decode FLOPs, LM head and attention counted; controls skip as many layers, their cost is in "
-        f"nats a token above the routes', with 95% intervals. {kinds['tools']['n']} and {kinds['planning']['n']} "
-        f"held-out prompts; commits {commits}.{missing}{''.join(map(_route_answers, result['runs']))} Again: {again}.",
+        "Shares are of all decode FLOPs, LM head and attention counted; controls skip as many layers, by bridges where "
+        "the routes do, their cost is in nats a token above the routes', with 95% intervals. "
+        f"{kinds['tools']['n']} and {kinds['planning']['n']} held-out prompts; commits {commits}.{missing}"
+        f"{''.join(map(_route_answers, runs))} "
+        "Again: `python tools/layerroute_runs.py --recipes quality,bridges --seeds 0,1,2`.",
     ]
     return "\n".join(lines)
+
+
+def _route_order(run: dict[str, Any]) -> tuple[Any, ...]:
+    return run["objective"] != "quality", run["objective"], run.get("bridge_rank") or 0, run["seed"]
+
+
+def _route_name(run: dict[str, Any]) -> str:
+    return f"{run['objective']}{', with bridges' if run.get('bridge_rank') else ''}, {run['seed']}"
 
 
 def _route_answers(run: dict[str, Any]) -> str:
@@ -159,9 +165,9 @@ def _route_answers(run: dict[str, Any]) -> str:
     calls, time = run["generated"]["tools"], run["time"]
     right = {name: round(one["right"] * one["n"]) for name, one in calls.items()}
     return (
-        f" Seed {run['seed']}: of {calls['routed']['n']} tool calls {right['routed']} came out exactly right, "
-        f"{right['full_depth']} with every layer run, {right['reference']} by the LoRA without routing; "
-        f"{time['realised']:.0%} of the decode FLOPs skipped come back as time, routers take "
+        f" {_route_name(run)[0].upper()}{_route_name(run)[1:]}: of {calls['routed']['n']} tool calls {right['routed']} "
+        f"came out exactly right, {right['full_depth']} with every layer run, {right['reference']} by the LoRA without "
+        f"routing; {time['realised']:.0%} of the decode FLOPs skipped come back as time, routers take "
         f"{time['router_overhead']:.1%} of it ({time['environment']['threads']} threads, commit "
         f"{time['environment']['commit']})."
     )

@@ -107,6 +107,7 @@ def _timed(model: LayerwiseForCausalLM, ids: torch.Tensor, plan: Plan | None = N
     options: dict[str, Any] = {} if plan is None else {"plans": [plan]}
     model.generate(
         ids,
+        attention_mask=torch.ones_like(ids),
         max_new_tokens=NEW_TOKENS,
         eos_token_id=-1,  # what is timed is a step, however early the answer ends
         do_sample=False,

@@ -75,7 +75,8 @@ def generate(
     answers = []
     for one in asked:
         ids = torch.tensor([one.tokens.input_ids[: one.tokens.prompt_length]], device=model.device)
-        made = model.generate(ids, max_new_tokens=new_tokens, do_sample=False, plans=plans)[0, ids.shape[1] :]
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": new_tokens, "do_sample": False}
+        made = model.generate(ids, **options, plans=plans)[0, ids.shape[1] :]
         text = tokenizer.decode(made, skip_special_tokens=True)
         stopped = "limit" if len(made) == new_tokens else "end"
         answers.append({"right": right(one.example, text), "tokens": len(made), "stopped": stopped})
@@ -163,6 +164,7 @@ def timed(
             watch, trace = Stopwatch(), Trace()
             loaded.generate(
                 ids,
+                attention_mask=torch.ones_like(ids),  # else the ends of turns inside, which are padding too, are hidden
                 max_new_tokens=new_tokens,
                 do_sample=False,
                 eos_token_id=-1,  # what is timed is a step, however early the answer ends

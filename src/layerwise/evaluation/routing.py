@@ -228,12 +228,12 @@ def routing_suite(
 
 
 def _trained_as(adapter: str | Path) -> dict[str, Any]:
-    """Objective and seed, as the training noted them."""
+    """Objective, seed and rank of the bridges, as the training noted them."""
     try:
         config = json.loads((Path(adapter) / RECORD).read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError):
-        return {"objective": None, "seed": None}
-    return {"objective": config.get("objective"), "seed": config.get("seed")}
+        return {"objective": None, "seed": None, "bridge_rank": None}
+    return {name: config.get(name) for name in ("objective", "seed", "bridge_rank")}
 
 
 def _skips(

@@ -62,6 +62,7 @@ def speculative_table(result: dict[str, Any]) -> str:
                 + (f" {task['speedup_vs_economize']:.1f}x |" if economize else "")
             )
     one, where = tasks[0], tasks[0]["environment"]
+    commits = ", ".join(dict.fromkeys(task["environment"]["commit"] for task in tasks))
     same = sum(task["identical"] for task in tasks)
     prompts = " to ".join(map(str, sorted({task["prompts"] for task in tasks})))
     lines += [
@@ -74,7 +75,7 @@ def speculative_table(result: dict[str, Any]) -> str:
         f"{one['rounds']} interleaved rounds, one of the other libraries. Eight rows at once: "
         f"{_range([task['batch']['speedup'] for task in tasks], '.2f')} times plain batches. {_swept(tasks)}"
         f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, transformers {where['transformers']}, "
-        f"commit {where['commit']}. Again: `layerwise bench speculative --task TASK --adapter ADAPTER "
+        f"commits {commits}. Again: `layerwise bench speculative --task TASK --adapter ADAPTER "
         f"--prompts {one['prompts']} --new-tokens {one['new_tokens']} --rounds {one['rounds']} --sweep --out FILE`.",
     ]
     return "\n".join(lines)

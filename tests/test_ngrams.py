@@ -136,7 +136,9 @@ def test_a_draft_goes_on_while_it_is_worth_it() -> None:
     assert made.propose(last, 3, lambda trust: True).tokens == [[2, 3, 4], [4, 5]]
     assert made.propose(last, 3, lambda trust: trust > 0.6).tokens == [[2, 3], [4, 5]]
     assert made.propose(last, 3, lambda trust: False).tokens == [[2], [4]]
-    assert made.sure(last) == pytest.approx(0.75) and made.sure(torch.tensor([[5], [5]])) == 0.0
+    # Of the two rows one knows a token less.
+    assert made.hopes(last, 3) == pytest.approx([0.75, 0.75**2, 0.75**3 / 2])
+    assert made.hopes(last, 1) == pytest.approx([0.75]) and made.hopes(torch.tensor([[5], [5]]), 3) == []
 
 
 def test_what_was_read_is_context_for_what_follows() -> None:

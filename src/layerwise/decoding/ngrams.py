@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from statistics import median
 
 from torch import Tensor
 
@@ -13,6 +12,7 @@ from layerwise.decoding.ngram_model import NGramModel
 from layerwise.decoding.target import Read, Target
 
 HOPES = {2: 0.5, 3: 0.6, 4: 0.75}  # by the length of the match: how often what followed follows again
+LEAST = 0.05  # a token less likely to be reached is not drafted: to look it up alone costs more than it gives
 
 
 @dataclass
@@ -29,23 +29,16 @@ class CorpusDrafter:
         rows = prompt.tokens.tolist()
         self.texts = [row[:count][-self.model.order :] for row, count in zip(rows, prompt.counts, strict=True)]
 
-    def sure(self, last: Tensor) -> float:
-        """How sure the first token is, in the middle of the rows."""
-        found = [self.model.after([*text, token]) for text, token in zip(self.texts, last[:, 0].tolist(), strict=True)]
-        return median(0.0 if one is None else one[1] for one in found)
+    def hopes(self, last: Tensor, most: int) -> list[float]:
+        """How likely each token of a draft is to stand, on average over rows, until no row has more."""
+        return _mean([[trust for _, trust in self._chain(row, token, most)] for row, token in _rows(last)])
 
     def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
         proposal = Proposal([])
-        for text, token in zip(self.texts, last[:, 0].tolist(), strict=True):
-            known, drafted, trust = [*text, token], [], 1.0
-            while len(drafted) < most and (not drafted or worth(trust)):
-                found = self.model.after(known)
-                if found is None:
-                    break
-                drafted.append(found[0])
-                known.append(found[0])
-                trust *= found[1]
-            proposal.tokens.append(drafted)
+        for row, token in _rows(last):
+            chain = self._chain(row, token, most)
+            cut = next((at for at in range(1, len(chain)) if not worth(chain[at - 1][1])), len(chain))
+            proposal.tokens.append([drafted for drafted, _ in chain[:cut]])
         return proposal
 
     def learn(self, read: Read) -> None:
@@ -54,6 +47,18 @@ class CorpusDrafter:
 
     def select(self, rows: Sequence[int]) -> None:
         self.texts = [self.texts[row] for row in rows]
+
+    def _chain(self, row: int, last: int, most: int) -> list[tuple[int, float]]:
+        """The likeliest tokens to follow, one after another, and how likely each is to be reached; at most `most`."""
+        known, chain, trust = [*self.texts[row], last], [], 1.0
+        while len(chain) < most and trust >= LEAST:
+            found = self.model.after(known)
+            if found is None:
+                break
+            trust *= found[1]
+            known.append(found[0])
+            chain.append((found[0], trust))
+        return chain
 
 
 @dataclass
@@ -84,6 +89,11 @@ class NGramDrafter:
         """Tokens of the match that at least half of the rows have, or more; 0 if there is none."""
         matches = sorted(self._after(row, token, 1)[1] for row, token in enumerate(last[:, 0].tolist()))
         return matches[len(matches) // 2]
+
+    def hopes(self, last: Tensor, most: int) -> list[float]:
+        """How likely each token of a draft is to stand, on average over rows."""
+        matches = [self._after(row, token, 1)[1] for row, token in _rows(last)]
+        return _mean([[HOPES[one] ** number for number in range(1, most + 1)] if one else [] for one in matches])
 
     def learn(self, read: Read) -> None:
         for row, count in enumerate(read.counts):
@@ -116,3 +126,14 @@ class NGramDrafter:
             return [], 0
         known = [*self.texts[row][at:], last]
         return [known[number % len(known)] for number in range(most)], length  # copies of copies, as in LZ77
+
+
+def _rows(last: Tensor) -> list[tuple[int, int]]:
+    """Each row's number and its last token, of `last` (rows, 1)."""
+    return list(enumerate(last[:, 0].tolist()))
+
+
+def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
+    """The mean of what the rows have at each place, 0 where one has no more."""
+    longest = max(map(len, rows))
+    return [sum(row[at] for row in rows if at < len(row)) / len(rows) for at in range(longest)]

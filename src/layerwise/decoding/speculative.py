@@ -32,7 +32,7 @@ from layerwise.decoding.drafters import (
 )
 from layerwise.decoding.drafts import MOST, Draft
 from layerwise.decoding.judge import Judge
-from layerwise.decoding.ngrams import HOPES, CorpusDrafter, NGramDrafter
+from layerwise.decoding.ngrams import CorpusDrafter, NGramDrafter
 from layerwise.decoding.pass_times import BESIDES
 from layerwise.decoding.target import Read, Target, Watched
 from layerwise.decoding.trees import TreeDrafter
@@ -126,10 +126,10 @@ class Crew:
         prices, self.hopes = dict(self.prices), {"head": HEAD_HOPE}
         match = self.ngram.match(last) if self.ngram is not None else 0
         if match:
-            prices["ngram"], self.hopes["ngram"] = NGRAM_PRICE, HOPES[match]
-        sure = self.corpus.sure(last) if self.corpus is not None else 0.0
-        if sure:
-            prices["corpus"], self.hopes["corpus"] = NGRAM_PRICE, sure
+            prices["ngram"], self.hopes["ngram"] = NGRAM_PRICE, self.ngram.hopes(last, most)
+        known = self.corpus.hopes(last, most) if self.corpus is not None else []
+        if known:
+            prices["corpus"], self.hopes["corpus"] = NGRAM_PRICE, known
         trusts: list[float] = []
         if self.tree is not None:  # to look one up takes time too, and where trees fail that is for nothing
             least = self.tuner.least("tree", most) if self.draft.kind == "auto" else 0.0

@@ -18,10 +18,8 @@ from torch import Tensor
 
 from layerwise.decoding.drafters import Proposal, Worth
 from layerwise.decoding.ngram_model import NGramModel
-from layerwise.decoding.ngrams import HOPES, NGramDrafter
+from layerwise.decoding.ngrams import HOPES, LEAST, NGramDrafter
 from layerwise.decoding.target import Read, Target
-
-LEAST = 0.05  # a token less likely to be reached is in no tree: to look it up alone costs more than it gives
 
 
 class Node(NamedTuple):

@@ -93,6 +93,29 @@ def _swept(tasks: list[dict[str, Any]]) -> str:
     )
 
 
+def sweep_table(result: dict[str, Any]) -> str:
+    """`layerwise bench speculative --sweep --no-peers`: what `auto` makes of it, beside fixed drafts."""
+    tasks = [task for run in result["runs"] for task in run["tasks"]]
+    one, where = tasks[0], tasks[0]["environment"]
+    lines = [
+        "| `auto` beside fixed drafts | speed-up | best fixed draft | of its speed | where drafts fail, of plain |",
+        "|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {task['task']} | **{task['speedup']:.2f}x** | `{task['best_static']}`, {task['best_static_speedup']:.2f}x "
+        f"| {task['auto_vs_best_static']:.2f} | {task['hopeless']:.2f} |"
+        for task in tasks
+    ]
+    lines += [
+        "",
+        f"Weights {result['runs'][0]['label']}, {one['prompts']} held-out prompts of a task, {one['rounds']} interleaved "
+        f"rounds; drafts fail when sampling at temperature 1.5. Commit {where['commit']}. Again: `layerwise bench "
+        f"speculative --adapter adapters/{result['runs'][0]['label']} --prompts {one['prompts']} --new-tokens "
+        f"{one['new_tokens']} --rounds {one['rounds']} --sweep --no-peers --out results/speculative_sweep.json`.",
+    ]
+    return "\n".join(lines)
+
+
 def layerskip_quality_table(result: dict[str, Any]) -> str:
     """One row a model of tools/layerskip_runs.py quality."""
     models = result["models"]
@@ -347,6 +370,7 @@ def routed_text_table(result: dict[str, Any]) -> str:
 TABLES = {
     "decode": decode_table,
     "speculative": speculative_table,
+    "speculative_sweep": sweep_table,
     "layerskip_quality": layerskip_quality_table,
     "layerroute": layerroute_table,
     "search": search_table,

@@ -30,8 +30,9 @@ def ablation(result: dict[str, Any], path: Path) -> None:
 
 
 def heat(result: dict[str, Any], path: Path) -> None:
-    """`{"runs": [...]}` of tools/layerroute_runs.py; the first that weighs quality."""
-    layer_use_figure(next(run for run in result["runs"] if run["objective"] == "quality"), path)
+    """`{"runs": [...]}` of tools/layerroute_runs.py; the first that weighs quality, without bridges, as the adapter."""
+    runs = (run for run in result["runs"] if run["objective"] == "quality" and not run.get("bridge_rank"))
+    layer_use_figure(next(runs), path)
 
 
 def recall(result: dict[str, Any], path: Path) -> None:

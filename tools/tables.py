@@ -109,8 +109,8 @@ def sweep_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"Weights {result['runs'][0]['label']}, {one['prompts']} held-out prompts of a task, {one['rounds']} "
-        f"interleaved rounds; drafts fail when sampling at temperature 1.5. Commit {where['commit']}. Again: `layerwise bench "
-        f"speculative --adapter adapters/{result['runs'][0]['label']} --prompts {one['prompts']} --new-tokens "
+        f"interleaved rounds; drafts fail when sampling at temperature 1.5. Commit {where['commit']}. Again: "
+        f"`layerwise bench speculative --adapter adapters/{result['runs'][0]['label']} --prompts {one['prompts']} --new-tokens "
         f"{one['new_tokens']} --rounds {one['rounds']} --sweep --no-peers --out results/speculative_sweep.json`.",
     ]
     return "\n".join(lines)

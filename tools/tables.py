@@ -96,7 +96,7 @@ def _swept(tasks: list[dict[str, Any]]) -> str:
 def sweep_table(result: dict[str, Any]) -> str:
     """`layerwise bench speculative --sweep --no-peers`: what `auto` makes of it, beside fixed drafts."""
     tasks = [task for run in result["runs"] for task in run["tasks"]]
-    one, where = tasks[0], tasks[0]["environment"]
+    one, where, label = tasks[0], tasks[0]["environment"], result["runs"][0]["label"]
     lines = [
         "| `auto` beside fixed drafts | speed-up | best fixed draft | of its speed | where drafts fail, of plain |",
         "|---|---|---|---|---|",
@@ -108,10 +108,10 @@ def sweep_table(result: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        f"Weights {result['runs'][0]['label']}, {one['prompts']} held-out prompts of a task, {one['rounds']} "
-        f"interleaved rounds; drafts fail when sampling at temperature 1.5. Commit {where['commit']}. Again: "
-        f"`layerwise bench speculative --adapter adapters/{result['runs'][0]['label']} --prompts {one['prompts']} --new-tokens "
-        f"{one['new_tokens']} --rounds {one['rounds']} --sweep --no-peers --out results/speculative_sweep.json`.",
+        f"Weights {label}, {one['prompts']} held-out prompts of a task, {one['rounds']} interleaved rounds; drafts fail "
+        f"when sampling at temperature 1.5. Commit {where['commit']}. Again: `layerwise bench speculative --adapter "
+        f"adapters/{label} --prompts {one['prompts']} --new-tokens {one['new_tokens']} --rounds {one['rounds']} --sweep "
+        "--no-peers --out results/speculative_sweep.json`.",
     ]
     return "\n".join(lines)
 

@@ -108,10 +108,10 @@ def sweep_table(result: dict[str, Any]) -> str:
     ]
     lines += [
         "",
-        f"Weights {label}, {one['prompts']} held-out prompts of a task, {one['rounds']} interleaved rounds; drafts fail "
-        f"when sampling at temperature 1.5. Commit {where['commit']}. Again: `layerwise bench speculative --adapter "
-        f"adapters/{label} --prompts {one['prompts']} --new-tokens {one['new_tokens']} --rounds {one['rounds']} --sweep "
-        "--no-peers --out results/speculative_sweep.json`.",
+        f"Weights {label}, {one['prompts']} held-out prompts of a task, {one['rounds']} interleaved rounds; drafts "
+        f"fail when sampling at temperature 1.5. Commit {where['commit']}. Again: `layerwise bench speculative "
+        f"--adapter adapters/{label} --prompts {one['prompts']} --new-tokens {one['new_tokens']} "
+        f"--rounds {one['rounds']} --sweep --no-peers --out results/speculative_sweep.json`.",
     ]
     return "\n".join(lines)
 

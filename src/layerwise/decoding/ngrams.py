@@ -31,7 +31,7 @@ class CorpusDrafter:
 
     def hopes(self, last: Tensor, most: int) -> list[float]:
         """How likely each token of a draft is to stand, on average over rows, until no row has more."""
-        return _mean([[trust for _, trust in self._chain(row, token, most)] for row, token in _rows(last)])
+        return mean_by_place([[trust for _, trust in self._chain(row, token, most)] for row, token in _rows(last)])
 
     def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
         proposal = Proposal([])
@@ -93,7 +93,9 @@ class NGramDrafter:
     def hopes(self, last: Tensor, most: int) -> list[float]:
         """How likely each token of a draft is to stand, on average over rows."""
         matches = [self._after(row, token, 1)[1] for row, token in _rows(last)]
-        return _mean([[HOPES[one] ** number for number in range(1, most + 1)] if one else [] for one in matches])
+        return mean_by_place(
+            [[HOPES[one] ** number for number in range(1, most + 1)] if one else [] for one in matches]
+        )
 
     def learn(self, read: Read) -> None:
         for row, count in enumerate(read.counts):
@@ -133,7 +135,7 @@ def _rows(last: Tensor) -> list[tuple[int, int]]:
     return list(enumerate(last[:, 0].tolist()))
 
 
-def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
+def mean_by_place(rows: Sequence[Sequence[float]]) -> list[float]:
     """The mean of what the rows have at each place, 0 where one has no more."""
     longest = max(map(len, rows))
     return [sum(row[at] for row in rows if at < len(row)) / len(rows) for at in range(longest)]

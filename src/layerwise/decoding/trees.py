@@ -18,7 +18,7 @@ from torch import Tensor
 
 from layerwise.decoding.drafters import Proposal, Worth
 from layerwise.decoding.ngram_model import NGramModel
-from layerwise.decoding.ngrams import HOPES, LEAST, NGramDrafter
+from layerwise.decoding.ngrams import HOPES, LEAST, NGramDrafter, mean_by_place
 from layerwise.decoding.target import Read, Target
 
 
@@ -56,11 +56,7 @@ class TreeDrafter:
         Returns how likely each of their tokens is to stand, on average over rows, until no row has more.
         """
         self.grown = [self._grown(row, token, most, least) for row, token in enumerate(last[:, 0].tolist())]
-        sums = [0.0] * max(map(len, self.grown))
-        for tree in self.grown:
-            for at, node in enumerate(tree):
-                sums[at] += node.trust / len(self.grown)
-        return sums
+        return mean_by_place([[node.trust for node in tree] for tree in self.grown])
 
     def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
         trees = [in_depth(tree[:most]) for tree in self.grown]

@@ -20,14 +20,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from layerwise.model.backbone import Backbone
+from layerwise.policies.prompts import normalised
 from layerwise.tensor_files import read_tensors
 
 FILE = "bridges.safetensors"
-EPSILON = 1e-6  # of the mean square
 
 
 class Bridge(nn.Module):
@@ -47,12 +46,6 @@ class Bridge(nn.Module):
         # In the dtype of its weights, which in training differs from that of the states.
         seen = normalised(hidden_states).to(self.down.weight.dtype)
         return hidden_states + self.up(self.down(seen)).to(hidden_states.dtype)
-
-
-def normalised(states: Tensor) -> Tensor:
-    """States (..., hidden size) divided by their root mean square, in float32: what a bridge sees."""
-    wide = states.float()
-    return wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPSILON)
 
 
 class Bridges(nn.Module):

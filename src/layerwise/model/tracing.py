@@ -29,9 +29,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import AttentionInterface
 
+from layerwise.model import bridges
 from layerwise.model.backbone import Backbone
 from layerwise.model.few_tokens import source_text
 from layerwise.plan import Part, Visit
+from layerwise.policies import prompts
 
 ONE, FEW = "layerwise_one_token", "layerwise_few_tokens"  # names of attention functions, one a form
 _INDUCTOR = {
@@ -200,7 +202,8 @@ class LayerSource:
             if key not in ("layer_idx", "training") and isinstance(value, (int, float, str, bool, type(None)))
         }
         # The code of a layer has the version of transformers; that of a bridge is ours.
-        own = Path(__file__).with_name("bridges.py").read_text(encoding="utf-8") * (self.visit.part is Part.BRIDGE)
+        files = (bridges.__file__, prompts.__file__) if self.visit.part is Part.BRIDGE else ()
+        own = [Path(file).read_text(encoding="utf-8") for file in files]
         return _key(
             self.backbone,
             [self.form, repr(self.module), self.adapters, sorted(attributes.items(), key=str), repr(self.kind), own],

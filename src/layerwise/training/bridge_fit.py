@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from layerwise.data.examples import Tokens, collate, length_sorted_batches
-from layerwise.model.bridges import Bridge, normalised
+from layerwise.model.bridges import Bridge
 from layerwise.model.modes import evaluating
 from layerwise.model.runtime import Runtime
 from layerwise.plan import Part, Plan
+from layerwise.policies.prompts import normalised
 
 if TYPE_CHECKING:
     from layerwise.model.causal_lm import LayerwiseForCausalLM

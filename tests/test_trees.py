@@ -159,8 +159,8 @@ def test_a_tree_takes_the_likeliest_token_next() -> None:
 
 def test_own_words_come_first_and_rows_have_trees_of_their_own() -> None:
     made = drafter(two_minds(), [9, 1, 7, 8, 9], [6, 6])
-    found = proposed(made, torch.tensor([[1], [2]]), 3)
-    assert found.tokens == [[7, 8, 3], [4]] and found.parents == [[-1, 0, -1], [-1]]
+    found = proposed(made, torch.tensor([[1], [2]]), 4)
+    assert found.tokens == [[7, 8, 9, 3], [4]] and found.parents == [[-1, 0, 1, -1], [-1]]
     half = HOPES[2]
     trusts = made.grow(torch.tensor([[1], [2]]), 3)
     assert trusts[0] == pytest.approx((half + 0.75) / 2, abs=2e-3)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from layerwise.decoding.drafters import Proposal, Worth
 from layerwise.decoding.ngram_model import NGramModel
 from layerwise.decoding.target import Read, Target
 
-HOPES = {2: 0.5, 3: 0.6, 4: 0.75}  # by the length of the match: how often what followed follows again
+HOPES = {2: 0.55, 3: 0.7, 4: 0.85}  # by the length of the match: how often what followed follows again
 LEAST = 0.05  # a token less likely to be reached is not drafted: to look it up alone costs more than it gives
 
 
@@ -93,9 +95,7 @@ class NGramDrafter:
     def hopes(self, last: Tensor, most: int) -> list[float]:
         """How likely each token of a draft is to stand, on average over rows."""
         matches = [self._after(row, token, 1)[1] for row, token in _rows(last)]
-        return mean_by_place(
-            [[HOPES[one] ** number for number in range(1, most + 1)] if one else [] for one in matches]
-        )
+        return mean_by_place([_reached(one, most) for one in matches])
 
     def learn(self, read: Read) -> None:
         for row, count in enumerate(read.counts):
@@ -128,6 +128,13 @@ class NGramDrafter:
             return [], 0
         known = [*self.texts[row][at:], last]
         return [known[number % len(known)] for number in range(most)], length  # copies of copies, as in LZ77
+
+
+def _reached(match: int, most: int) -> list[float]:
+    """How likely each of `most` tokens after a match is to be reached: each that stands makes the match longer."""
+    longest = max(HOPES)
+    steps = (HOPES[min(longest, match + number)] for number in range(most if match else 0))
+    return list(accumulate(steps, mul))
 
 
 def _rows(last: Tensor) -> list[tuple[int, int]]:

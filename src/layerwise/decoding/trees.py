@@ -87,7 +87,8 @@ class TreeDrafter:
         while waiting and len(grown) < most:
             trust, parent, token, ending = heappop(waiting)
             grown.append(Node(token, parent, -trust))
-            open_after(len(grown) - 1, ending, -trust)
+            if len(grown) < most:
+                open_after(len(grown) - 1, ending, -trust)
         return grown
 
     def _guesses(self, row: int, ending: list[int]) -> list[tuple[int, float]]:

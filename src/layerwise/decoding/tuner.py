@@ -101,6 +101,7 @@ class Tuner:
     widths: dict[int, tuple[float, float]] = field(default_factory=dict)  # tokens verified: seconds at pace 1, weight
     pace: float = 1.0  # how much longer all rounds take now than when they were measured
     _read: dict[int, float] = field(default_factory=dict)  # what `round_seconds` found since the last round
+    _smoothed: dict[int, float] = field(default_factory=dict)  # and `_smooth`
 
     @classmethod
     def timed(cls, seconds: Mapping[int, float]) -> Tuner:
@@ -117,7 +118,8 @@ class Tuner:
     def round_seconds(self, width: int) -> float:
         """A round that verifies `width` tokens, drafting left out: as measured, or read off its neighbours."""
         if width not in self._read:
-            self._read[width] = self.pace * self._between(self._smooth(), width)
+            self._smoothed = self._smoothed or self._smooth()
+            self._read[width] = self.pace * self._between(self._smoothed, width)
         return self._read[width]
 
     def _between(self, times: Mapping[int, float], width: int) -> float:
@@ -224,6 +226,7 @@ class Tuner:
         weight = min(weight + 1.0, TIMED)
         self.widths[width] = (known + (seconds / self.pace - known) / weight, weight)
         self._read.clear()
+        self._smoothed.clear()
         if not drafted:
             return
         way = self.ways.setdefault(name, Way(seconds / drafted))

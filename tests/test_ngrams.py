@@ -16,7 +16,7 @@ from test_speculative import FREE, attached, one
 
 from layerwise import from_pretrained
 from layerwise.decoding.ngram_model import ALIKE, FILE, GUESSES, NGramModel
-from layerwise.decoding.ngrams import CorpusDrafter
+from layerwise.decoding.ngrams import HOPES, CorpusDrafter, NGramDrafter
 from layerwise.decoding.target import Read
 
 Answers = list[tuple[list[int], list[int]]]
@@ -139,6 +139,16 @@ def test_a_draft_goes_on_while_it_is_worth_it() -> None:
     # Of the two rows one knows a token less.
     assert made.hopes(last, 3) == pytest.approx([0.75, 0.75**2, 0.75**3 / 2])
     assert made.hopes(last, 1) == pytest.approx([0.75]) and made.hopes(torch.tensor([[5], [5]]), 3) == []
+
+
+def test_a_match_that_stands_is_a_longer_match() -> None:
+    made = NGramDrafter(SimpleNamespace())
+    text = torch.tensor([[7, 1, 2, 3, 9, 8, 1]])
+    made.begin(Read(text, [7], {}, text))
+    hopes = made.hopes(torch.tensor([[2]]), 4)  # a match of two tokens, then of three, of four, and no longer
+    after = HOPES[2] * HOPES[3]
+    assert hopes == pytest.approx([HOPES[2], after, after * HOPES[4], after * HOPES[4] ** 2])
+    assert made.hopes(torch.tensor([[5]]), 4) == []
 
 
 def test_what_was_read_is_context_for_what_follows() -> None:

@@ -61,6 +61,7 @@ def test_an_accepted_number_stands_first_and_alone() -> None:
     assert one.generated and not one.by_length
     assert one.accepts("2") and one.accepts(" 2, of course") and one.accepts(" 2.\n")
     assert not one.accepts(" 2.5") and not one.accepts(" -2") and not one.accepts("is 2") and not one.accepts(" 2,000")
+    assert not one.accepts(" 2/3") and one.accepts(" 2/x")
 
 
 def test_bad_questions_are_refused() -> None:

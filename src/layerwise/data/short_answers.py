@@ -76,7 +76,7 @@ class Question:
 
     def accepts(self, text: str) -> bool:
         """Whether a generated continuation of the prompt is right: the first thing it says is the number."""
-        said = re.match(r"\s*(-?\d+)(?![\d.,]*\d)", text)
+        said = re.match(r"\s*(-?\d+)(?![\d.,/]*\d)", text)
         return said is not None and said.group(1) == self.answer.strip()
 
 

@@ -30,6 +30,7 @@ STARTING_WEIGHT = 1.2  # tokens that were hoped for and stood, before there are 
 OWN_WEIGHT = 1.0  # tokens that count for one of a tree as all do, before it has been tried
 ONE_MORE = 0.05  # of a plain step, to verify one more token, where nothing is known
 TIMED = 10.0  # rounds that a time measured counts for at most, and one measured beforehand does
+MARGIN = 1.1  # times plain decoding is what a draft must promise: promises are kept in part, and lookups take time
 LONGEST = 2.0  # times what a round was expected to take: beyond, something else was running
 _NONE: Mapping[str, Any] = MappingProxyType({})
 Hope = float | Sequence[float]
@@ -197,7 +198,7 @@ class Tuner:
         ]
         plain = 1 / self.round_seconds(1)
         best, name, length = max(options, default=(0.0, "off", 0))
-        if not options or (rest and plain >= best):
+        if not options or (rest and plain * MARGIN >= best):
             return "off", 0, lambda trust: False
         way = self.ways[name]
         more = self.round_seconds(length + 1) - self.round_seconds(max(1, length - 3))

@@ -16,7 +16,7 @@ from tiny import ARCHITECTURES, LAYERS, one_line, random_plan
 
 from layerwise import Plan, attach, from_pretrained
 from layerwise.cost import pass_cost
-from layerwise.data import Tokens
+from layerwise.evaluation.margins import _file
 from layerwise.model.bridges import Bridge, Bridges
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.compiled import compiler_available
@@ -25,7 +25,7 @@ from layerwise.plan import Part, Visit
 from layerwise.policies.gates import GatedPolicy, summary
 from layerwise.report.html import _cell
 from layerwise.training import layerroute
-from layerwise.training.bridge_fit import fit_bridges, low_rank
+from layerwise.training.bridge_fit import Moments, fit_bridges, fit_every_bridge
 from layerwise.training.gate_fits import choose_basis
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -65,6 +65,20 @@ def test_text_and_depth() -> None:
     assert str(plan) == "0-3 4-6b 7-9" and plan == Plan.full(10).only(Part.BRIDGE, 4, 5, 6)
     assert plan.depth == 7 and plan.counts(10) == (1, 1, 1, 1, 0, 0, 0, 1, 1, 1)
     assert [slot is None for slot in plan.slots] == [False] * 4 + [True] * 3 + [False] * 3
+    assert str(Plan.parse("0-1 3*2 6").crossed((2, 3, 5))) == "0-1 2b 3*2 5b 6"
+    assert Plan.parse("0 1b 2").crossed(range(3)) == Plan.parse("0 1b 2") == Plan.parse("0 1b 2").crossed(())
+
+
+@torch.no_grad()
+def test_what_is_kept_of_a_model_is_named_after_its_bridges(tmp_path: Path) -> None:
+    def file(model: LayerwiseForCausalLM) -> Path:
+        return _file(tmp_path, "margins", model, [])
+
+    model = bridged()
+    before = file(model)
+    assert before == file(model) != file(attach(model.base))
+    next(iter(model.runtime.backbone.bridges.values())).up.bias[0] += 1e-3
+    assert file(model) != before
 
 
 @torch.no_grad()
@@ -171,39 +185,51 @@ def _base(folder: Path) -> Path:
 
 
 def test_low_rank_regression_finds_a_low_rank_map() -> None:
+    def fitted(rank: int, weights: torch.Tensor) -> torch.Tensor:
+        moments = Moments()
+        for some in torch.arange(4000).split(1500):
+            moments.add(inputs[some], outputs[some], weights[some])
+        down, up, bias = moments.low_rank(rank)
+        assert torch.allclose(down.norm(dim=1), up.norm(dim=0), rtol=1e-4)
+        return inputs @ down.T @ up.T + bias
+
     chance = torch.Generator().manual_seed(0)
     inputs = torch.randn(4000, 12, generator=chance)
     whole = torch.randn(9, 3, generator=chance) @ torch.randn(3, 12, generator=chance)
     outputs = inputs @ whole.T + 2.0
-    down, up, bias = low_rank(inputs, outputs, torch.ones(4000), 3)
-    found = inputs @ down.T @ up.T + bias
-    assert ((found - outputs).norm() / outputs.norm()) < 0.03  # the ridge is 2%
-    assert torch.allclose(down.norm(dim=1), up.norm(dim=0), rtol=1e-4)
-    down, up, bias = low_rank(inputs, outputs, torch.ones(4000), 1)
-    assert 0.2 < ((inputs @ down.T @ up.T + bias - outputs).norm() / outputs.norm()) < 1
+    assert ((fitted(3, torch.ones(4000)) - outputs).norm() / outputs.norm()) < 0.03  # the ridge is 2%
+    assert 0.2 < ((fitted(1, torch.ones(4000)) - outputs).norm() / outputs.norm()) < 1
     heavy = torch.ones(4000)
     outputs[0], heavy[0] = 50.0, 1e6  # a row of such weight is met
-    down, up, bias = low_rank(inputs, outputs, heavy, 3)
-    assert (inputs[0] @ down.T @ up.T + bias - 50.0).abs().max() < 1
+    assert (fitted(3, heavy)[0] - 50.0).abs().max() < 1
 
 
 @torch.no_grad()
 def test_fitted_bridges_come_near_their_layers() -> None:
     model = bridged(layers=(2, 3))
-    for bridge in model.runtime.backbone.bridges.values():
-        for parameter in bridge.up.parameters():
-            parameter.zero_()
-    examples = [answered(tiny.tokens(1, 9, seed)[0].tolist()) for seed in range(40)]
+    texts = [tiny.tokens(1, 9, seed)[0].tolist() for seed in range(40)]
     plan = Plan.parse("0-1 2-3b 4-5")
 
-    def away() -> float:
-        states = torch.cat([model.embed(torch.tensor([one.input_ids])) for one in examples])
-        short, full = (model.runtime.forward(states, [one] * 40) for one in (plan[:4], Plan.parse("0-3")))
-        return (short - full).norm().item()
+    def away(short: str) -> float:
+        states = model.embed(torch.tensor(texts))
+        ends = (model.runtime.forward(states, [one] * 40) for one in (Plan.parse(short), Plan.parse("0-3")))
+        found, wanted = ends
+        return (found - wanted).norm().item()
 
-    skipped = away()
-    fit_bridges(model, examples, plan)
-    assert away() < 0.7 * skipped
+    def forget() -> None:
+        for bridge in model.runtime.backbone.bridges.values():
+            for parameter in bridge.up.parameters():
+                parameter.zero_()
+
+    forget()
+    skipped, third = away("0-1 2-3b"), away("0-2 3b")
+    fit_bridges(model, texts, plan)
+    both = away("0-1 2-3b")
+    assert both < 0.7 * skipped
+    forget()
+    fit_every_bridge(model, texts)
+    # Each does for its own layer; the second of two does not mend what the first one lacks.
+    assert away("0-2 3b") < 0.7 * third and both < away("0-1 2-3b") < 0.8 * skipped
 
 
 def test_bridges_learn_in_held_steps_and_are_fitted_to_what_bears_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,10 +238,10 @@ def test_bridges_learn_in_held_steps_and_are_fitted_to_what_bears_them(monkeypat
     assert made.model.policy.bridged == (1, 2) and set(made.model.runtime.backbone.bridges) == {1, 2}
     examples = [answered(tiny.tokens(1, 6 + seed, seed)[0].tolist()) for seed in range(6)]
     monkeypatch.setattr(layerroute, "lost", lambda *_: torch.tensor([0.9, 0.1, 0.8, 0.2, 0.3, 0.7]))
-    taken: list[list[Tokens]] = []
+    taken: list[list[list[int]]] = []
     monkeypatch.setattr(layerroute, "fit_bridges", lambda model, those, plan: taken.append(list(those)))
     made.fit_bridges(examples)
-    assert taken == [[examples[1], examples[3], examples[4]]]
+    assert taken == [[examples[at].input_ids for at in (1, 3, 4)]]
     ids = torch.tensor([examples[0].input_ids])
     loss = made(ids, torch.tensor([examples[0].labels]), step=0)["loss"]
     assert any("bridges" in name for name in gradients(made, loss))

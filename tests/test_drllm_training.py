@@ -209,10 +209,11 @@ def config(given: Path, out: Path, **changes: Any) -> DrLLMConfig:
     return DrLLMConfig(**options)
 
 
-@pytest.mark.parametrize("form", ["per-layer", "menu"])
+@pytest.mark.parametrize("form", ["per-layer", "menu", "menu with bridges"])
 def test_a_training_is_saved_with_what_it_chose(form: str, given: Path, tmp_path: Path) -> None:
     lines: list[str] = []
-    chosen = config(given, tmp_path / "out", form=form)
+    form, _, bridges = form.partition(" with ")
+    chosen = config(given, tmp_path / "out", form=form, bridge_rank=4 if bridges else 0)
     drllm.train(chosen, lines.append)
     model = from_pretrained(adapter=tmp_path / "out", engine="eager")
     record = json.loads((tmp_path / "out" / "training.json").read_text())
@@ -222,6 +223,12 @@ def test_a_training_is_saved_with_what_it_chose(form: str, given: Path, tmp_path
     if form == "menu":
         assert 2 <= len(model.policy.menu) <= 4 and model.policy.menu[0] == FULL
         assert all(plan.visits[0].layer == 0 for plan in model.policy.menu)
+    if bridges:  # a layer is left out by crossing it, in the menu and in what it has to beat
+        every = [*model.policy.menu, *(Plan.parse(text) for text in record["static"].values())]
+        assert all({visit.layer for visit in plan} == set(range(LAYERS)) for plan in every)
+        assert set(model.runtime.backbone.bridges) == set(range(1, LAYERS)) and any(
+            plan.depth < LAYERS for plan in every
+        )
     # again: everything that takes long is there already
     again: list[str] = []
     drllm.train(chosen, again.append)
@@ -287,9 +294,11 @@ def test_mistakes_are_one_line(given: Path, tmp_path: Path) -> None:
         "precision": "int8",
         "labels": "no-such-file",
         "seed": -1,
+        "bridge_rank": -1,
     }
     for name, value in changes.items():
         one_line(lambda name=name, value=value: config(given, tmp_path, **{name: value}), str(value))
+    one_line(lambda: config(given, tmp_path, form="per-layer", bridge_rank=2), "leave out bridge-rank")
     empty = tmp_path / "labels.jsonl"
     lines = (given / "labels.jsonl").read_text().splitlines()
     empty.write_text("\n".join(lines[:2]) + "\n")

@@ -74,7 +74,7 @@ def planted(gain: dict[str, dict[int, float]], noise: float, questions: int = 60
         return torch.tensor(found)
 
     given = SimpleNamespace(full=FULL, model=SimpleNamespace(depth=LAYERS), notify=lambda line: None, asked=asked)
-    given.rows, given.rewards, given.tokens = rows, rewards, lambda own: 10.0
+    given.rows, given.rewards, given.tokens, given.crossed = rows, rewards, lambda own: 10.0, lambda plan: plan
     return given
 
 
@@ -89,7 +89,8 @@ def test_the_race_finds_what_serves_each_task_on_questions_of_its_own(monkeypatc
     edits = {**{SKIP[layer]: 0.0 for layer in range(1, 6)}, **{REPEAT[layer]: 0.0 for layer in range(6)}}
     monkeypatch.setattr(menu, "effects", lambda labels, layers: edits)
     given = planted({"a": {3: 0.1, 2: 0.05}, "b": {5: 0.1}}, noise=0.05)
-    found = menu.race(RouterRecipe(screen=10, candidates=12), [], given, given.rows)  # type: ignore[arg-type]
+    found, single = menu.race(RouterRecipe(screen=10, candidates=12), [], given, given.rows)  # type: ignore[arg-type]
+    assert set(single) == set(edits) and single[SKIP[3]] == pytest.approx(0.1 / 2 - 0.3 / 2, abs=0.05)
     best = {task: str(tried.plans[int(tried.utility(0.2).argmax())]) for task, tried in found.items()}
     assert best == {"a": "0-1 4-5", "b": "0-4"}
     assert given.asked == [*[tuple(range(at, at + 10)) for at in (0, 60)]] + [
@@ -103,7 +104,7 @@ def test_few_edits_that_promise_nothing_and_few_questions_leave_the_full_plan(mo
     monkeypatch.setattr(menu, "effects", lambda labels, layers: dict.fromkeys([SKIP[1], REPEAT[2]], 0.0))
     given = planted({"a": {1: -0.3, 2: -0.3}, "b": {1: -0.3, 2: -0.3}}, noise=0.05, questions=2)
     for recipe in (RouterRecipe(candidates=2), RouterRecipe(candidates=2, screen=1), RouterRecipe(candidates=1)):
-        found = menu.race(recipe, [], given, given.rows)  # type: ignore[arg-type]
+        found, _ = menu.race(recipe, [], given, given.rows)  # type: ignore[arg-type]
         assert all(tried.gains.isfinite().all() and tried.errors.isfinite().all() for tried in found.values())
         assert set(served(found, dict.fromkeys(found, 1), dict.fromkeys(found, 1.0), 0.0).values()) == {FULL}
     given.rows["b"] = given.rows["b"][:1]
@@ -151,4 +152,4 @@ def test_layers_are_saved_where_they_cost_least_by_the_tokens_that_run_them() ->
 
 def test_static_plans_join_the_skips_of_most_effect() -> None:
     found = static_plans({SKIP[1]: -0.1, SKIP[4]: 0.1, REPEAT[2]: 0.5}, LAYERS)
-    assert found == {"6": "0-5", "5": "0-3 5", "4": "0 2-3 5"}
+    assert {depth: str(plan) for depth, plan in found.items()} == {"6": "0-5", "5": "0-3 5", "4": "0 2-3 5"}

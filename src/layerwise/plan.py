@@ -154,6 +154,12 @@ class Plan:
         """With just the attention, the MLP or the bridge of `layers` run."""
         return Plan(tuple(Visit(v.layer, part) if v.layer in layers else v for v in self.visits))
 
+    def crossed(self, layers: Iterable[int]) -> Plan:
+        """With bridges in place of those of `layers` that it does not visit; its layers must ascend."""
+        visited = {visit.layer for visit in self.visits}
+        bridges = (Visit(layer, Part.BRIDGE) for layer in layers if layer not in visited)
+        return Plan(tuple(sorted((*self.visits, *bridges), key=lambda visit: visit.layer)))
+
     def __add__(self, other: Plan) -> Plan:
         return Plan(self.visits + other.visits)
 

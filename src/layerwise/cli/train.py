@@ -38,7 +38,7 @@ BY_GRADIENT = ("penalty", "dual_rate", "router_learning_rate")  # not for router
 # The same for the forms of Dr.LLM's routers, the modes of the recall model, its tasks, and the methods of routed text.
 FORMS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("gamma", "beta"), ("per-layer",)),
-    **dict.fromkeys(("questions", "screen", "candidates", "threshold"), ("menu",)),
+    **dict.fromkeys(("questions", "screen", "candidates", "threshold", "bridge_rank"), ("menu",)),
 }
 MODES_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("rises", "floor", "order"), ("curriculum",)),

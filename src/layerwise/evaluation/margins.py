@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from layerwise.data import complete_lines
 from layerwise.data.short_answers import Question
 from layerwise.model.causal_lm import LayerwiseForCausalLM
-from layerwise.model.fingerprint import fingerprint
+from layerwise.model.fingerprint import digest_of, fingerprint
 from layerwise.plan import Plan
 from layerwise.search.evaluator import PathEvaluator
 
@@ -28,8 +28,8 @@ SAID_EVERY = 10.0  # seconds between lines of progress
 class Kept:
     """Files in `folder` with what earlier runs found out, and how many of this run's answers came from them.
 
-    They are named after the model's weights and what was asked, not after the code that answered: with `fresh` nothing
-    is taken from them, and what is found out takes the place of what they held.
+    They are named after the model's weights, its bridges and what was asked, not after the code that answered: with
+    `fresh` nothing is taken from them, and what is found out takes the place of what they held.
     """
 
     folder: Path
@@ -100,7 +100,9 @@ def kept_lines(
 def _file(folder: Path, name: str, model: LayerwiseForCausalLM, about: Any) -> Path:
     """The file in `folder` for what depends on the model and on `about`."""
     folder.mkdir(parents=True, exist_ok=True)
-    kept_of = [fingerprint(model.runtime.backbone.model, adapted=True), str(model.runtime.backbone.dtype), about]
+    backbone = model.runtime.backbone
+    kept_of = [fingerprint(backbone.model, adapted=True), str(backbone.dtype), about]
+    kept_of += [digest_of(backbone.bridges)] if backbone.bridges else []
     return folder / f"{name}-{_digest(kept_of)}.jsonl"
 
 

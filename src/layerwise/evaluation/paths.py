@@ -5,7 +5,7 @@ decides. Beside it stand controls that run as many layers (to the whole layer) a
 
     always_execute   all layers: the base
     static           one plan for every question, the best that the labels of the training know
-    random           the routed plan's numbers of skips and repeats, in layers drawn at random
+    random           the routed plan's numbers of skips and repeats, in layers drawn at random; with bridges, if it has
     shuffled         the routed plans, dealt out to the questions at random
 
 and oracles that know more: the best plan of the menu for each question, and, if labels of test questions are given,
@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -127,7 +127,7 @@ def path_suite(
     data = [[one for name in names for one in questions(name, "test")[:limit]] for names in domains]
     for names, asked in zip(domains, data, strict=True):
         notify(f"{len(asked)} questions of {', '.join(names)}")
-        controls = _Controls(record, seed) if names is IN_DOMAIN else None
+        controls = _Controls(record, seed, model.runtime.backbone.bridges) if names is IN_DOMAIN else None
         found.append(answer(model, tokenizer, asked, controls, kept, notify))
     inside, outside = found
     chance = np.random.default_rng(seed)
@@ -173,10 +173,11 @@ class _Controls:
 
     record: Mapping[str, Any]
     seed: int
+    bridges: Collection[int] = ()  # layers that the model can cross: random plans cross them too
 
     def plans(self, routed: Sequence[Plan], layers: int) -> dict[str, list[Plan]]:
         chance = random.Random(self.seed)
-        made = {"random": [random_plan(plan, layers, chance) for plan in routed]}
+        made = {"random": [random_plan(plan, layers, chance).crossed(self.bridges) for plan in routed]}
         made["shuffled"] = chance.sample(routed, len(routed))
         budget = ceil(sum(plan.depth for plan in routed) / len(routed))
         fitting = {

@@ -8,6 +8,7 @@ every tensor: they tell whether weights were trained since a moment.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import torch
 from transformers import PreTrainedModel
@@ -50,6 +51,12 @@ def digests(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, str]]:
             known[place] = known.get(place) or _digest(tensor)
             found[_plain(name)] = tensor.dtype, known[place]
     return found
+
+
+def digest_of(modules: Mapping[int, torch.nn.Module]) -> str:
+    """A short digest of every bit of some numbered modules."""
+    parts = [f"{at} {name} {_digest(one)}" for at, own in modules.items() for name, one in own.state_dict().items()]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def is_changed(model: PreTrainedModel, before: dict[str, tuple[torch.dtype, str]]) -> bool:

@@ -1,23 +1,27 @@
 """Bridges fitted by least squares, before any step of training: see `model.bridges`.
 
-Layer after layer, on texts that walk the plan with bridges: from what enters the layer there, a ridge regression
-foretells what is missing to the state that the same text has after the layer when every layer runs. So a bridge also
-mends what those before it got wrong. The map is then cut to its rank by the directions in which its own outputs differ
-most (reduced-rank regression), and split into two factors whose rows and columns are equally long, because an optimizer
-such as Adam takes equal steps on both.
+From what enters a layer a ridge regression foretells what is missing to the state that the same text has after the
+layer when every layer runs. Where it is known which layers a plan leaves out (`fit_bridges`), the texts walk that plan,
+layer after layer, so a bridge also mends what those before it got wrong; where plans are still to be found
+(`fit_every_bridge`), each bridge is fitted to its layer alone.
+
+The map is then cut to its rank by the directions in which its own outputs differ most (reduced-rank regression), and
+split into two factors whose rows and columns are equally long, because an optimizer such as Adam takes equal steps on
+both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from layerwise.data.examples import Tokens, collate, length_sorted_batches
+from layerwise.data.examples import length_sorted_batches
 from layerwise.model.bridges import Bridge
 from layerwise.model.modes import evaluating
+from layerwise.model.packing import padded
 from layerwise.model.runtime import Runtime
 from layerwise.plan import Part, Plan
 from layerwise.policies.prompts import normalised
@@ -31,59 +35,92 @@ FIRST = 20.0  # what the first token of a text weighs: there is one, unlike all 
 
 
 @torch.no_grad()
-def fit_bridges(model: LayerwiseForCausalLM, examples: Sequence[Tokens], plan: Plan) -> None:
-    """Fit the bridges that `plan` names, which is else the full plan, to these examples, prompts and answers."""
+def fit_bridges(model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]], plan: Plan) -> None:
+    """Fit the bridges that `plan` names, which is else the full plan, to these texts (token ids)."""
     runtime, full = Runtime(model.runtime.backbone), Plan.full(model.depth)
     with evaluating(model):
-        walks = []  # (states by the plan, states with every layer, tokens of each row)
-        for group in length_sorted_batches([len(one.input_ids) for one in examples], TOKENS_AT_ONCE):
-            ids = collate([examples[at] for at in group], 0)["input_ids"].to(model.device)
-            counts = [len(examples[at].input_ids) for at in group]
-            embedded = model.embed(ids)
-            walks.append([embedded, embedded, counts])
-        for visit in plan:
+        walks = [[embedded, embedded, counts] for embedded, counts in _batches(model, texts)]
+        for visit in plan:  # walks are: states by the plan, states with every layer, tokens of each row
             for walk in walks:
                 walk[1] = runtime.forward(walk[1], [full[visit.layer : visit.layer + 1]] * len(walk[2]), walk[2])
             if visit.part is Part.BRIDGE:
-                _fit(model.bridges[visit.layer], walks)
+                moments = Moments()
+                for entering, wanted, counts in walks:
+                    moments.add(*_rows(entering, wanted, counts))
+                _set(model.bridges[visit.layer], moments)
             for walk in walks:
                 walk[0] = runtime.forward(walk[0], [Plan((visit,))] * len(walk[2]), walk[2])
 
 
-def _fit(bridge: Bridge, walks: Sequence[Sequence[Any]]) -> None:
-    seen, missing, weights = [], [], []
-    for entering, wanted, counts in walks:
-        width, device = entering.shape[1], entering.device
-        inside = torch.arange(width, device=device) < torch.tensor(counts, device=device)[:, None]
-        weight = torch.ones(inside.shape, device=device)
-        weight[:, 0] = FIRST
-        seen.append(normalised(entering)[inside])
-        missing.append((wanted.float() - entering.float())[inside])
-        weights.append(weight[inside])
-    down, up, bias = low_rank(torch.cat(seen), torch.cat(missing), torch.cat(weights), bridge.down.out_features)
+@torch.no_grad()
+def fit_every_bridge(model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]]) -> None:
+    """Fit all bridges of the model to these texts (token ids), which walk the full plan."""
+    runtime, full, bridges = Runtime(model.runtime.backbone), Plan.full(model.depth), model.bridges
+    found = {layer: Moments() for layer in bridges.numbers}
+    with evaluating(model):
+        for hidden, counts in _batches(model, texts):
+            for layer in range(model.depth):
+                entering, hidden = hidden, runtime.forward(hidden, [full[layer : layer + 1]] * len(counts), counts)
+                if layer in found:
+                    found[layer].add(*_rows(entering, hidden, counts))
+    for layer, moments in found.items():
+        _set(bridges[layer], moments)
+
+
+def _batches(model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, list[int]]]:
+    """Embeddings (rows, width, d) of texts of similar length, and how many tokens each row has."""
+    for group in length_sorted_batches([len(text) for text in texts], TOKENS_AT_ONCE):
+        ids, counts = padded([texts[at] for at in group])
+        yield model.embed(ids.to(model.device)), counts
+
+
+def _rows(entering: Tensor, wanted: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each token what a bridge sees, what it should add, and what the token weighs."""
+    columns = torch.arange(entering.shape[1], device=entering.device)
+    inside = columns < torch.tensor(counts, device=entering.device)[:, None]
+    weight = torch.ones(inside.shape, device=entering.device)
+    weight[:, 0] = FIRST
+    return normalised(entering)[inside], (wanted.float() - entering.float())[inside], weight[inside]
+
+
+def _set(bridge: Bridge, moments: Moments) -> None:
+    down, up, bias = moments.low_rank(bridge.down.out_features)
     bridge.down.weight.copy_(down)
     bridge.up.weight.copy_(up)
     bridge.up.bias.copy_(bias)
 
 
-def low_rank(inputs: Tensor, outputs: Tensor, weights: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weighted ridge regression of outputs (n, out) on inputs (n, in), of a rank: up @ down @ input + bias.
+class Moments:
+    """What a weighted ridge regression has to know of its rows: they are added bit by bit, and forgotten."""
 
-    Args:
-        weights: (n,) of the rows.
+    def __init__(self) -> None:
+        self.weight = torch.zeros((), dtype=torch.float64)
+        self.inputs, self.outputs = self.weight, self.weight  # weighted sums
+        self.squares, self.products = self.weight, self.weight  # of inputs with inputs and with outputs
 
-    Returns:
-        down (rank, in), up (out, rank) and bias (out,), in float32.
-    """
-    inputs, outputs, weights = inputs.double(), outputs.double(), weights.double()[:, None]
-    of_inputs, of_outputs = ((weights * one).sum(0) / weights.sum() for one in (inputs, outputs))
-    centred, aimed = inputs - of_inputs, outputs - of_outputs
-    square = centred.T @ (weights * centred)
-    ridge = RIDGE * weights.sum() * torch.eye(len(square), dtype=square.dtype, device=square.device)
-    whole = torch.linalg.solve(square + ridge, centred.T @ (weights * aimed))  # (in, out)
-    _, directions = torch.linalg.eigh(whole.T @ square @ whole)  # ascending
-    up = directions[:, -rank:].flip(-1)
-    down = (whole @ up).T
-    bias = of_outputs - up @ (down @ of_inputs)
-    scale = down.norm(dim=1).clamp(min=1e-12).sqrt()
-    return (down / scale[:, None]).float(), (up * scale).float(), bias.float()
+    def add(self, inputs: Tensor, outputs: Tensor, weights: Tensor) -> None:
+        """Add rows: inputs (n, in), outputs (n, out) and their weights (n,)."""
+        weighed = (inputs * weights[:, None]).double()
+        self.weight = self.weight + weights.double().sum()
+        self.inputs = self.inputs + weighed.sum(0)
+        self.outputs = self.outputs + weights.double() @ outputs.double()
+        self.squares = self.squares + weighed.T @ inputs.double()
+        self.products = self.products + weighed.T @ outputs.double()
+
+    def low_rank(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The ridge regression, of a rank: up @ down @ input + bias.
+
+        Returns:
+            down (rank, in), up (out, rank) and bias (out,), in float32.
+        """
+        of_inputs, of_outputs = self.inputs / self.weight, self.outputs / self.weight
+        square = self.squares - self.weight * torch.outer(of_inputs, of_inputs)
+        product = self.products - self.weight * torch.outer(of_inputs, of_outputs)
+        ridge = RIDGE * self.weight * torch.eye(len(square), dtype=square.dtype, device=square.device)
+        whole = torch.linalg.solve(square + ridge, product)  # (in, out)
+        _, directions = torch.linalg.eigh(whole.T @ square @ whole)  # ascending
+        up = directions[:, -rank:].flip(-1)
+        down = (whole @ up).T
+        bias = of_outputs - up @ (down @ of_inputs)
+        scale = down.norm(dim=1).clamp(min=1e-12).sqrt()
+        return (down / scale[:, None]).float(), (up * scale).float(), bias.float()

@@ -321,6 +321,9 @@ class RouterRecipe:
     )
     screen: int = field(default=24, metadata=_help("Menu: the first of these, that choose single edits."))
     candidates: int = field(default=28, metadata=_help("Menu: single edits that are tried."))
+    bridge_rank: int = field(
+        default=0, metadata=_help("Menu: rank of bridges, fitted to training questions, that cross skipped layers.")
+    )
     threshold: float = field(
         default=0.5, metadata=_help("Menu: least probability of a plan; what is less sure runs all layers.")
     )
@@ -337,9 +340,10 @@ class RouterRecipe:
         _choice("form", self.form, Form)
         for name in ("units", "epochs", "batch", "learning_rate", "screen", "candidates"):
             _require(getattr(self, name) > 0, f"{name.replace('_', '-')} must be above 0, not {getattr(self, name)}")
-        for name in ("warmup", "weight_decay", "gamma", "questions"):
+        for name in ("warmup", "weight_decay", "gamma", "questions", "bridge_rank"):
             value = getattr(self, name)
             _require(value >= 0, f"{name.replace('_', '-')} must be 0 or more, not {value}")
+        _require(not self.bridge_rank or self.form == "menu", "bridges are of the form menu: leave out bridge-rank")
         _require(0 <= self.threshold <= 1, f"threshold must be between 0 and 1, not {self.threshold}")
         _require(0 <= self.beta <= 1, f"beta must be between 0 and 1, not {self.beta}")
         _require(0 <= self.saved < 1, f"saved must be at least 0 and below 1, not {self.saved}")

@@ -30,11 +30,13 @@ from layerwise.data import split_of
 from layerwise.data.short_answers import IN_DOMAIN, Question, questions
 from layerwise.evaluation.margins import Kept, plan_margins
 from layerwise.hub import save_adapter
+from layerwise.model.bridges import Bridges
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.plan import Plan
 from layerwise.policies.router import EXECUTE, PerLayerPolicy, classes_of
 from layerwise.search.labels import Record, read_labels
 from layerwise.search.tree import Edit, Kind
+from layerwise.training.bridge_fit import fit_every_bridge
 from layerwise.training.config import DrLLMConfig
 from layerwise.training.features import decided_plans, kept_features, path_windows
 from layerwise.training.menu import effects, train_menu
@@ -88,6 +90,10 @@ class Material:
         """The mean length of their prompts."""
         return sum(len(self.prompts[row]) for row in rows) / len(rows)
 
+    def crossed(self, plan: Plan) -> Plan:
+        """The plan with bridges where it leaves layers out and the model has them."""
+        return plan.crossed(self.model.runtime.backbone.bridges)
+
     def rewards(self, rows: Sequence[int], plans: Sequence[Sequence[Plan]]) -> Tensor:
         """The reward of plans[i] for question rows[i], (rows, plans); the first plan must be the full one."""
         questions = [self.questions[row] for row in rows]
@@ -111,13 +117,16 @@ def train(
     labels = labels_for(model, config.labels)
     material = gather(config, labels, model, load_tokenizer(config.model), notify)
     learnt = [label for label, out in zip(labels, material.held_out, strict=False) if not out]
+    if config.bridge_rank:
+        bridge(material, config.bridge_rank)
     if config.form == "menu":
-        policy, decided, record = train_menu(config, learnt, material)
+        policy, decided, record, single = train_menu(config, learnt, material)
     else:
         policy, decided, record = per_layer(config, material)
+        single = effects(learnt, model.depth)
     record |= judged(material, decided)
     model.policy = policy  # in the numbers it was judged in
-    static = static_plans(effects(learnt, model.depth), model.depth)
+    static = {depth: str(material.crossed(plan)) for depth, plan in static_plans(single, model.depth).items()}
     record |= {"labels": dict(_counted(material.paths)), "static": static}
     save_adapter(model, config.out)
     names = {name: Path(getattr(config, name)).name for name in ("labels", "out")}  # folders mean nothing elsewhere
@@ -156,6 +165,21 @@ def gather(
         notify(f"{int(those.sum())} {name} questions, {known} with a path to imitate")
     prompts = [list(tokenizer(one.prompt)["input_ids"]) for one in asked]
     return Material(model, tokenizer, asked, prompts, paths, held_out, Path(config.out), notify)
+
+
+def bridge(given: Material, rank: int) -> None:
+    """Give every layer but the first a bridge, fitted to the questions that train, with their answers."""
+    texts = [
+        list(given.tokenizer(one.prompt + one.answer)["input_ids"])
+        for one, out in zip(given.questions, given.held_out.tolist(), strict=True)
+        if not out
+    ]
+    model = given.model
+    model.bridges = Bridges(model.runtime.backbone, range(1, model.depth), rank).requires_grad_(False).eval()
+    model.bridges.attach(model.runtime.backbone)
+    fit_every_bridge(model, texts)
+    model.bridges.to(model.dtype)  # what they are saved and judged in
+    given.notify(f"bridges of rank {rank} fitted to {len(texts)} questions")
 
 
 def question_of(label: Record) -> Question:
@@ -275,8 +299,8 @@ def _counted(paths: Sequence[tuple[int, ...] | None]) -> Counter[str]:
     return Counter(names[one] for path in paths if path is not None for one in path)
 
 
-def static_plans(effect: Mapping[Edit, float], layers: int) -> dict[str, str]:
-    """Single plans by their layers: the skips of most effect in the labels, joined. What any router has to beat."""
+def static_plans(effect: Mapping[Edit, float], layers: int) -> dict[str, Plan]:
+    """Single plans by their layers: the skips of most effect, joined. What any router has to beat."""
     skips = sorted((edit for edit in effect if edit.kind is Kind.SKIP), key=lambda edit: -effect[edit])
     plans = [Plan.full(layers).skip(*(edit.first for edit in skips[:count])) for count in range(len(skips) + 1)]
-    return {f"{plan.depth:g}": str(plan) for plan in plans if len(plan)}
+    return {f"{plan.depth:g}": plan for plan in plans}

@@ -152,7 +152,7 @@ class LayerRoute(nn.Module):
         """Fit the bridges to the half of these examples that lose least without the layers that may be skipped."""
         gaps = lost(self.model, examples, self._short())
         bearing = gaps.argsort()[: max(1, len(examples) // 2)].tolist()
-        fit_bridges(self.model, [examples[at] for at in bearing], self._short())
+        fit_bridges(self.model, [examples[at].input_ids for at in bearing], self._short())
 
     def _short(self) -> Plan:
         """The plan of a prompt that skips all it may."""

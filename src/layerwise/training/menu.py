@@ -12,8 +12,11 @@ before, for the best of many is always partly lucky:
 4. What did best in either round is tried on all questions but those of the first.
 
 Each task then gets a plan such that together they save enough and gain most; a gain counts less its standard error,
-layers count by the tokens that run them. The router learns to recognise the tasks' prompts by what it
-reads early on. Where it is unsure, as with prompts of another kind, the full plan runs.
+layers count by the tokens that run them. The router learns to recognise the tasks' prompts by what it reads early on.
+Where it is unsure, as with prompts of another kind, the full plan runs.
+
+With `bridge_rank` every layer that a plan leaves out is crossed by a bridge (`model.bridges`). Bridges are fitted to
+the training questions beforehand; the labels know nothing of them, so the first round tries every layer.
 """
 
 from __future__ import annotations
@@ -63,7 +66,7 @@ class Tried:
     @classmethod
     def on(cls, given: Material, rows: Sequence[int], plans: Sequence[Plan]) -> Tried:
         """Try plans (the full one is put first) on the questions `rows`, which are of one task."""
-        every = list(dict.fromkeys([given.full, *plans]))
+        every = list(dict.fromkeys([given.full, *map(given.crossed, plans)]))
         rewards = given.rewards(rows, [every] * len(rows))
         gains = rewards - rewards[:, :1]
         mean = gains.mean(0)
@@ -182,8 +185,9 @@ def _read(given: Material, shared: Plan) -> Tensor:
 
 def race(
     config: DrLLMConfig, labels: Sequence[Record], given: Material, rows: dict[str, list[int]]
-) -> dict[str, Tried]:
-    """The last round's plans of each kind, with what they gain on all questions but those of the first round.
+) -> tuple[dict[str, Tried], dict[Edit, float]]:
+    """The last round's plans of each kind, with what they gain on all questions but those of the first round; and what
+    each single edit gained in the first, mean over kinds.
 
     Args:
         rows: the numbers of each kind's questions.
@@ -195,6 +199,9 @@ def race(
     if alone:
         raise ValueError(f"there is only one training question of {alone[0]}: search more questions")
     edits = best_edits(effects(labels, given.model.depth), config.candidates)
+    if config.bridge_rank:  # the labels know nothing of bridges: each is tried
+        skips = [Edit(Kind.SKIP, layer) for layer in given.model.runtime.backbone.bridges]
+        edits = skips + [edit for edit in edits if edit.kind is Kind.REPEAT]
     if not edits:
         raise ValueError("the labels hold no paths to make a menu of: search more questions, or longer")
     given.notify(f"{len(edits)} edits for {len(rows)} kinds of prompts: {', '.join(map(str, edits))}")
@@ -215,7 +222,7 @@ def race(
         best = [one for those in (second, third) for one in finalists(those, weight)[:FINALISTS]]
         found[kind] = Tried.on(given, rest, best)
         given.notify(f"{kind}: " + "; ".join(_shown(found[kind])))
-    return found
+    return found, dict(zip(edits, gains[:, 1:].mean(0).tolist(), strict=True))
 
 
 def _shown(tried: Tried) -> list[str]:
@@ -257,14 +264,14 @@ def served(found: dict[str, Tried], tasks: dict[str, int], tokens: dict[str, flo
 
 def train_menu(
     config: DrLLMConfig, labels: Sequence[Record], given: Material
-) -> tuple[MenuPolicy, list[Plan], dict[str, Any]]:
-    """The policy, what it decides for the questions held out, and what was found out on the way."""
+) -> tuple[MenuPolicy, list[Plan], dict[str, Any], dict[Edit, float]]:
+    """The policy, what it decides for the questions held out, what was found out on the way, what single edits gain."""
     kind_of = kinds(config, given)
     rows: dict[str, list[int]] = {kind: [] for kind in kind_of.values()}
     for task, own in given.rows_of_tasks().items():
         rows[kind_of[task]] += own
     rows = {kind: sorted(own) for kind, own in rows.items()}  # tasks in turns
-    found = race(config, labels, given, rows)
+    found, single = race(config, labels, given, rows)
     tokens = {kind: given.tokens(own) for kind, own in rows.items()}
     picked = served(found, Counter(kind_of.values()), tokens, config.saved)
     plans = tuple(dict.fromkeys([given.full, *picked.values()]))
@@ -281,4 +288,4 @@ def train_menu(
     last = {kind: [[str(plan), gain, error] for plan, gain, error in _rows(one)] for kind, one in found.items()}
     record = {"threshold": config.threshold, "menu": [str(plan) for plan in plans]}
     record |= {"chosen": {kind: str(plan) for kind, plan in picked.items()}, "finalists": last}
-    return policy, list(policy.pick(read[given.held])), record
+    return policy, list(policy.pick(read[given.held])), record, single

@@ -166,11 +166,12 @@ def gated(work: Path) -> Path:
 
 
 def routed(work: Path) -> Path:
-    """A router that picks from a menu, after a short search of 21 training questions of each task."""
+    """A router that picks from a menu of plans with bridges, after a short search of 21 training questions a task."""
     labels = work / "drllm-labels.jsonl"
     search = ["search", "--out", str(labels), "--simulations", "32", "--width", "2", "--limit", "21"]
     subprocess.run([sys.executable, "-m", "layerwise", *search], check=True)
-    return drllm.train(DrLLMConfig(labels=str(labels), out=str(work / "drllm"), form="menu", saved=0.105), note)
+    config = DrLLMConfig(labels=str(labels), out=str(work / "drllm"), form="menu", saved=0.16, bridge_rank=64)
+    return drllm.train(config, note)
 
 
 def routed_text(work: Path) -> Path:

@@ -34,12 +34,11 @@ CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 def bridged(name: str = "llama", layers: tuple[int, ...] = (1, 2, 4), **options: Any) -> LayerwiseForCausalLM:
     """A tiny model with random bridges."""
     model = attach(tiny.model(name), **options)
-    model.bridges = Bridges(model.runtime.backbone, layers, 3)
+    model.cross_by(Bridges(model.runtime.backbone, layers, 3))
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(5)
         for parameter in model.bridges.parameters():
             parameter.normal_(std=0.3)
-    model.bridges.attach(model.runtime.backbone)
     return model
 
 
@@ -89,8 +88,7 @@ def test_a_bridge_takes_the_place_of_its_layer() -> None:
     expected = runtime.forward(by_hand(model.bridges[1], before), [Plan.parse("2-5")] * 2)
     torch.testing.assert_close(runtime.forward(states, [Plan.parse("0 1b 2-5")] * 2), expected, **CLOSE)
     fresh = attach(tiny.model("llama"))
-    fresh.bridges = Bridges(fresh.runtime.backbone, [1], 2)
-    fresh.bridges.attach(fresh.runtime.backbone)
+    fresh.cross_by(Bridges(fresh.runtime.backbone, [1], 2))
     nothing = fresh(ids, plans=["0 1b 2-5"] * 2).logits
     assert torch.equal(nothing, fresh(ids, plans=["0 2-5"] * 2).logits)  # a new bridge adds nothing
 
@@ -276,8 +274,7 @@ def test_kernels_follow_bridges_that_are_replaced() -> None:
     assert {Visit(layer, Part.BRIDGE) for layer in (1, 2, 4)} <= set(asked)  # so that no answer waits for them
     found = model.generate(ids, max_new_tokens=3, do_sample=False)
     assert torch.equal(found, bridged().generate(ids, max_new_tokens=3, do_sample=False, plans=["0 1-2b 3 4b 5"]))
-    model.bridges = Bridges(model.runtime.backbone, [1], 2)
-    model.bridges.attach(model.runtime.backbone)
+    model.cross_by(Bridges(model.runtime.backbone, [1], 2))
     one_line(lambda: model.generate(ids, max_new_tokens=3), "layer 2", "has none there")
     found = model.generate(ids, max_new_tokens=3, do_sample=False, plans=["0 1b 3 5"])
     assert torch.equal(found, attach(tiny.model("llama")).generate(ids, max_new_tokens=3, plans=["0 3 5"]))

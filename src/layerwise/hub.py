@@ -229,8 +229,7 @@ def from_pretrained(
         model.routed_layers = RoutedLayers.load(adapter, model.runtime.backbone)
         model.routed_layers.attach(model.runtime.backbone)
     if about.get("bridges"):
-        model.bridges = Bridges.load(adapter, model.runtime.backbone).to(model.dtype)
-        model.bridges.attach(model.runtime.backbone)
+        model.cross_by(Bridges.load(adapter, model.runtime.backbone).to(model.dtype))
     if plan is None:
         model.policy = policy_from_dict(about["policy"], model.depth, adapter)
     else:

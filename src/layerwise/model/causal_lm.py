@@ -155,6 +155,11 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         as_text = replace(draft, trust=None)
         return replace(Draft.parse(str(as_text), self.depth), trust=draft.trust)
 
+    def cross_by(self, bridges: Bridges) -> None:
+        """Have these where a plan names them (`4b`), in place of any that were there."""
+        self.bridges = bridges
+        bridges.attach(self.runtime.backbone)
+
     def tuner(self, draft: Draft, rows: int, temperature: float = 0.0, depth: int | None = None) -> Tuner:
         """What was measured of `draft` for batches of so many rows at a temperature; kept from answer to answer.
 

@@ -41,6 +41,7 @@ def fit_bridges(model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]], pla
     with evaluating(model):
         walks = [[embedded, embedded, counts] for embedded, counts in _batches(model, texts)]
         for visit in plan:  # walks are: states by the plan, states with every layer, tokens of each row
+            alike = visit.part is Part.BOTH and all(walk[0] is walk[1] for walk in walks)  # until the first bridge
             for walk in walks:
                 walk[1] = runtime.forward(walk[1], [full[visit.layer : visit.layer + 1]] * len(walk[2]), walk[2])
             if visit.part is Part.BRIDGE:
@@ -49,7 +50,7 @@ def fit_bridges(model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]], pla
                     moments.add(*_rows(entering, wanted, counts))
                 _set(model.bridges[visit.layer], moments)
             for walk in walks:
-                walk[0] = runtime.forward(walk[0], [Plan((visit,))] * len(walk[2]), walk[2])
+                walk[0] = walk[1] if alike else runtime.forward(walk[0], [Plan((visit,))] * len(walk[2]), walk[2])
 
 
 @torch.no_grad()

@@ -175,8 +175,7 @@ def bridge(given: Material, rank: int) -> None:
         if not out
     ]
     model = given.model
-    model.bridges = Bridges(model.runtime.backbone, range(1, model.depth), rank).requires_grad_(False).eval()
-    model.bridges.attach(model.runtime.backbone)
+    model.cross_by(Bridges(model.runtime.backbone, range(1, model.depth), rank).requires_grad_(False).eval())
     fit_every_bridge(model, texts)
     model.bridges.to(model.dtype)  # what they are saved and judged in
     given.notify(f"bridges of rank {rank} fitted to {len(texts)} questions")

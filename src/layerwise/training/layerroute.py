@@ -163,8 +163,7 @@ class LayerRoute(nn.Module):
         """Give every layer that may be skipped a bridge, which adds nothing yet."""
         model = self.model
         free = tuple(layer for layer in range(model.depth) if layer not in model.policy.keep)
-        model.bridges = Bridges(model.runtime.backbone, free, self.recipe.bridge_rank)
-        model.bridges.attach(model.runtime.backbone)
+        model.cross_by(Bridges(model.runtime.backbone, free, self.recipe.bridge_rank))
         model.policy = replace(model.policy, bridged=free)
 
     def _may_skip(self, candidates: Sequence[int]) -> None:

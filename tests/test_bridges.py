@@ -66,6 +66,10 @@ def test_text_and_depth() -> None:
     assert [slot is None for slot in plan.slots] == [False] * 4 + [True] * 3 + [False] * 3
     assert str(Plan.parse("0-1 3*2 6").crossed((2, 3, 5))) == "0-1 2b 3*2 5b 6"
     assert Plan.parse("0 1b 2").crossed(range(3)) == Plan.parse("0 1b 2") == Plan.parse("0 1b 2").crossed(())
+    block = Plan.parse("1-2*2")
+    assert block.crossed((1, 2)) is block
+    with pytest.raises(ValueError, match="goes back to earlier layers"):
+        block.crossed((0, 1))
 
 
 @torch.no_grad()

@@ -73,7 +73,8 @@ def planted(gain: dict[str, dict[int, float]], noise: float, questions: int = 60
             found.append([0.5 + _sum(gain[task], plan) + one for plan, one in zip(those, luck, strict=True)])
         return torch.tensor(found)
 
-    given = SimpleNamespace(full=FULL, model=SimpleNamespace(depth=LAYERS), notify=lambda line: None, asked=asked)
+    model = SimpleNamespace(depth=LAYERS, runtime=SimpleNamespace(backbone=SimpleNamespace(bridges={})))
+    given = SimpleNamespace(full=FULL, model=model, notify=lambda line: None, asked=asked)
     given.rows, given.rewards, given.tokens, given.crossed = rows, rewards, lambda own: 10.0, lambda plan: plan
     return given
 

@@ -130,6 +130,25 @@ def test_no_more_than_allowed_and_nothing_where_nothing_is() -> None:
     assert tuner.choose({"exit": 0.01}, 0)[:2] == ("off", 0)
 
 
+def test_a_way_that_was_tried_must_promise_a_tenth_more() -> None:
+    def tuner_of(stood: float) -> Tuner:
+        tuner = Tuner()
+        for _ in range(3):
+            for width in (1, 2):  # a second token costs nothing more
+                tuner.note("off", 0, 0.0, 0.0, width, STEP)
+        for _ in range(60):
+            tuner.note("exit", 1, stood, 0.2 * STEP, 2, STEP)
+        return tuner
+
+    for stood, low, high, expected in ((0.3, 1.03, 1.09, "off"), (0.5, 1.11, 1.2, "exit")):
+        tuner = tuner_of(stood)
+        assert low < tuner.rates("exit", 1)[0] * tuner.plain < high
+        assert tuner.choose({"exit": 0.2}, 1)[0] == expected
+    # What promises as little and was never tried is tried.
+    fresh = Tuner.timed({1: STEP, 2: STEP})
+    assert fresh.choose({"new": 0.5}, 1)[0] == "new" and 1.03 < fresh.rates("new", 1)[0] * fresh.plain < 1.09
+
+
 def test_one_more_token_is_worth_its_time_only() -> None:
     thresholds = []
     for price in (0.01, 0.1, 0.4):

@@ -155,10 +155,16 @@ class Plan:
         return Plan(tuple(Visit(v.layer, part) if v.layer in layers else v for v in self.visits))
 
     def crossed(self, layers: Iterable[int]) -> Plan:
-        """With bridges in place of those of `layers` that it does not visit; its layers must ascend."""
-        visited = {visit.layer for visit in self.visits}
-        bridges = (Visit(layer, Part.BRIDGE) for layer in layers if layer not in visited)
-        return Plan(tuple(sorted((*self.visits, *bridges), key=lambda visit: visit.layer)))
+        """With bridges in place of those of `layers` that it does not visit.
+
+        Raises:
+            ValueError: its layers do not ascend, so that there is no saying where a bridge belongs.
+        """
+        order = [visit.layer for visit in self.visits]
+        bridges = [Visit(layer, Part.BRIDGE) for layer in layers if layer not in order]
+        if bridges and order != sorted(order):
+            raise ValueError(f"plan '{self}' goes back to earlier layers: it cannot be given bridges")
+        return Plan(tuple(sorted((*self.visits, *bridges), key=lambda visit: visit.layer))) if bridges else self
 
     def __add__(self, other: Plan) -> Plan:
         return Plan(self.visits + other.visits)

@@ -85,16 +85,16 @@ class NGramDrafter:
             self._note(text, places, 0)
 
     def propose(self, last: Tensor, most: int, worth: Worth) -> Proposal:
-        return Proposal([self._after(row, token, most)[0] for row, token in enumerate(last[:, 0].tolist())])
+        return Proposal([self._after(row, token, most) for row, token in _rows(last)])
 
     def match(self, last: Tensor) -> int:
         """Tokens of the match that at least half of the rows have, or more; 0 if there is none."""
-        matches = sorted(self._after(row, token, 1)[1] for row, token in enumerate(last[:, 0].tolist()))
+        matches = sorted(self.found(row, [token])[1] for row, token in _rows(last))
         return matches[len(matches) // 2]
 
     def hopes(self, last: Tensor, most: int) -> list[float]:
         """How likely each token of a draft is to stand, on average over rows."""
-        matches = [self._after(row, token, 1)[1] for row, token in _rows(last)]
+        matches = [self.found(row, [token])[1] for row, token in _rows(last)]
         return mean_by_place([_reached(one, most) for one in matches])
 
     def learn(self, read: Read) -> None:
@@ -122,12 +122,12 @@ class NGramDrafter:
                 return at, length
         return 0, 0
 
-    def _after(self, row: int, last: int, most: int) -> tuple[list[int], int]:
+    def _after(self, row: int, last: int, most: int) -> list[int]:
         at, length = self.found(row, [last])
         if not length:
-            return [], 0
+            return []
         known = [*self.texts[row][at:], last]
-        return [known[number % len(known)] for number in range(most)], length  # copies of copies, as in LZ77
+        return [known[number % len(known)] for number in range(most)]  # copies of copies, as in LZ77
 
 
 def _reached(match: int, most: int) -> list[float]:

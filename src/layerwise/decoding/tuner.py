@@ -3,10 +3,10 @@
 For each way to draft the tuner keeps two numbers, how often a drafted token stands (of a way that says how sure it is,
 how much of that comes true) and how long it takes to draft one, and it keeps how long a verification of so many takes.
 If a drafted token stands with probability a, then d of them give 1 + a + ... + a^d tokens a round, at the price of
-drafting d and verifying d + 1. The best way is the one that gives most tokens a second; drafting nothing at all is one
-of the ways. A tree that was looked up beforehand knows of each token how likely it is to stand; it gives 1 + their sum.
-Where a text is copied, its fifth token stands far more often than five independent ones would: how much comes true is
-learnt for each of a tree's tokens.
+drafting d and verifying d + 1. The best way is the one that gives most tokens a second. Drafting nothing at all is one
+of the ways, left only for what promises a tenth more, or was never tried. A tree that was looked up beforehand knows of
+each token how likely it is to stand; it gives 1 + their sum. Where a text is copied, its fifth token stands far more
+often than five independent ones would: how much comes true is learnt for each of a tree's tokens.
 Within a round drafting goes on as long as one more token is expected to give more than its time would elsewhere: the
 draft's own confidence says how likely it is that those before it stand (Kangaroo, arXiv 2404.18911, stops below a fixed
 confidence; DEL, arXiv 2504.05598, chooses exit and length from measured acceptance).
@@ -30,7 +30,7 @@ STARTING_WEIGHT = 1.2  # tokens that were hoped for and stood, before there are 
 OWN_WEIGHT = 1.0  # tokens that count for one of a tree as all do, before it has been tried
 ONE_MORE = 0.05  # of a plain step, to verify one more token, where nothing is known
 TIMED = 10.0  # rounds that a time measured counts for at most, and one measured beforehand does
-MARGIN = 1.1  # times plain decoding is what a draft must promise: promises are kept in part, and lookups take time
+MARGIN = 1.1  # of plain decoding: what a way that was tried must promise, for promises are kept in part only
 LONGEST = 2.0  # times what a round was expected to take: beyond, something else was running
 _NONE: Mapping[str, Any] = MappingProxyType({})
 Hope = float | Sequence[float]
@@ -173,7 +173,8 @@ class Tuner:
         """
         way, plain = self.ways.get(name) or Way(0.0), self.plain
         each = self._draft_seconds(way)
-        more = (each + (self.round_seconds(n + 1) - plain) / n for n in range(1, most + 1))
+        margin = self._margin(name)
+        more = (margin * each + (margin * self.round_seconds(n + 1) - plain) / n for n in range(1, most + 1))
         return min(more, default=0.0) / (plain * max([way.true(), *way.true_of_each(most)]))
 
     def choose(
@@ -196,10 +197,11 @@ class Tuner:
             for name in prices
             for length, rate in enumerate(self.rates(name, most, hopes.get(name, HOPE)), 1)
         ]
-        plain = 1 / self.round_seconds(1)
-        best, name, length = max(options, default=(0.0, "off", 0))
-        if not options or (rest and plain * MARGIN >= best):
+        plain = 1 / self.round_seconds(1) if rest else 0.0
+        options = [one for one in options if one[0] > plain * self._margin(one[1])]
+        if not options:
             return "off", 0, lambda trust: False
+        best, name, length = max(options)
         way = self.ways[name]
         more = self.round_seconds(length + 1) - self.round_seconds(max(1, length - 3))
         cost = self._draft_seconds(way) + max(0.0, more / min(4, length))
@@ -234,6 +236,11 @@ class Tuner:
         way.note(hope, drafted, stood)
         each = draft_seconds / drafted
         way.seconds = each if way.seconds is None else way.seconds + 0.1 * (each - way.seconds)
+
+    def _margin(self, name: str) -> float:
+        """What a way must promise, as a multiple of plain decoding; one that was never tried has nothing to make up."""
+        way = self.ways.get(name)
+        return 1.0 if way is None or way.seconds is None else MARGIN
 
     def _draft_seconds(self, way: Way) -> float:
         """Seconds to draft one token: as measured, or the guess again when that was long ago; one spike may fade."""

@@ -4,14 +4,17 @@ Questions of the test splits, in domain and out, are answered by all layers and 
 decides. Beside it stand controls that run as many layers (to the whole layer) and know less:
 
     always_execute   all layers: the base
-    static           one plan for every question, the best that the labels of the training know
-    random           the routed plan's numbers of skips and repeats, in layers drawn at random; with bridges, if it has
+    static           one plan for every question, the best that the training knows: by its labels, or its first round
+    random           the routed plan's numbers of skips and repeats, in layers drawn at random
     shuffled         the routed plans, dealt out to the questions at random
 
 and oracles that know more: the best plan of the menu for each question, and, if labels of test questions are given,
 the best path that the search found. An oracle has many tries and is partly luck; it is what could be won at most.
 
-Layers are counted per token: a question's prompt and answer run the same plan, and weigh as many tokens as they have.
+Where the model has bridges, random and static plans cross the layers they leave out by them, as the routed ones do.
+
+Layers are counted per token: a question's prompt and answer run the same plan, and weigh as many tokens as they have. A
+bridge is no layer; what it costs is in the times.
 Time is taken apart from that, from whole `generate` calls, routing included, and compared with what the plan's share
 of the model (operations of the prompt, bytes of the decoding, LM head included) allows.
 """

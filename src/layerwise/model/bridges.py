@@ -11,7 +11,7 @@ needs neither the cache nor other positions. That a linear map can take the plac
 serve the prompts that run the layer.
 
 Bridges are named in plans (`4-6b`), and run only where a plan says so. They are fitted by least squares
-(`training.bridge_fit`) and trained on from there.
+(`training.bridge_fit`), and in LayerRoute trained on from there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Bridges fitted by least squares, before any step of training: see `model.bridges`.
+"""Bridges fitted by least squares, without a step of training: see `model.bridges`.
 
 From what enters a layer a ridge regression foretells what is missing to the state that the same text has after the
 layer when every layer runs. Where it is known which layers a plan leaves out (`fit_bridges`), the texts walk that plan,
@@ -100,7 +100,8 @@ class Moments:
         self.squares, self.products = self.weight, self.weight  # of inputs with inputs and with outputs
 
     def add(self, inputs: Tensor, outputs: Tensor, weights: Tensor) -> None:
-        """Add rows: inputs (n, in), outputs (n, out) and their weights (n,)."""
+        """Add rows: inputs (n, in), outputs (n, out) and their weights (n,); sums are kept on the CPU, in float64."""
+        inputs, outputs, weights = (one.cpu() for one in (inputs, outputs, weights))
         weighed = (inputs * weights[:, None]).double()
         self.weight = self.weight + weights.double().sum()
         self.inputs = self.inputs + weighed.sum(0)

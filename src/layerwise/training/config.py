@@ -320,9 +320,11 @@ class RouterRecipe:
         default=128, metadata=_help("Menu: training questions of each built-in task that plans are tried on.")
     )
     screen: int = field(default=24, metadata=_help("Menu: the first of these, that choose single edits."))
-    candidates: int = field(default=28, metadata=_help("Menu: single edits that are tried."))
+    candidates: int = field(
+        default=28, metadata=_help("Menu: single edits that are tried; with bridges every skip is, and half as many.")
+    )
     bridge_rank: int = field(
-        default=0, metadata=_help("Menu: rank of bridges, fitted to training questions, that cross skipped layers.")
+        default=0, metadata=_help("Menu: rank of the bridges that cross skipped layers; 0 for none.")
     )
     threshold: float = field(
         default=0.5, metadata=_help("Menu: least probability of a plan; what is less sure runs all layers.")

@@ -9,12 +9,13 @@ form, the threshold of confidence: the highest reward among the choices that sav
 The reward of a plan is half what counts, 1 if it is right, and half a soft "right" that tells more of a single
 question: sigmoid(margin / scale), where scale is a share of the task's usual margin.
 
-Everything that takes long (features, margins) is kept in the output folder, so the same command goes on where a
-stopped one was; fitting itself takes seconds.
+Everything that takes long (bridges, features, margins) is kept in the output folder, so the same command goes on where
+a stopped one was; fitting routers takes seconds.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -32,6 +33,7 @@ from layerwise.evaluation.margins import Kept, plan_margins
 from layerwise.hub import save_adapter
 from layerwise.model.bridges import Bridges
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
+from layerwise.model.fingerprint import fingerprint
 from layerwise.plan import Plan
 from layerwise.policies.router import EXECUTE, PerLayerPolicy, classes_of
 from layerwise.search.labels import Record, read_labels
@@ -168,17 +170,27 @@ def gather(
 
 
 def bridge(given: Material, rank: int) -> None:
-    """Give every layer but the first a bridge, fitted to the questions that train, with their answers."""
+    """Give every layer but the first a bridge, fitted to the questions that train, with their answers.
+
+    They are kept: margins are named after every bit of them, and another machine would not find the same ones.
+    """
     texts = [
         list(given.tokenizer(one.prompt + one.answer)["input_ids"])
         for one, out in zip(given.questions, given.held_out.tolist(), strict=True)
         if not out
     ]
-    model = given.model
-    model.cross_by(Bridges(model.runtime.backbone, range(1, model.depth), rank).requires_grad_(False).eval())
-    fit_every_bridge(model, texts)
-    model.bridges.to(model.dtype)  # what they are saved and judged in
-    given.notify(f"bridges of rank {rank} fitted to {len(texts)} questions")
+    model, backbone = given.model, given.model.runtime.backbone
+    about = json.dumps([fingerprint(backbone.model, adapted=True), str(model.dtype), rank, texts])
+    kept = given.folder / f"bridges-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+    if not kept.is_dir():
+        given.notify(f"fitting bridges of rank {rank} to {len(texts)} questions")
+        model.cross_by(Bridges(backbone, range(1, model.depth), rank).requires_grad_(False).eval())
+        fit_every_bridge(model, texts)
+        part = kept.with_suffix(".part")
+        part.mkdir(parents=True, exist_ok=True)
+        model.bridges.to(model.dtype).save(part)  # what they are judged in, and saved in with the adapter
+        part.rename(kept)  # complete or not there
+    model.cross_by(Bridges.load(kept, backbone).to(model.dtype))
 
 
 def question_of(label: Record) -> Question:

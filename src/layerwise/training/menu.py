@@ -15,8 +15,10 @@ Each task then gets a plan such that together they save enough and gain most; a 
 layers count by the tokens that run them. The router learns to recognise the tasks' prompts by what it reads early on.
 Where it is unsure, as with prompts of another kind, the full plan runs.
 
-With `bridge_rank` every layer that a plan leaves out is crossed by a bridge (`model.bridges`). Bridges are fitted to
-the training questions beforehand; the labels know nothing of them, so the first round tries every layer.
+With `bridge_rank` every layer that a plan leaves out is crossed by a bridge (`model.bridges`). The labels know nothing
+of bridges, so the first round tries one for every layer, and the labels only say which repeats to try. Bridges are
+fitted beforehand to the same questions, all of them; they see hundreds of numbers for each of their weights, so what
+that flatters them by is small.
 """
 
 from __future__ import annotations
@@ -199,9 +201,8 @@ def race(
     if alone:
         raise ValueError(f"there is only one training question of {alone[0]}: search more questions")
     edits = best_edits(effects(labels, given.model.depth), config.candidates)
-    if config.bridge_rank:  # the labels know nothing of bridges: each is tried
-        skips = [Edit(Kind.SKIP, layer) for layer in given.model.runtime.backbone.bridges]
-        edits = skips + [edit for edit in edits if edit.kind is Kind.REPEAT]
+    if bridges := given.model.runtime.backbone.bridges:  # the labels know nothing of them: each is tried
+        edits = [Edit(Kind.SKIP, layer) for layer in bridges] + [edit for edit in edits if edit.kind is Kind.REPEAT]
     if not edits:
         raise ValueError("the labels hold no paths to make a menu of: search more questions, or longer")
     given.notify(f"{len(edits)} edits for {len(rows)} kinds of prompts: {', '.join(map(str, edits))}")

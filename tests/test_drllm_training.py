@@ -213,7 +213,8 @@ def config(given: Path, out: Path, **changes: Any) -> DrLLMConfig:
 def test_a_training_is_saved_with_what_it_chose(form: str, given: Path, tmp_path: Path) -> None:
     lines: list[str] = []
     form, _, bridges = form.partition(" with ")
-    chosen = config(given, tmp_path / "out", form=form, bridge_rank=4 if bridges else 0)
+    options = {"bridge_rank": 4, "precision": "bfloat16"} if bridges else {}
+    chosen = config(given, tmp_path / "out", form=form, **options)
     drllm.train(chosen, lines.append)
     model = from_pretrained(adapter=tmp_path / "out", engine="eager")
     record = json.loads((tmp_path / "out" / "training.json").read_text())
@@ -226,9 +227,14 @@ def test_a_training_is_saved_with_what_it_chose(form: str, given: Path, tmp_path
     if bridges:  # a layer is left out by crossing it, in the menu and in what it has to beat
         every = [*model.policy.menu, *(Plan.parse(text) for text in record["static"].values())]
         assert all({visit.layer for visit in plan} == set(range(LAYERS)) for plan in every)
-        assert set(model.runtime.backbone.bridges) == set(range(1, LAYERS)) and any(
-            plan.depth < LAYERS for plan in every
-        )
+        assert set(model.runtime.backbone.bridges) == set(range(1, LAYERS))
+        short = next(plan for plan in model.policy.menu if plan.depth < LAYERS)
+        ids, many = torch.tensor([[5, 6, 7], [8, 9, 10]]), {"max_new_tokens": 4, "do_sample": False}
+        exact = from_pretrained(adapter=tmp_path / "out", engine="eager", dtype="float32")
+        mixed, both = exact.generate(ids, plans=[FULL, short], **many), exact.generate(ids, plans=[FULL] * 2, **many)
+        for row, plan in enumerate((FULL, short)):
+            assert torch.equal(mixed[row], exact.generate(ids[row : row + 1], plans=[plan], **many)[0])
+        assert torch.equal(exact.generate(ids, draft="policy", **many), both)
     # again: everything that takes long is there already
     again: list[str] = []
     drllm.train(chosen, again.append)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from layerwise.evaluation.margins import Kept, plan_margins
 from layerwise.evaluation.verdicts import written
 from layerwise.hub import save_adapter
 from layerwise.model import causal_lm
+from layerwise.model.bridges import Bridges
 from layerwise.policies.router import MenuPolicy, classes_of
 from layerwise.report.route_figures import path_figure
 from layerwise.search.evaluator import PathEvaluator
@@ -193,12 +195,16 @@ def labels_file(folder: Path) -> Path:
     return file
 
 
-@pytest.fixture(params=["per-layer", "menu"])
+@pytest.fixture(params=["per-layer", "menu", "menu with bridges"])
 def adapter(request: pytest.FixtureRequest, base: Path, tmp_path: Path) -> Path:
     """A saved adapter with a record of its training."""
     number_tokenizer().save_pretrained(base)
     model = from_pretrained(base, engine="eager")
-    model.policy = {"per-layer": per_layer, "menu": menu}[request.param]()
+    form, _, bridges = request.param.partition(" with ")
+    model.policy = {"per-layer": per_layer, "menu": menu}[form]()
+    if bridges:
+        model.cross_by(Bridges(model.runtime.backbone, range(1, LAYERS), 2))
+        model.policy = replace(model.policy, menu=tuple(plan.crossed(range(1, LAYERS)) for plan in model.policy.menu))
     save_adapter(model, tmp_path / "adapter")
     static = {"3": "0-2", "5": "0-3 5", "12": "0-5"}
     held_out = {"macro_f1": 0.4, "macro_f1_always_execute": 0.3}
@@ -231,6 +237,11 @@ def test_the_suite_says_what_routing_gains(adapter: Path, few_questions: None, t
     assert result["layers_saved"] == pytest.approx(1 - run)
     controls = result["controls"]
     everything = controls["always_execute"]
+    if bridges := model.runtime.backbone.bridges:
+        routed_plans = [Plan.parse(text) for text in result["routes"]["plans"]]
+        made = paths._Controls({}, 0, bridges).plans(routed_plans, LAYERS)
+        assert any(plan.depth < LAYERS for plan in made["random"])
+        assert all({visit.layer for visit in plan} == set(range(LAYERS)) for plan in made["random"])
 
     assert set(controls) == {"always_execute", "static", "random", "shuffled"}
     assert everything["accuracy"] == pytest.approx(base) and everything["layers_saved"] == 0

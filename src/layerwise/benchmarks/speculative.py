@@ -13,7 +13,7 @@ reported beside it.
     speedup_vs_economize       the same, economize / with the draft; left out where it is not installed
     acceptance                 share of drafted tokens that stood
     auto_vs_best_static        speed of `auto` / speed of the best fixed draft of a sweep, where one was asked for
-    hopeless                   speed of `auto` / speed of plain decoding where drafts fail (sampling at temperature 1.5),
+    hopeless                   speed of `auto` / speed of plain decoding where drafts fail: sampling at temperature 1.5,
                                median over pairs of answers
 """
 

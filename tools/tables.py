@@ -255,9 +255,21 @@ def drllm_table(result: dict[str, Any]) -> str:
     lines += [
         "",
         f"{result['layers_saved']:.1%} of layer executions per token saved in domain. Time: {realised}. "
-        f"Controls, in domain: {controls}. Commit {where['commit']}{timed}{kept}. Again: `{result['command']}`.",
+        f"Controls, in domain: {controls}.{_oracles(result['oracle'])} "
+        f"Commit {where['commit']}{timed}{kept}. Again: `{result['command']}`.",
     ]
     return "\n".join(lines)
+
+
+def _oracles(oracle: dict[str, Any]) -> str:
+    """What the best choice for each question would have given, as far as it was asked."""
+    known = [f"of the menu {oracle['menu']['accuracy']:.1%}"] if oracle["menu"] else []
+    if found := oracle["search"]:
+        known.append(
+            f"of a search of {found['n']} of the questions {found['accuracy']:.1%} where all layers have "
+            f"{found['base']:.1%}"
+        )
+    return f" Oracles: {', '.join(known)}." if known else ""
 
 
 def routed_attention_table(result: dict[str, Any]) -> str:

@@ -58,7 +58,7 @@ def plan_margins(
     known: dict[str, dict[str, float]] = defaultdict(dict)
     for key, found in complete_lines(file):  # later lines are newer
         known[key] |= {} if kept.fresh else found
-    keys = [_digest([one.task, one.prompt, one.answer, one.choices]) for one in questions]
+    keys = [short_digest([one.task, one.prompt, one.answer, one.choices]) for one in questions]
     pairs = list(zip(keys, plans, strict=True))
     new = [[plan for plan in dict.fromkeys(own) if str(plan) not in known[key]] for key, own in pairs]
     kept.reused += sum(len(set(own)) - len(those) for (_, own), those in zip(pairs, new, strict=True))
@@ -103,10 +103,11 @@ def _file(folder: Path, name: str, model: LayerwiseForCausalLM, about: Any) -> P
     backbone = model.runtime.backbone
     kept_of = [fingerprint(backbone.model, adapted=True), str(backbone.dtype), about]
     kept_of += [digest_of(backbone.bridges)] if backbone.bridges else []
-    return folder / f"{name}-{_digest(kept_of)}.jsonl"
+    return folder / f"{name}-{short_digest(kept_of)}.jsonl"
 
 
-def _digest(value: Any) -> str:
+def short_digest(value: Any) -> str:
+    """A name for what JSON can write."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 

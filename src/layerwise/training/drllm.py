@@ -15,7 +15,6 @@ a stopped one was; fitting routers takes seconds.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from layerwise.data import split_of
 from layerwise.data.short_answers import IN_DOMAIN, Question, questions
-from layerwise.evaluation.margins import Kept, plan_margins
+from layerwise.evaluation.margins import Kept, plan_margins, short_digest
 from layerwise.hub import save_adapter
 from layerwise.model.bridges import Bridges
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
@@ -180,8 +179,8 @@ def bridge(given: Material, rank: int) -> None:
         if not out
     ]
     model, backbone = given.model, given.model.runtime.backbone
-    about = json.dumps([fingerprint(backbone.model, adapted=True), str(model.dtype), rank, texts])
-    kept = given.folder / f"bridges-{hashlib.sha256(about.encode()).hexdigest()[:12]}"
+    about = [fingerprint(backbone.model, adapted=True), str(model.dtype), rank, texts]
+    kept = given.folder / f"bridges-{short_digest(about)}"
     if not kept.is_dir():
         given.notify(f"fitting bridges of rank {rank} to {len(texts)} questions")
         model.cross_by(Bridges(backbone, range(1, model.depth), rank).requires_grad_(False).eval())

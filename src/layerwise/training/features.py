@@ -9,8 +9,6 @@ the folder is named after all that the features depend on, so other labels or an
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from torch import Tensor
 
 from layerwise.data import length_sorted_batches
+from layerwise.evaluation.margins import short_digest
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.fingerprint import fingerprint
 from layerwise.model.packing import padded
@@ -78,10 +77,8 @@ def kept_features(
     """
     from safetensors.torch import load_file, save_file
 
-    key = json.dumps(
-        [fingerprint(model.runtime.backbone.model, adapted=True), str(model.runtime.backbone.dtype), prompts, paths]
-    )
-    own = folder / f"features-{hashlib.sha256(key.encode()).hexdigest()[:12]}"
+    about = [fingerprint(model.runtime.backbone.model, adapted=True), str(model.runtime.backbone.dtype), prompts, paths]
+    own = folder / f"features-{short_digest(about)}"
     own.mkdir(parents=True, exist_ok=True)
     shards: list[dict[str, Tensor]] = []
     began, made = time.perf_counter(), 0

@@ -31,10 +31,12 @@ from layerwise.training.gate_fits import choose_basis
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 
 
-def bridged(name: str = "llama", layers: tuple[int, ...] = (1, 2, 4), **options: Any) -> LayerwiseForCausalLM:
+def bridged(
+    name: str = "llama", layers: tuple[int | Visit, ...] = (1, 2, 4, Visit(2, Part.BRIDGE, 3)), **options: Any
+) -> LayerwiseForCausalLM:
     """A tiny model with random bridges."""
     model = attach(tiny.model(name), **options)
-    model.cross_by(Bridges(model.runtime.backbone, layers, 3))
+    model.cross_by(Bridges(model.runtime.backbone, layers, {0: 3, 3: 2}))
     with torch.no_grad(), torch.random.fork_rng():
         torch.manual_seed(5)
         for parameter in model.bridges.parameters():
@@ -48,7 +50,7 @@ def with_bridges(rng: random.Random) -> Plan:
         Visit(visit.layer, Part.BRIDGE) if visit.layer in (1, 2, 4) and rng.random() < 0.6 else visit
         for visit in random_plan(rng)
     ]
-    return Plan((*visits, Visit(3), Visit(2, Part.BRIDGE)))
+    return Plan((*visits, Visit(3), Visit(2, Part.BRIDGE, 3), Visit(2, Part.BRIDGE)))
 
 
 def by_hand(bridge: Bridge, states: torch.Tensor) -> torch.Tensor:
@@ -66,6 +68,13 @@ def test_text_and_depth() -> None:
     assert [slot is None for slot in plan.slots] == [False] * 4 + [True] * 3 + [False] * 3
     assert str(Plan.parse("0-1 3*2 6").crossed((2, 3, 5))) == "0-1 2b 3*2 5b 6"
     assert Plan.parse("0 1b 2").crossed(range(3)) == Plan.parse("0 1b 2") == Plan.parse("0 1b 2").crossed(())
+    numbered = plan.crossed_by(2)
+    assert str(numbered) == "0-3 4-6b2 7-9" and numbered != plan and numbered.crossed_by(0) == plan
+    assert (
+        numbered.depth == 7
+        and numbered.slots == plan.slots
+        and str(numbered.skip(5).crossed((5,))) == "0-3 4b2 5b 6b2 7-9"
+    )
     block = Plan.parse("1-2*2")
     assert block.crossed((1, 2)) is block
     with pytest.raises(ValueError, match="goes back to earlier layers"):
@@ -91,6 +100,10 @@ def test_a_bridge_takes_the_place_of_its_layer() -> None:
     before = runtime.forward(states, [Plan.parse("0")] * 2)
     expected = runtime.forward(by_hand(model.bridges[1], before), [Plan.parse("2-5")] * 2)
     torch.testing.assert_close(runtime.forward(states, [Plan.parse("0 1b 2-5")] * 2), expected, **CLOSE)
+    before = runtime.forward(states, [Plan.parse("0-1")] * 2)
+    for text, bridge in (("0-1 2b 3-5", model.bridges[2]), ("0-1 2b3 3-5", model.bridges[Visit(2, Part.BRIDGE, 3)])):
+        expected = runtime.forward(by_hand(bridge, before), [Plan.parse("3-5")] * 2)
+        torch.testing.assert_close(runtime.forward(states, [Plan.parse(text)] * 2), expected, **CLOSE)
     fresh = attach(tiny.model("llama"))
     fresh.cross_by(Bridges(fresh.runtime.backbone, [1], 2))
     nothing = fresh(ids, plans=["0 1b 2-5"] * 2).logits
@@ -117,7 +130,7 @@ def test_cached_equals_uncached_and_batches_equal_rows(name: str) -> None:
 @torch.no_grad()
 def test_cost_is_what_is_counted() -> None:
     backbone = bridged().runtime.backbone
-    for text in ("0-5", "0 1-2b 3-5", "0 2b*2 3a 4b 5"):
+    for text in ("0-5", "0 1-2b 3-5", "0 2b*2 3a 4b 5", "0 1b 2b3 3-5"):
         plan, inputs = Plan.parse(text), embedded(backbone, 1, 7)
         found = counted(lambda plan=plan, inputs=inputs: backbone.logits(Runtime(backbone).forward(inputs, [plan])))
         assert found == pass_cost(backbone.shape, plan, 7).flops
@@ -127,7 +140,7 @@ def test_cost_is_what_is_counted() -> None:
 
 @pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
 def test_kernels_and_drafts_equal_eager() -> None:
-    plan, ids = "0 1-2b 3 4b 5", tiny.tokens(1, 8)
+    plan, ids = "0 1-2b 2b3 3 4b 5", tiny.tokens(1, 8)
     eager, compiled = bridged(engine="eager"), bridged(engine="compiled")
     expected = eager.generate(ids, max_new_tokens=12, do_sample=False, plans=[plan])
     assert torch.equal(compiled.generate(ids, max_new_tokens=12, do_sample=False, plans=[plan]), expected)
@@ -141,6 +154,7 @@ def test_what_is_not_there_is_told_in_one_line() -> None:
     model = bridged()
     for wrong in ("0 1b 3b 4-5", Plan.parse("0 3b")):
         one_line(lambda wrong=wrong: model.read_plan(wrong), "layer 3", "has none there")
+    one_line(lambda: model.read_plan("0 1b3 4-5"), "a bridge of set 3 in place of layer 1", "has none there")
     one_line(lambda: model.read_draft("plan:0 5b"), "layer 5")
     one_line(lambda: Bridges(model.runtime.backbone, [LAYERS], 1), "layers to bridge")
     one_line(lambda: Bridges(model.runtime.backbone, [], 1), "layers to bridge")
@@ -168,10 +182,13 @@ def test_closed_gates_take_bridges(tmp_path: Path) -> None:
     routed = model(ids, attention_mask=mask, labels=ids).loss
     model.save_pretrained(tmp_path / "saved")
     again = from_pretrained(_base(tmp_path), adapter=tmp_path / "saved", engine="eager")
-    assert again.policy.bridged == (1, 2, 4) and again.bridges.numbers == (1, 2, 4)
+    assert again.policy.bridged == (1, 2, 4) and again.bridges.names == ["1", "2", "4", "2b3"]
     torch.testing.assert_close(again(ids, attention_mask=mask, labels=ids).loss, routed, **CLOSE)
     fixed = from_pretrained(_base(tmp_path), adapter=tmp_path / "saved", engine="eager", plan="0 1b 2-5")
     assert str(fixed.plan) == "0 1b 2-5"
+    own = [model.policy.plan([1, 2, 4]).crossed_by(0), Plan.parse("0 1b 2b3 3-5")]
+    for plan in own:
+        torch.testing.assert_close(again(ids[:1], plans=[plan]).logits, model(ids[:1], plans=[plan]).logits, **CLOSE)
     (tmp_path / "saved" / "bridges.safetensors").write_bytes(b"no")
     one_line(lambda: from_pretrained(_base(tmp_path), adapter=tmp_path / "saved"), "the bridges", "cannot be loaded")
 
@@ -237,7 +254,7 @@ def test_fitted_bridges_come_near_their_layers() -> None:
 def test_bridges_learn_in_held_steps_and_are_fitted_to_what_bears_them(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe: dict[str, Any] = {"keep": "0 3-5", "fits": 1, "start_closed": "1-2", "hold": 0.9, "bridge_rank": 2}
     made = module(10, **recipe)
-    assert made.model.policy.bridged == (1, 2) and set(made.model.runtime.backbone.bridges) == {1, 2}
+    assert made.model.policy.bridged == (1, 2) and made.model.runtime.backbone.bridged == (1, 2)
     examples = [answered(tiny.tokens(1, 6 + seed, seed)[0].tolist()) for seed in range(6)]
     monkeypatch.setattr(layerroute, "lost", lambda *_: torch.tensor([0.9, 0.1, 0.8, 0.2, 0.3, 0.7]))
     taken: list[list[list[int]]] = []

@@ -227,7 +227,11 @@ def test_a_training_is_saved_with_what_it_chose(form: str, given: Path, tmp_path
     if bridges:  # a layer is left out by crossing it, in the menu and in what it has to beat
         every = [*model.policy.menu, *(Plan.parse(text) for text in record["static"].values())]
         assert all({visit.layer for visit in plan} == set(range(LAYERS)) for plan in every)
-        assert set(model.runtime.backbone.bridges) == set(range(1, LAYERS))
+        assert model.runtime.backbone.bridged == tuple(range(1, LAYERS))
+        served = {visit.set for plan in every for visit in plan if visit.set}
+        assert {visit.set for visit in model.bridges.visits} == {0} | served == set(range(len(served) + 1))
+        tried = [text for those in record["finalists"].values() for text, _, _ in those]
+        assert any("b" in text and Plan.parse(text).crossed_by(0) != Plan.parse(text) for text in tried)
         short = next(plan for plan in model.policy.menu if plan.depth < LAYERS)
         ids, many = torch.tensor([[5, 6, 7], [8, 9, 10]]), {"max_new_tokens": 4, "do_sample": False}
         exact = from_pretrained(adapter=tmp_path / "out", engine="eager", dtype="float32")

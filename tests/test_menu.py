@@ -15,8 +15,7 @@ from layerwise import Plan
 from layerwise.search.tree import Edit, Kind
 from layerwise.training import menu
 from layerwise.training.config import RouterRecipe
-from layerwise.training.drllm import static_plans
-from layerwise.training.menu import Tried, best_edits, drawn_to_mean, effects, finalists, joined, served
+from layerwise.training.menu import Tried, best_edits, drawn_to_mean, effects, finalists, joined, served, static_plans
 
 SKIP = [Edit(Kind.SKIP, layer) for layer in range(LAYERS)]
 REPEAT = [Edit(Kind.REPEAT, layer) for layer in range(LAYERS)]
@@ -73,7 +72,7 @@ def planted(gain: dict[str, dict[int, float]], noise: float, questions: int = 60
             found.append([0.5 + _sum(gain[task], plan) + one for plan, one in zip(those, luck, strict=True)])
         return torch.tensor(found)
 
-    model = SimpleNamespace(depth=LAYERS, runtime=SimpleNamespace(backbone=SimpleNamespace(bridges={})))
+    model = SimpleNamespace(depth=LAYERS, runtime=SimpleNamespace(backbone=SimpleNamespace(bridged=())))
     given = SimpleNamespace(full=FULL, model=model, notify=lambda line: None, asked=asked)
     given.rows, given.rewards, given.tokens, given.crossed = rows, rewards, lambda own: 10.0, lambda plan: plan
     return given
@@ -153,4 +152,4 @@ def test_layers_are_saved_where_they_cost_least_by_the_tokens_that_run_them() ->
 
 def test_static_plans_join_the_skips_of_most_effect() -> None:
     found = static_plans({SKIP[1]: -0.1, SKIP[4]: 0.1, REPEAT[2]: 0.5}, LAYERS)
-    assert {depth: str(plan) for depth, plan in found.items()} == {"6": "0-5", "5": "0-3 5", "4": "0 2-3 5"}
+    assert {depth: str(plan) for depth, plan in found.items()} == {6: "0-5", 5: "0-3 5", 4: "0 2-3 5"}

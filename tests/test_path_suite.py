@@ -237,7 +237,7 @@ def test_the_suite_says_what_routing_gains(adapter: Path, few_questions: None, t
     assert result["layers_saved"] == pytest.approx(1 - run)
     controls = result["controls"]
     everything = controls["always_execute"]
-    if bridges := model.runtime.backbone.bridges:
+    if bridges := model.runtime.backbone.bridged:
         routed_plans = [Plan.parse(text) for text in result["routes"]["plans"]]
         made = paths._Controls({}, 0, bridges).plans(routed_plans, LAYERS)
         assert any(plan.depth < LAYERS for plan in made["random"])

@@ -6,7 +6,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
@@ -20,6 +20,7 @@ DOCUMENTED = {  # every example in the module's docstring, and the visits it sta
     "3-5*2": [(i, "") for i in [3, 4, 5, 3, 4, 5]],
     "0-8 9a 10m 11-29": [*((i, "") for i in range(9)), (9, "a"), (10, "m"), *((i, "") for i in range(11, 30))],
     "0-3 4-6b 7-29": [*((i, "") for i in range(4)), *((i, "b") for i in (4, 5, 6)), *((i, "") for i in range(7, 30))],
+    "0-3 4-6b2 7-29": [*((i, "") for i in range(4)), *((i, "b2") for i in (4, 5, 6)), *((i, "") for i in range(7, 30))],
 }
 
 MALFORMED = [  # text, model depth, item that the message must name, what it must say about the way out
@@ -37,13 +38,15 @@ MALFORMED = [  # text, model depth, item that the message must name, what it mus
     ("1.5", None, "'1.5'", "write layers and ranges"),
     ("9z", None, "'9z'", "write layers and ranges"),
     ("9am", None, "'9am'", "write layers and ranges"),
+    ("9a2", None, "'9a2'", "write layers and ranges"),
+    ("9b0", None, "'9b0'", "write layers and ranges"),
     ("7*", None, "'7*'", "write layers and ranges"),
     ("0-5-8", None, "'0-5-8'", "write layers and ranges"),
 ]
 
 
 def pairs(plan: Plan) -> list[tuple[int, str]]:
-    return [(visit.layer, visit.part.value) for visit in plan]
+    return [(visit.layer, f"{visit.part.value}{visit.set or ''}") for visit in plan]
 
 
 def wild_plan(rng: random.Random, layers: int = 30) -> Plan:
@@ -53,12 +56,15 @@ def wild_plan(rng: random.Random, layers: int = 30) -> Plan:
         first = rng.randrange(layers)
         run = range(first, min(layers, first + rng.choice((1, 1, 2, 3, 10))))
         part = rng.choice((Part.BOTH, Part.BOTH, Part.ATTENTION, Part.MLP, Part.BRIDGE))
-        block = [Visit(layer, part) for layer in run]
+        number = rng.choice((0, 0, 1, 12)) if part is Part.BRIDGE else 0
+        block = [Visit(layer, part, number) for layer in run]
         longest = 70 if len(block) == 1 else 4
         visits += block * rng.choice((1, 1, 1, 2, rng.randint(1, longest)))
         if rng.random() < 0.3:
             visits.append(Visit(rng.randrange(layers), rng.choice(list(Part))))
-    return Plan(tuple(visits))
+    return Plan(
+        tuple(replace(one, set=rng.choice((0, 0, 1, 12))) if one.part is Part.BRIDGE else one for one in visits)
+    )
 
 
 def monotone_plan(rng: random.Random, layers: int = 12) -> Plan:
@@ -238,7 +244,7 @@ def test_equal_content_is_one_dictionary_key() -> None:
     rng = random.Random(2)
     for _ in range(200):
         plan = wild_plan(rng)
-        twin = Plan(tuple(Visit(visit.layer, visit.part) for visit in plan))
+        twin = Plan(tuple(Visit(visit.layer, visit.part, visit.set) for visit in plan))
         assert plan.slots  # a cached property, which must not take part in equality
         assert plan == twin and hash(plan) == hash(twin)
         assert {plan: "found"}[twin] == "found"

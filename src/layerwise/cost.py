@@ -27,7 +27,7 @@ class LayerShape:
     other_weights: int  # norms and biases: read, but not multiplied as matrices
     query_width: int  # query heads x head size
     key_width: int  # key heads x head size: what one token adds to K, and again to V
-    bridge_weights: int = 0  # of the map that stands in for the layer, if there is one
+    bridge_weights: tuple[tuple[int, int], ...] = ()  # of the maps that stand in for the layer, by their set's number
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def pass_cost(
     for visit in plan:
         layer = shape.layers[visit.layer]
         if visit.part is Part.BRIDGE:
-            multiplied += layer.bridge_weights
+            multiplied += dict(layer.bridge_weights)[visit.set]
             read += shape.hidden  # its bias
             continue
         read += layer.other_weights

@@ -131,7 +131,7 @@ def _save_parts(model: LayerwiseForCausalLM, folder: Path, about: dict[str, Any]
         about["routed_layers"] = list(model.routed_layers.numbers)
         model.routed_layers.save(folder)
     if model.bridges is not None:
-        about["bridges"] = list(model.bridges.numbers)
+        about["bridges"] = model.bridges.names
         model.bridges.save(folder)
 
 

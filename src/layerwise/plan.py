@@ -11,6 +11,7 @@ text that reads back to the same plan:
     3-5*2           the block 3 4 5 3 4 5
     0-8 9a 10m 11-29    attention alone in layer 9, MLP alone in layer 10
     0-3 4-6b 7-29   bridges in place of layers 4 to 6
+    0-3 4-6b2 7-29  those of set 2: a layer may have several, fitted to different plans
 
 Each visit that attends owns one slot of the KV cache, keyed (layer, how often the layer attended before): the
 second visit of a layer sees other hidden states than the first, so it must not share its keys.
@@ -21,7 +22,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from itertools import groupby, takewhile
@@ -48,6 +49,7 @@ class Visit:
 
     layer: int
     part: Part = Part.BOTH
+    set: int = 0  # of a bridge: which of those that its layer has
 
     @property
     def attends(self) -> bool:
@@ -55,7 +57,7 @@ class Visit:
         return self.part in (Part.BOTH, Part.ATTENTION)
 
     def __str__(self) -> str:
-        return f"{self.layer}{self.part}"
+        return f"{self.layer}{self.part}{self.set or ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,7 @@ class Slot:
 
 
 _DEPTHS = {Part.BOTH: 1.0, Part.ATTENTION: 0.5, Part.MLP: 0.5, Part.BRIDGE: 0.0}
-_ITEM = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?([abm]?)(?:\*(\d{1,6}))?", re.ASCII)
+_ITEM = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?(?:([am])|(b)([1-9]\d{0,5})?)?(?:\*(\d{1,6}))?", re.ASCII)
 _GRAMMAR = 'write layers and ranges such as "0-5 7*2 8-29"'
 MAX_REPEATS = 64  # more in one item is a slip of the keyboard, and would exhaust the cache
 MAX_LAYERS = 10_000
@@ -107,7 +109,7 @@ class Plan:
             match = _ITEM.fullmatch(item)
             if not match:
                 raise ValueError(f"'{item}' is not part of a plan: {_GRAMMAR}")
-            first, last, part, times = match.groups()
+            first, last, branch, bridge, number, times = match.groups()
             start, stop = int(first), int(last or first)
             if stop < start:
                 raise ValueError(f"'{item}' runs backwards: write '{stop}-{start}', or list the layers one by one")
@@ -120,7 +122,8 @@ class Plan:
                 raise ValueError(f"'{item}' names layer {stop}, but the model's layers are 0-{layers - 1}")
             if stop - start >= MAX_LAYERS:
                 raise ValueError(f"'{item}' names {stop - start + 1} layers, more than any model has: {_GRAMMAR}")
-            visits += [Visit(layer, Part(part)) for layer in range(start, stop + 1)] * count
+            part = Part(branch or bridge or "")
+            visits += [Visit(layer, part, int(number or 0)) for layer in range(start, stop + 1)] * count
         return cls(tuple(visits))
 
     def check(self, layers: int) -> Plan:
@@ -165,6 +168,10 @@ class Plan:
         if bridges and order != sorted(order):
             raise ValueError(f"plan '{self}' goes back to earlier layers: it cannot be given bridges")
         return Plan(tuple(sorted((*self.visits, *bridges), key=lambda visit: visit.layer))) if bridges else self
+
+    def crossed_by(self, number: int) -> Plan:
+        """With the bridges of set `number` wherever it crosses a layer."""
+        return Plan(tuple(replace(v, set=number) if v.part is Part.BRIDGE else v for v in self.visits))
 
     def __add__(self, other: Plan) -> Plan:
         return Plan(self.visits + other.visits)
@@ -225,7 +232,7 @@ class Plan:
                 whole, rest = divmod(times, MAX_REPEATS)
                 items += [f"{visit}*{MAX_REPEATS}"] * whole + ([f"{visit}*{rest}"] if rest else [])
                 continue
-            if run and visit != Visit(run[-1].layer + 1, run[-1].part):
+            if run and visit != replace(run[-1], layer=run[-1].layer + 1):
                 close()
             run.append(visit)
         close()

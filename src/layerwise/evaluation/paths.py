@@ -130,7 +130,7 @@ def path_suite(
     data = [[one for name in names for one in questions(name, "test")[:limit]] for names in domains]
     for names, asked in zip(domains, data, strict=True):
         notify(f"{len(asked)} questions of {', '.join(names)}")
-        controls = _Controls(record, seed, model.runtime.backbone.bridges) if names is IN_DOMAIN else None
+        controls = _Controls(record, seed, model.runtime.backbone.bridged) if names is IN_DOMAIN else None
         found.append(answer(model, tokenizer, asked, controls, kept, notify))
     inside, outside = found
     chance = np.random.default_rng(seed)

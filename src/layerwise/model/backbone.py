@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,7 @@ class Backbone:
         self.sdpa = implementation == "sdpa"
         self.kinds = self._kinds()
         self.attention: dict[int, nn.Module] = {}  # run in place of a layer's own attention
-        self.bridges: dict[int, nn.Module] = {}  # run in place of a layer, where a plan says so
+        self.bridges: dict[Visit, nn.Module] = {}  # run in place of a layer, where a plan says so
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
     # -- the parts ---------------------------------------------------------------------------------------
@@ -132,7 +133,7 @@ class Backbone:
         In the same way attention is replaced where `attention` says so.
         """
         if visit.part is Part.BRIDGE:
-            return self._bridge(visit.layer)
+            return self._bridge(visit)
         own = self.attention.get(visit.layer)
         if visit.part is Part.BOTH and own is None:
             return self.layers[visit.layer]
@@ -150,16 +151,22 @@ class Backbone:
         """Return the plan itself if the model can run it, else raise ValueError."""
         for visit in plan.check(self.depth):
             if visit.part is Part.BRIDGE:
-                self._bridge(visit.layer)
+                self._bridge(visit)
         return plan
 
-    def _bridge(self, layer: int) -> nn.Module:
-        if layer not in self.bridges:
+    def _bridge(self, visit: Visit) -> nn.Module:
+        if visit not in self.bridges:
+            of_set = f" of set {visit.set}" if visit.set else ""
             raise ValueError(
-                f"a plan has a bridge in place of layer {layer}, but the model has none there: load an adapter that "
-                "brings it, or leave the layer out"
+                f"a plan has a bridge{of_set} in place of layer {visit.layer}, but the model has none there: load an "
+                "adapter that brings it, or leave the layer out"
             )
-        return self.bridges[layer]
+        return self.bridges[visit]
+
+    @property
+    def bridged(self) -> tuple[int, ...]:
+        """The layers that any plan can cross: those with a bridge of set 0."""
+        return tuple(visit.layer for visit in self.bridges if not visit.set)
 
     def rotary(self, kind: str | None, positions: Tensor, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines at `positions` (rows, width), all below `stop`; each (rows, width, head size)."""
@@ -184,13 +191,17 @@ class Backbone:
     def shape(self) -> ModelShape:
         """The sizes that costs are computed from, read off the modules as they are now."""
         layers = []
+        bridges: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        for visit, bridge in self.bridges.items():
+            bridges[visit.layer].append((visit.set, _matrix_entries(bridge)))
         for number, layer in enumerate(self.layers):
             attention, mlp = _matrix_entries(layer.self_attn), _matrix_entries(layer.mlp)
-            bridge = _matrix_entries(self.bridges[number]) if number in self.bridges else 0
             everything = sum(parameter.numel() for parameter in layer.parameters())
             queries = layer.self_attn.o_proj.in_features  # not of q_proj: some models have one map for all three
             keys = queries // layer.self_attn.num_key_value_groups
-            layers.append(LayerShape(attention, mlp, everything - attention - mlp, queries, keys, bridge))
+            layers.append(
+                LayerShape(attention, mlp, everything - attention - mlp, queries, keys, tuple(bridges[number]))
+            )
         vocabulary, hidden = self.head.weight.shape
         return ModelShape(tuple(layers), hidden, vocabulary, self.head.weight.element_size())
 

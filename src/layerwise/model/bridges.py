@@ -10,19 +10,21 @@ needs neither the cache nor other positions. That a linear map can take the plac
 (arXiv 2505.02819), which merges one into the weights before it; here it stays apart, because the same weights also
 serve the prompts that run the layer.
 
-Bridges are named in plans (`4-6b`), and run only where a plan says so. They are fitted by least squares
+Bridges are named in plans (`4-6b`), and run only where a plan says so. A layer may have several, in numbered sets
+(`4-6b2`), fitted to what enters it along different plans. They are fitted by least squares
 (`training.bridge_fit`), and in LayerRoute trained on from there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from layerwise.model.backbone import Backbone
+from layerwise.plan import Part, Plan, Visit
 from layerwise.policies.prompts import normalised
 from layerwise.tensor_files import read_tensors
 
@@ -49,28 +51,40 @@ class Bridge(nn.Module):
 
 
 class Bridges(nn.Module):
-    """The bridges of some layers of `backbone`; `attach` lets its plans use them.
+    """Bridges of layers of `backbone`; `attach` lets its plans use them.
+
+    Args:
+        which: layers, for their bridges of set 0, or the visits that run the bridges.
+        rank: of all, or by the number of their set.
 
     Raises:
         ValueError: there is no such layer, or no rank.
     """
 
-    def __init__(self, backbone: Backbone, layers: Iterable[int], rank: int) -> None:
+    def __init__(self, backbone: Backbone, which: Iterable[int | Visit], rank: int | Mapping[int, int]) -> None:
         super().__init__()
-        self.numbers = tuple(sorted(set(layers)))
-        if not self.numbers or not 0 <= self.numbers[0] <= self.numbers[-1] < backbone.depth:
+        self.visits = tuple(sorted({_visit(one) for one in which}, key=lambda one: (one.set, one.layer)))
+        if not self.visits or not all(0 <= one.layer < backbone.depth for one in self.visits):
             raise ValueError(f"layers to bridge must be among 0-{backbone.depth - 1}: name one at least")
         hidden = backbone.shape.hidden
-        if not 1 <= rank <= hidden:
-            raise ValueError(f"the rank of bridges must be 1 to {hidden}, the hidden size, not {rank}")
-        self.layers = nn.ModuleDict({str(n): Bridge(hidden, rank) for n in self.numbers}).to(backbone.device)
+        self.ranks = {one.set: rank if isinstance(rank, int) else rank[one.set] for one in self.visits}
+        for one in self.ranks.values():
+            if not 1 <= one <= hidden:
+                raise ValueError(f"the rank of bridges must be 1 to {hidden}, the hidden size, not {one}")
+        made = {_name(one): Bridge(hidden, self.ranks[one.set]) for one in self.visits}
+        self.layers = nn.ModuleDict(made).to(backbone.device)
 
-    def __getitem__(self, layer: int) -> Bridge:
-        return self.layers[str(layer)]
+    def __getitem__(self, which: int | Visit) -> Bridge:
+        return self.layers[_name(_visit(which))]
+
+    @property
+    def names(self) -> list[str]:
+        """How they are named in files: `4` for the bridge of layer 4 in set 0, `4b2` for that in set 2."""
+        return list(self.layers)
 
     def attach(self, backbone: Backbone) -> None:
         """Run these where a plan names them, in place of any that were there."""
-        backbone.bridges = {number: self[number] for number in self.numbers}
+        backbone.bridges = {visit: self[visit] for visit in self.visits}
 
     # -- saving ------------------------------------------------------------------------------------------
 
@@ -78,8 +92,8 @@ class Bridges(nn.Module):
         """Write them, in the numbers they are in."""
         from safetensors.torch import save_file
 
-        rank = self[self.numbers[0]].down.out_features
-        about = {"format": "pt", "layers": " ".join(map(str, self.numbers)), "rank": str(rank)}
+        ranks = " ".join(f"{number}:{rank}" for number, rank in self.ranks.items())
+        about = {"format": "pt", "layers": " ".join(self.names), "ranks": ranks}
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
         save_file(tensors, str(Path(folder) / FILE), metadata=about)
 
@@ -92,8 +106,19 @@ class Bridges(nn.Module):
         """
 
         def made(about: dict[str, str], tensors: dict[str, Tensor]) -> Bridges:
-            bridges = cls(backbone, [int(number) for number in about["layers"].split()], int(about["rank"]))
+            names = [name if "b" in name else f"{name}b" for name in about["layers"].split()]
+            ranks = about.get("ranks") or f"0:{about['rank']}"  # of files before there were sets
+            by_set = dict(tuple(map(int, one.split(":"))) for one in ranks.split())
+            bridges = cls(backbone, Plan.parse(" ".join(names)), by_set)
             bridges.load_state_dict(tensors)
             return bridges
 
         return read_tensors(Path(folder) / FILE, "the bridges", made).eval().requires_grad_(False)
+
+
+def _visit(which: int | Visit) -> Visit:
+    return Visit(which, Part.BRIDGE) if isinstance(which, int) else which
+
+
+def _name(visit: Visit) -> str:
+    return str(visit) if visit.set else str(visit.layer)

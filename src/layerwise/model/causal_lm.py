@@ -31,7 +31,7 @@ from layerwise.model.fingerprint import digests, fingerprint, is_adapted
 from layerwise.model.packing import Packing, check_positions, lengths_of_prompts
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.model.runtime import EagerEngine, Engine, Runtime, check_fit
-from layerwise.plan import Part, Plan, Route
+from layerwise.plan import Plan, Route
 from layerwise.policies import FixedPolicy, Policy, RoutingPolicy
 from layerwise.trace import Phase, Trace
 
@@ -218,7 +218,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         whole = plans is None and (isinstance(self.policy, RoutingPolicy) or (draft and draft.kind == "policy"))
         routes = [Plan.full(self.depth)]  # and the bridges: what a policy that decides at the prompt may choose from
         if bridges := self.runtime.backbone.bridges:
-            routes.append(Plan.full(self.depth).only(Part.BRIDGE, *bridges))
+            routes.append(Plan(tuple(bridges)))
         everything = list(routes) if whole else self.row_plans(1 if plans is None else len(plans), plans)
         if draft is not None and draft.kind == "policy":
             everything += routes if isinstance(self.policy, RoutingPolicy) else self.policy.plans(1)

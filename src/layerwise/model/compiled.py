@@ -84,7 +84,7 @@ class CompiledEngine:
         """Forget every kernel whose parameters were replaced since (another dtype, an adapter attached), or whose
         adapters were switched or merged."""
         for visit, form in list(self._layers):
-            if visit.part is Part.BRIDGE and visit.layer not in self.backbone.bridges:
+            if visit.part is Part.BRIDGE and visit not in self.backbone.bridges:
                 del self._layers[visit, form]
         sources = {visit: LayerSource(self.backbone, visit) for visit, _ in self._layers}
         for (visit, form), kernel in list(self._layers.items()):

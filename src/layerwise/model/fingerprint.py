@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -53,8 +54,8 @@ def digests(model: PreTrainedModel) -> dict[str, tuple[torch.dtype, str]]:
     return found
 
 
-def digest_of(modules: Mapping[int, torch.nn.Module]) -> str:
-    """A short digest of every bit of some numbered modules."""
+def digest_of(modules: Mapping[Any, torch.nn.Module]) -> str:
+    """A short digest of every bit of some named modules."""
     parts = [f"{at} {name} {_digest(one)}" for at, own in modules.items() for name, one in own.state_dict().items()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 

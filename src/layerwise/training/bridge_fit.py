@@ -35,29 +35,55 @@ FIRST = 20.0  # what the first token of a text weighs: there is one, unlike all 
 
 
 @torch.no_grad()
-def fit_bridges(model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]], plan: Plan) -> None:
-    """Fit the bridges that `plan` names, which is else the full plan, to these texts (token ids)."""
-    runtime, full = Runtime(model.runtime.backbone), Plan.full(model.depth)
+def fit_bridges(model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]], *plans: Plan) -> None:
+    """Fit the bridges that the plans name, which else leave nothing out, to these texts (token ids).
+
+    No bridge may be in two of them. What a plan repeats, the states with every layer have been through twice as well.
+    """
+    alike: dict[tuple[int, ...], list[Plan]] = {}
+    for plan in plans:
+        alike.setdefault(tuple(visit.layer for visit in plan), []).append(plan)
     with evaluating(model):
-        walks = [[embedded, embedded, counts] for embedded, counts in _batches(model, texts)]
-        for visit in plan:  # walks are: states by the plan, states with every layer, tokens of each row
-            alike = visit.part is Part.BOTH and all(walk[0] is walk[1] for walk in walks)  # until the first bridge
-            for walk in walks:
-                walk[1] = runtime.forward(walk[1], [full[visit.layer : visit.layer + 1]] * len(walk[2]), walk[2])
+        for layers, those in alike.items():
+            _fit_along(model, texts, layers, those)
+
+
+def _fit_along(
+    model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]], layers: Sequence[int], plans: Sequence[Plan]
+) -> None:
+    """Fit the bridges of plans that visit the same layers, in place of some of which they have bridges."""
+    runtime = Runtime(model.runtime.backbone)
+    batches = [(embedded, counts) for embedded, counts in _batches(model, texts)]
+    whole = [embedded for embedded, _ in batches]  # states with every layer
+    walks = [list(whole) for _ in plans]  # states by each plan: the same tensors until its first bridge
+    for at, layer in enumerate(layers):
+        before = whole
+        whole = [
+            runtime.forward(one, [Plan.of([layer])] * len(counts), counts)
+            for one, (_, counts) in zip(before, batches, strict=True)
+        ]
+        for number, plan in enumerate(plans):
+            visit, walk = plan.visits[at], walks[number]
             if visit.part is Part.BRIDGE:
                 moments = Moments()
-                for entering, wanted, counts in walks:
+                for entering, wanted, (_, counts) in zip(walk, whole, batches, strict=True):
                     moments.add(*_rows(entering, wanted, counts))
-                _set(model.bridges[visit.layer], moments)
-            for walk in walks:
-                walk[0] = walk[1] if alike else runtime.forward(walk[0], [Plan((visit,))] * len(walk[2]), walk[2])
+                _set(model.bridges[visit], moments)
+            elif all(own is one for own, one in zip(walk, before, strict=True)) and visit.part is Part.BOTH:
+                walks[number] = list(whole)
+                continue
+            steps = Plan((visit,))
+            walks[number] = [
+                runtime.forward(one, [steps] * len(counts), counts)
+                for one, (_, counts) in zip(walk, batches, strict=True)
+            ]
 
 
 @torch.no_grad()
 def fit_every_bridge(model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]]) -> None:
-    """Fit all bridges of the model to these texts (token ids), which walk the full plan."""
+    """Fit all bridges of set 0 to these texts (token ids), which walk the full plan."""
     runtime, full, bridges = Runtime(model.runtime.backbone), Plan.full(model.depth), model.bridges
-    found = {layer: Moments() for layer in bridges.numbers}
+    found = {visit.layer: Moments() for visit in bridges.visits if not visit.set}
     with evaluating(model):
         for hidden, counts in _batches(model, texts):
             for layer in range(model.depth):

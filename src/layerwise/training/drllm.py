@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -28,19 +28,16 @@ from torch import Tensor
 
 from layerwise.data import split_of
 from layerwise.data.short_answers import IN_DOMAIN, Question, questions
-from layerwise.evaluation.margins import Kept, plan_margins, short_digest
+from layerwise.evaluation.margins import Kept, plan_margins
 from layerwise.hub import save_adapter
-from layerwise.model.bridges import Bridges
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
-from layerwise.model.fingerprint import fingerprint
 from layerwise.plan import Plan
 from layerwise.policies.router import EXECUTE, PerLayerPolicy, classes_of
 from layerwise.search.labels import Record, read_labels
-from layerwise.search.tree import Edit, Kind
-from layerwise.training.bridge_fit import fit_every_bridge
 from layerwise.training.config import DrLLMConfig
 from layerwise.training.features import decided_plans, kept_features, path_windows
-from layerwise.training.menu import effects, train_menu
+from layerwise.training.menu import effects, static_plans, train_menu
+from layerwise.training.plan_bridges import bridge_every_layer
 from layerwise.training.routers import choose, fit_layers, macro_f1
 from layerwise.training.trainer import RECORD
 
@@ -92,8 +89,8 @@ class Material:
         return sum(len(self.prompts[row]) for row in rows) / len(rows)
 
     def crossed(self, plan: Plan) -> Plan:
-        """The plan with bridges where it leaves layers out and the model has them."""
-        return plan.crossed(self.model.runtime.backbone.bridges)
+        """The plan with bridges where it leaves layers out and the model has them; where it names some, with these."""
+        return plan.crossed(self.model.runtime.backbone.bridged)
 
     def rewards(self, rows: Sequence[int], plans: Sequence[Sequence[Plan]]) -> Tensor:
         """The reward of plans[i] for question rows[i], (rows, plans); the first plan must be the full one."""
@@ -119,16 +116,18 @@ def train(
     material = gather(config, labels, model, load_tokenizer(config.model), notify)
     learnt = [label for label, out in zip(labels, material.held_out, strict=False) if not out]
     if config.bridge_rank:
-        bridge(material, config.bridge_rank)
+        bridge_every_layer(material, config.bridge_rank)
     if config.form == "menu":
-        policy, decided, record, single = train_menu(config, learnt, material)
+        policy, decided, record, static = train_menu(config, learnt, material)
     else:
         policy, decided, record = per_layer(config, material)
-        single = effects(learnt, model.depth)
+        static = static_plans(effects(learnt, model.depth), model.depth)
     record |= judged(material, decided)
     model.policy = policy  # in the numbers it was judged in
-    static = {depth: str(material.crossed(plan)) for depth, plan in static_plans(single, model.depth).items()}
-    record |= {"labels": dict(_counted(material.paths)), "static": static}
+    record |= {
+        "labels": dict(_counted(material.paths)),
+        "static": {f"{depth:g}": str(static[depth]) for depth in static},
+    }
     save_adapter(model, config.out)
     names = {name: Path(getattr(config, name)).name for name in ("labels", "out")}  # folders mean nothing elsewhere
     written = {"config": config.to_dict() | names, **record}
@@ -166,30 +165,6 @@ def gather(
         notify(f"{int(those.sum())} {name} questions, {known} with a path to imitate")
     prompts = [list(tokenizer(one.prompt)["input_ids"]) for one in asked]
     return Material(model, tokenizer, asked, prompts, paths, held_out, Path(config.out), notify)
-
-
-def bridge(given: Material, rank: int) -> None:
-    """Give every layer but the first a bridge, fitted to the questions that train, with their answers.
-
-    They are kept: margins are named after every bit of them, and another machine would not find the same ones.
-    """
-    texts = [
-        list(given.tokenizer(one.prompt + one.answer)["input_ids"])
-        for one, out in zip(given.questions, given.held_out.tolist(), strict=True)
-        if not out
-    ]
-    model, backbone = given.model, given.model.runtime.backbone
-    about = [fingerprint(backbone.model, adapted=True), str(model.dtype), rank, texts]
-    kept = given.folder / f"bridges-{short_digest(about)}"
-    if not kept.is_dir():
-        given.notify(f"fitting bridges of rank {rank} to {len(texts)} questions")
-        model.cross_by(Bridges(backbone, range(1, model.depth), rank).requires_grad_(False).eval())
-        fit_every_bridge(model, texts)
-        part = kept.with_suffix(".part")
-        part.mkdir(parents=True, exist_ok=True)
-        model.bridges.to(model.dtype).save(part)  # what they are judged in, and saved in with the adapter
-        part.rename(kept)  # complete or not there
-    model.cross_by(Bridges.load(kept, backbone).to(model.dtype))
 
 
 def question_of(label: Record) -> Question:
@@ -307,10 +282,3 @@ def classes_or_counts(plan: Plan, layers: int) -> tuple[int, ...]:
 def _counted(paths: Sequence[tuple[int, ...] | None]) -> Counter[str]:
     names = ("skip", "execute", "repeat")
     return Counter(names[one] for path in paths if path is not None for one in path)
-
-
-def static_plans(effect: Mapping[Edit, float], layers: int) -> dict[str, Plan]:
-    """Single plans by their layers: the skips of most effect, joined. What any router has to beat."""
-    skips = sorted((edit for edit in effect if edit.kind is Kind.SKIP), key=lambda edit: -effect[edit])
-    plans = [Plan.full(layers).skip(*(edit.first for edit in skips[:count])) for count in range(len(skips) + 1)]
-    return {f"{plan.depth:g}": plan for plan in plans}

@@ -19,24 +19,29 @@ With `bridge_rank` every layer that a plan leaves out is crossed by a bridge (`m
 of bridges, so the first round tries one for every layer, and the labels only say which repeats to try. Bridges are
 fitted beforehand to the same questions, all of them; they see hundreds of numbers for each of their weights, so what
 that flatters them by is small.
+
+5. Plans that leave out many layers are tried once more in the end, with bridges that were fitted along each of them
+   (`plan_bridges`) to other questions of the kind: the finalists, and the best edits joined to deeper plans.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from layerwise.plan import Plan, Visit
+from layerwise.plan import Part, Plan, Visit
 from layerwise.policies.router import MenuPolicy, classes_of, shared_visits
 from layerwise.search.labels import Record
 from layerwise.search.tree import Edit, Kind
 from layerwise.training.config import DrLLMConfig
 from layerwise.training.features import kept_features, menu_reads
+from layerwise.training.plan_bridges import PlanBridges
 from layerwise.training.routers import fit_menu
 
 if TYPE_CHECKING:
@@ -51,6 +56,8 @@ AT_PRICES = (0.0, 0.2, 0.4, 0.8)  # of all layers: what finalists are best at
 START_PRICES = (0.1, 0.5)  # what the plans are best at that the third round goes on from
 FURTHER = 14  # edits that are tried there
 CONFUSED = 0.2  # mean probability of another task, on questions held out, from which on two tasks are one kind
+OWN_FROM = 0.1  # of the layers are left out: a plan is tried with a set of bridges of its own too
+OWN_SHARES = (0.2, 0.33, 0.47, 0.6, 0.7)  # of the layers are left out in plans that are only tried so
 DOUBT = 1.0  # standard errors that are taken off a gain
 
 
@@ -73,6 +80,11 @@ class Tried:
         gains = rewards - rewards[:, :1]
         mean = gains.mean(0)
         return cls(every, mean, gains.std(0) / len(rows) ** 0.5 if len(rows) > 1 else torch.full_like(mean, torch.inf))
+
+    def __add__(self, others: Tried) -> Tried:
+        """With what `others` tried on the same questions besides."""
+        pairs = ((self.gains, others.gains), (self.errors, others.errors))
+        return Tried(self.plans + others.plans[1:], *(torch.cat([own, more[1:]]) for own, more in pairs))
 
     def utility(self, price: float) -> Tensor:
         """Gains less a price of all layers, for those that a plan runs."""
@@ -139,6 +151,21 @@ def further(starts: Sequence[Plan], edits: Sequence[Edit], gains: Sequence[float
     return [plan for start in starts for at in order if (plan := _with(start, edits[at])) != start]
 
 
+def skipping(edits: Sequence[Edit], gains: Sequence[float], given: Material) -> list[Plan]:
+    """Plans of the skips that promise most, OWN_SHARES of the layers."""
+    gain = {edit: one for edit, one in zip(edits, gains, strict=True) if edit.kind is Kind.SKIP}
+    order = [edit.first for edit in sorted(gain, key=lambda edit: -gain[edit])]
+    sizes = [round(share * given.full.depth) for share in OWN_SHARES]
+    return [given.full.skip(*order[:size]) for size in sizes if 0 < size <= len(order)]
+
+
+def deep(plans: Sequence[Plan], given: Material) -> list[Plan]:
+    """Those that leave out enough layers for a set of bridges."""
+    crossed = dict.fromkeys(map(given.crossed, plans))
+    least = OWN_FROM * given.full.depth
+    return [plan for plan in crossed if sum(one.part is Part.BRIDGE for one in plan) >= least]
+
+
 def _cheaper(edit: Edit) -> int:
     """Layers that the edit saves."""
     return 1 if edit.kind is Kind.SKIP else -1
@@ -186,13 +213,18 @@ def _read(given: Material, shared: Plan) -> Tensor:
 
 
 def race(
-    config: DrLLMConfig, labels: Sequence[Record], given: Material, rows: dict[str, list[int]]
+    config: DrLLMConfig,
+    labels: Sequence[Record],
+    given: Material,
+    rows: dict[str, list[int]],
+    sets: PlanBridges | None = None,
 ) -> tuple[dict[str, Tried], dict[Edit, float]]:
     """The last round's plans of each kind, with what they gain on all questions but those of the first round; and what
     each single edit gained in the first, mean over kinds.
 
     Args:
         rows: the numbers of each kind's questions.
+        sets: makes bridges for single plans, where there are any.
 
     Raises:
         ValueError: there are no edits to try, or a kind has a single question.
@@ -201,8 +233,8 @@ def race(
     if alone:
         raise ValueError(f"there is only one training question of {alone[0]}: search more questions")
     edits = best_edits(effects(labels, given.model.depth), config.candidates)
-    if bridges := given.model.runtime.backbone.bridges:  # the labels know nothing of them: each is tried
-        edits = [Edit(Kind.SKIP, layer) for layer in bridges] + [edit for edit in edits if edit.kind is Kind.REPEAT]
+    if bridged := given.model.runtime.backbone.bridged:  # the labels know nothing of them: each is tried
+        edits = [Edit(Kind.SKIP, layer) for layer in bridged] + [edit for edit in edits if edit.kind is Kind.REPEAT]
     if not edits:
         raise ValueError("the labels hold no paths to make a menu of: search more questions, or longer")
     given.notify(f"{len(edits)} edits for {len(rows)} kinds of prompts: {', '.join(map(str, edits))}")
@@ -222,6 +254,10 @@ def race(
         third = Tried.on(given, rest[ROUND : 2 * ROUND] or rest, one_more)
         best = [one for those in (second, third) for one in finalists(those, weight)[:FINALISTS]]
         found[kind] = Tried.on(given, rest, best)
+        if sets is not None:
+            plans = deep([*best, *skipping(edits, promised, given)], given)
+            found[kind] += Tried.on(given, rest, sets.fitted(kind, own, plans) if plans else [])
+            sets.put_away()
         given.notify(f"{kind}: " + "; ".join(_shown(found[kind])))
     return found, dict(zip(edits, gains[:, 1:].mean(0).tolist(), strict=True))
 
@@ -263,18 +299,30 @@ def served(found: dict[str, Tried], tasks: dict[str, int], tokens: dict[str, flo
     return max(enough, key=lambda one: one[1])[2] if enough else choices[0][2]
 
 
+def static_plans(effect: Mapping[Edit, float], layers: int) -> dict[float, Plan]:
+    """Single plans by their layers: the skips of most effect, joined. What any router has to beat."""
+    skips = sorted((edit for edit in effect if edit.kind is Kind.SKIP), key=lambda edit: -effect[edit])
+    plans = [Plan.full(layers).skip(*(edit.first for edit in skips[:count])) for count in range(len(skips) + 1)]
+    return {plan.depth: plan for plan in plans}
+
+
 def train_menu(
     config: DrLLMConfig, labels: Sequence[Record], given: Material
-) -> tuple[MenuPolicy, list[Plan], dict[str, Any], dict[Edit, float]]:
-    """The policy, what it decides for the questions held out, what was found out on the way, what single edits gain."""
+) -> tuple[MenuPolicy, list[Plan], dict[str, Any], dict[float, Plan]]:
+    """The policy, what it decides for the questions held out, what was found out on the way, and the best single plans
+    by their layers."""
     kind_of = kinds(config, given)
     rows: dict[str, list[int]] = {kind: [] for kind in kind_of.values()}
     for task, own in given.rows_of_tasks().items():
         rows[kind_of[task]] += own
     rows = {kind: sorted(own) for kind, own in rows.items()}  # tasks in turns
-    found, single = race(config, labels, given, rows)
+    sets = PlanBridges(given, config.questions) if config.bridge_rank else None
+    found, single = race(config, labels, given, rows, sets)
     tokens = {kind: given.tokens(own) for kind, own in rows.items()}
     picked = served(found, Counter(kind_of.values()), tokens, config.saved)
+    static = {depth: given.crossed(plan) for depth, plan in static_plans(single, given.model.depth).items()}
+    if sets is not None:
+        picked, static = _with_sets(sets, picked, static, kind_of)
     plans = tuple(dict.fromkeys([given.full, *picked.values()]))
     if len(plans) == 1:
         raise ValueError("no plan serves any task better than the full one: search more questions")
@@ -289,4 +337,17 @@ def train_menu(
     last = {kind: [[str(plan), gain, error] for plan, gain, error in _rows(one)] for kind, one in found.items()}
     record = {"threshold": config.threshold, "menu": [str(plan) for plan in plans]}
     record |= {"chosen": {kind: str(plan) for kind, plan in picked.items()}, "finalists": last}
-    return policy, list(policy.pick(read[given.held])), record, single
+    return policy, list(policy.pick(read[given.held])), record, static
+
+
+def _with_sets(
+    sets: PlanBridges, picked: dict[str, Plan], static: dict[float, Plan], kind_of: dict[str, str]
+) -> tuple[dict[str, Plan], dict[float, Plan]]:
+    """The plans with their sets numbered anew. The single plan of as many layers, on average over tasks, is what they
+    have to beat: it gets a set as well.
+    """
+    depth = ceil(sum(picked[kind].depth for kind in kind_of.values()) / len(kind_of))
+    if depth not in static or not deep([static[depth]], sets.given):
+        return sets.serve(picked), static
+    served = sets.serve(picked | {"static": sets.of_all(static[depth])})
+    return served, static | {depth: served.pop("static")}

@@ -317,7 +317,7 @@ class RouterRecipe:
         default=0.9999, metadata=_help("Per layer: of the class weights; 1 is inverse frequency, the paper has 0.999.")
     )
     questions: int = field(
-        default=128, metadata=_help("Menu: training questions of each built-in task that plans are tried on.")
+        default=256, metadata=_help("Menu: training questions of each built-in task that plans are tried on.")
     )
     screen: int = field(default=24, metadata=_help("Menu: the first of these, that choose single edits."))
     candidates: int = field(

@@ -9,7 +9,8 @@ before, for the best of many is always partly lucky:
    edit is drawn towards the mean over all tasks, the more the less its few questions can tell.
 2. The best edits of a task are joined, two, three and more of them, at several prices of a layer.
 3. The best of these are tried with one edit more.
-4. What did best in either round is tried on all questions but those of the first.
+4. What did best in either round is tried on questions that chose nothing yet; if there are too few, on those of these
+   two rounds and all others.
 
 Each task then gets a plan such that together they save enough and gain most; a gain counts less its standard error,
 layers count by the tokens that run them. The router learns to recognise the tasks' prompts by what it reads early on.
@@ -18,10 +19,9 @@ Where it is unsure, as with prompts of another kind, the full plan runs.
 With `bridge_rank` every layer that a plan leaves out is crossed by a bridge (`model.bridges`). The labels know nothing
 of bridges, so the first round tries one for every layer, and the labels only say which repeats to try. Bridges are
 fitted beforehand to the same questions, all of them; they see hundreds of numbers for each of their weights, so what
-that flatters them by is small.
-
-5. Plans that leave out many layers are tried once more in the end, with bridges that were fitted along each of them
-   (`plan_bridges`) to other questions of the kind: the finalists, and the best edits joined to deeper plans.
+that flatters them by is small. In the last round plans that leave out many layers are tried a second time, with bridges
+that were fitted along each of them (`plan_bridges`) to yet other questions: the best so far, and the best edits joined
+to deeper plans.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 LEAST_TRIED = 50  # paths in the labels that hold an edit: the search's prior passes hopeless ones over
 RIDGE = 30.0  # of the edits' effects, in paths: as many without effect are added
 JOINED = {0.0: (1, 2, 3), 0.5: (2, 3, 4, 6), 100.0: (2, 4, 6, 8, 10, 14)}  # by price of all layers, how many edits
-ROUND = 40  # questions of a task in the second round and in the third
+ROUND = 40  # questions of a kind in the second round and in the third
+LAST = 160  # at most, in the last
 FINALISTS = 4  # of each round
 AT_PRICES = (0.0, 0.2, 0.4, 0.8)  # of all layers: what finalists are best at
 START_PRICES = (0.1, 0.5)  # what the plans are best at that the third round goes on from
@@ -219,8 +220,8 @@ def race(
     rows: dict[str, list[int]],
     sets: PlanBridges | None = None,
 ) -> tuple[dict[str, Tried], dict[Edit, float]]:
-    """The last round's plans of each kind, with what they gain on all questions but those of the first round; and what
-    each single edit gained in the first, mean over kinds.
+    """The last round's plans of each kind, with what they gain there; and what each single edit gained in the first
+    round, mean over kinds.
 
     Args:
         rows: the numbers of each kind's questions.
@@ -253,10 +254,12 @@ def race(
         one_more = further(starts, edits, promised, weight * sum(START_PRICES) / 2 / given.full.depth)
         third = Tried.on(given, rest[ROUND : 2 * ROUND] or rest, one_more)
         best = [one for those in (second, third) for one in finalists(those, weight)[:FINALISTS]]
-        found[kind] = Tried.on(given, rest, best)
+        fresh = rest[2 * ROUND :][:LAST]
+        last = fresh if len(fresh) >= ROUND else rest
+        found[kind] = Tried.on(given, last, best)
         if sets is not None:
             plans = deep([*best, *skipping(edits, promised, given)], given)
-            found[kind] += Tried.on(given, rest, sets.fitted(kind, own, plans) if plans else [])
+            found[kind] += Tried.on(given, last, sets.fitted(kind, own, plans) if plans else [])
             sets.put_away()
         given.notify(f"{kind}: " + "; ".join(_shown(found[kind])))
     return found, dict(zip(edits, gains[:, 1:].mean(0).tolist(), strict=True))

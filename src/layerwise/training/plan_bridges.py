@@ -10,11 +10,12 @@ machine would not find the same ones.
 
 from __future__ import annotations
 
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from layerwise.data.short_answers import IN_DOMAIN, questions
+from layerwise.data.short_answers import IN_DOMAIN, Question, questions
 from layerwise.evaluation.margins import short_digest
 from layerwise.model.bridges import Bridges
 from layerwise.model.fingerprint import fingerprint
@@ -24,18 +25,21 @@ from layerwise.training.bridge_fit import fit_bridges, fit_every_bridge
 if TYPE_CHECKING:
     from layerwise.training.drllm import Material
 
-FITTED_TO = 128  # questions of a kind, for the bridges of one plan
-FITTED_TO_ALL = 384  # questions of all tasks
+FIRST = 128  # questions of each task that set 0 is fitted to, less those held out
+FITTED_TO = 12_000  # tokens of a kind of prompts
+FITTED_TO_ALL = 40_000  # of all tasks
+FEWEST = 32  # other questions of a task; if there are fewer, its bridges are fitted to those that train
 OWN_RANK = 32  # at most, of the sets: ranks of 16 to 64 do equally well there
 
 
 def bridge_every_layer(given: Material, rank: int) -> None:
-    """Give every layer but the first a bridge, fitted to the questions that train, with their answers."""
-    texts = [
-        list(given.tokenizer(one.prompt + one.answer)["input_ids"])
-        for one, out in zip(given.questions, given.held_out.tolist(), strict=True)
-        if not out
-    ]
+    """Give every layer but the first a bridge, fitted to questions that train, with their answers."""
+    seen: Counter[str] = Counter()
+    texts = []
+    for one, out in zip(given.questions, given.held_out.tolist(), strict=True):
+        seen[one.task] += 1
+        if seen[one.task] <= FIRST and not out:
+            texts.append(list(given.tokenizer(one.prompt + one.answer)["input_ids"]))
 
     def fit() -> None:
         given.notify(f"fitting bridges of rank {rank} to {len(texts)} questions")
@@ -99,18 +103,22 @@ class PlanBridges:
         self.given.model.cross_by(self._together(numbers))
         return {kind: _renumbered(plan, numbers) for kind, plan in plans.items()}
 
-    def _texts(self, rows: Sequence[int], count: int) -> list[list[int]]:
-        """Prompts with their answers; tasks in turns."""
-        own = [self.given.questions[row] for row in rows]
-        tasks = dict.fromkeys(one.task for one in own)
+    def _texts(self, rows: Sequence[int], tokens: int) -> list[list[int]]:
+        """Prompts with their answers, about so many tokens, as many of each task."""
+        own: dict[str, list[Question]] = defaultdict(list)
+        for row in rows:
+            own[self.given.questions[row].task].append(self.given.questions[row])
         known = {one.id for one in self.given.questions}
-        more = {task: questions(task, "train")[self.tried :] if task in IN_DOMAIN else [] for task in tasks}
-        share = count // len(tasks)
         texts = []
-        for task in tasks:
-            others = [one for one in more[task] if one.id not in known][:share]
-            texts += others if len(others) > share / 2 else [one for one in own if one.task == task][:share]
-        return [list(self.given.tokenizer(one.prompt + one.answer)["input_ids"]) for one in texts]
+        for task, those in own.items():
+            more = questions(task, "train")[self.tried :] if task in IN_DOMAIN else []
+            others = [one for one in more if one.id not in known]
+            left = tokens / len(own)
+            for one in others if len(others) > FEWEST else those:
+                if left > 0:
+                    texts.append(list(self.given.tokenizer(one.prompt + one.answer)["input_ids"]))
+                    left -= len(texts[-1])
+        return texts
 
     def _together(self, numbers: dict[int, int]) -> Bridges:
         """Set 0 and some of the others, under other numbers."""

@@ -153,3 +153,36 @@ def test_layers_are_saved_where_they_cost_least_by_the_tokens_that_run_them() ->
 def test_static_plans_join_the_skips_of_most_effect() -> None:
     found = static_plans({SKIP[1]: -0.1, SKIP[4]: 0.1, REPEAT[2]: 0.5}, LAYERS)
     assert {depth: str(plan) for depth, plan in found.items()} == {6: "0-5", 5: "0-3 5", 4: "0 2-3 5"}
+
+
+def test_deep_plans_are_the_best_skips_joined_and_what_crosses_enough() -> None:
+    given: Any = SimpleNamespace(full=FULL, crossed=lambda plan: plan.crossed(range(1, LAYERS)))
+    edits, gains = [SKIP[1], REPEAT[2], SKIP[4], SKIP[5], SKIP[3]], [-0.2, 0.9, 0.3, 0.1, -0.1]
+    plans = menu.skipping(edits, gains, given)  # 1.2, 1.98, 2.82, 3.6 and 4.2 of 6 layers
+    assert list(map(str, plans)) == ["0-3 5", "0-3", "0-2", "0 2", "0 2"]
+    assert list(map(str, menu.deep([FULL, *plans], given))) == ["0-3 4b 5", "0-3 4-5b", "0-2 3-5b", "0 1b 2 3-5b"]
+
+
+def test_trials_on_the_same_questions_are_joined() -> None:
+    first, second = (
+        Tried([FULL, FULL.skip(n)], torch.tensor([0.0, n / 10]), torch.tensor([0.0, 0.01])) for n in (1, 2)
+    )
+    both = first + second
+    assert both.plans == [FULL, FULL.skip(1), FULL.skip(2)] and torch.equal(both.gains, torch.tensor([0.0, 0.1, 0.2]))
+    assert torch.equal(both.errors, torch.tensor([0.0, 0.01, 0.01]))
+
+
+def test_the_static_control_gets_a_set_at_the_depth_of_the_plans() -> None:
+    static = {
+        float(depth): FULL.skip(*range(depth, LAYERS)).crossed(range(1, LAYERS)) for depth in range(1, LAYERS + 1)
+    }
+    sets: Any = SimpleNamespace(
+        given=SimpleNamespace(full=FULL, crossed=lambda plan: plan),
+        of_all=lambda plan: plan.crossed_by(7),
+        serve=lambda plans: plans,
+    )
+    picked = {"a + b": Plan.parse("0-2 3-5b2"), "c": FULL}
+    served, found = menu._with_sets(sets, picked, static, {"a": "a + b", "b": "a + b", "c": "c"})  # 4 of 6 layers
+    assert served == picked and str(found[4]) == "0-3 4-5b7"
+    assert {depth: plan for depth, plan in found.items() if depth != 4} == {d: p for d, p in static.items() if d != 4}
+    assert menu._with_sets(sets, {"c": FULL}, static, {"c": "c"}) == ({"c": FULL}, static)

@@ -23,7 +23,7 @@ from layerwise.model.bridges import Bridge
 from layerwise.model.modes import evaluating
 from layerwise.model.packing import padded
 from layerwise.model.runtime import Runtime
-from layerwise.plan import Part, Plan
+from layerwise.plan import Part, Plan, Visit
 from layerwise.policies.prompts import normalised
 
 if TYPE_CHECKING:
@@ -36,47 +36,60 @@ FIRST = 20.0  # what the first token of a text weighs: there is one, unlike all 
 
 @torch.no_grad()
 def fit_bridges(model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]], *plans: Plan) -> None:
-    """Fit the bridges that the plans name, which else leave nothing out, to these texts (token ids).
+    """Fit the bridges that the plans name to these texts (token ids). No bridge may be in two of them.
 
-    No bridge may be in two of them. What a plan repeats, the states with every layer have been through twice as well.
+    A bridge does for its layer and for those right before it that the plan leaves out. What a plan repeats, the states
+    with every layer have been through twice as well.
     """
-    alike: dict[tuple[int, ...], list[Plan]] = {}
+    alike: dict[tuple[int, ...], list[list[Visit | None]]] = {}
     for plan in plans:
-        alike.setdefault(tuple(visit.layer for visit in plan), []).append(plan)
+        walk = _beside_every_layer(plan)
+        alike.setdefault(tuple(layer for layer, _ in walk), []).append([visit for _, visit in walk])
     with evaluating(model):
         for layers, those in alike.items():
             _fit_along(model, texts, layers, those)
 
 
+def _beside_every_layer(plan: Plan) -> list[tuple[int, Visit | None]]:
+    """The layers of the full plan, and of the repeats of this one, each with what the plan visits there."""
+    walk: list[tuple[int, Visit | None]] = []
+    last = -1
+    for visit in plan:
+        walk += [(layer, None) for layer in range(last + 1, visit.layer)]
+        walk.append((visit.layer, visit))
+        last = visit.layer
+    return walk
+
+
 def _fit_along(
-    model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]], layers: Sequence[int], plans: Sequence[Plan]
+    model: LayerwiseForCausalLM,
+    texts: Sequence[Sequence[int]],
+    layers: Sequence[int],
+    plans: Sequence[Sequence[Visit | None]],
 ) -> None:
-    """Fit the bridges of plans that visit the same layers, in place of some of which they have bridges."""
+    """Fit the bridges of plans beside the same layers: `plans[p][at]` is what plan p visits at `layers[at]`."""
     runtime = Runtime(model.runtime.backbone)
-    batches = [(embedded, counts) for embedded, counts in _batches(model, texts)]
+    batches = list(_batches(model, texts))
+
+    def after(visit: Visit, states: Sequence[Tensor]) -> list[Tensor]:
+        pairs = zip(states, batches, strict=True)
+        return [runtime.forward(one, [Plan((visit,))] * len(counts), counts) for one, (_, counts) in pairs]
+
     whole = [embedded for embedded, _ in batches]  # states with every layer
-    walks = [list(whole) for _ in plans]  # states by each plan: the same tensors until its first bridge
+    walks = [whole for _ in plans]  # states by each plan: the same until it leaves something out
     for at, layer in enumerate(layers):
-        before = whole
-        whole = [
-            runtime.forward(one, [Plan.of([layer])] * len(counts), counts)
-            for one, (_, counts) in zip(before, batches, strict=True)
-        ]
+        before, whole = whole, after(Visit(layer), whole)
         for number, plan in enumerate(plans):
-            visit, walk = plan.visits[at], walks[number]
+            visit = plan[at]
+            if visit is None:
+                continue
             if visit.part is Part.BRIDGE:
                 moments = Moments()
-                for entering, wanted, (_, counts) in zip(walk, whole, batches, strict=True):
+                for entering, wanted, (_, counts) in zip(walks[number], whole, batches, strict=True):
                     moments.add(*_rows(entering, wanted, counts))
                 _set(model.bridges[visit], moments)
-            elif all(own is one for own, one in zip(walk, before, strict=True)) and visit.part is Part.BOTH:
-                walks[number] = list(whole)
-                continue
-            steps = Plan((visit,))
-            walks[number] = [
-                runtime.forward(one, [steps] * len(counts), counts)
-                for one, (_, counts) in zip(walk, batches, strict=True)
-            ]
+            alike = walks[number] is before and visit == Visit(layer)
+            walks[number] = whole if alike else after(visit, walks[number])
 
 
 @torch.no_grad()

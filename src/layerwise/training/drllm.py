@@ -89,8 +89,8 @@ class Material:
         return sum(len(self.prompts[row]) for row in rows) / len(rows)
 
     def crossed(self, plan: Plan) -> Plan:
-        """The plan with bridges where it leaves layers out and the model has them; where it names some, with these."""
-        return plan.crossed(self.model.runtime.backbone.bridged)
+        """The plan with bridges where it leaves layers out and the model has them, unless it has a set of its own."""
+        return plan if any(visit.set for visit in plan) else plan.crossed(self.model.runtime.backbone.bridged)
 
     def rewards(self, rows: Sequence[int], plans: Sequence[Sequence[Plan]]) -> Tensor:
         """The reward of plans[i] for question rows[i], (rows, plans); the first plan must be the full one."""

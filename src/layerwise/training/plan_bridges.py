@@ -2,7 +2,8 @@
 
 A bridge fitted to its layer alone does for any plan that leaves out little. Along a plan that leaves out half of the
 layers it sees states that it was not fitted to, and what each of them lacks adds up. So such a plan also gets a set of
-its own, fitted along it (`bridge_fit.fit_bridges`) to texts of the one kind of prompts that it is for.
+its own, fitted along it (`bridge_fit.fit_bridges`) to texts of the one kind of prompts that it is for. One bridge then
+does for all layers in a row that are left out: it is as good as one for each, and costs less time.
 
 All are kept in the output folder as soon as they are fitted: margins are named after every bit of them, and another
 machine would not find the same ones.
@@ -29,7 +30,6 @@ FIRST = 128  # questions of each task that set 0 is fitted to, less those held o
 FITTED_TO = 12_000  # tokens of a kind of prompts
 FITTED_TO_ALL = 40_000  # of all tasks
 FEWEST = 32  # other questions of a task; if there are fewer, its bridges are fitted to those that train
-OWN_RANK = 32  # at most, of the sets: ranks of 16 to 64 do equally well there
 
 
 def bridge_every_layer(given: Material, rank: int) -> None:
@@ -63,27 +63,29 @@ class PlanBridges:
         self._sets: dict[int, Bridges] = {}
 
     def fitted(self, kind: str, rows: Sequence[int], plans: Sequence[Plan]) -> list[Plan]:
-        """These plans, each with a set of its own, fitted to prompts like those of the questions `rows`.
+        """These plans, each with a set of its own and one bridge for all layers that it leaves out in a row.
+
+        The sets are fitted to prompts like those of the questions `rows`.
 
         The model has the new sets afterwards, and set 0, but no other.
         """
-        return self._fitted(kind, self._texts(rows, FITTED_TO), plans, min(OWN_RANK, self.every.ranks[0]))
+        return self._fitted(kind, self._texts(rows, FITTED_TO), plans)
 
     def of_all(self, plan: Plan) -> Plan:
-        """The plan with a set for prompts of every task, of the rank of set 0."""
+        """The same of one plan, for prompts of every task."""
         rows = [row for own in self.given.rows_of_tasks().values() for row in own]
-        return self._fitted("all tasks", self._texts(rows, FITTED_TO_ALL), [plan], self.every.ranks[0])[0]
+        return self._fitted("all tasks", self._texts(rows, FITTED_TO_ALL), [plan])[0]
 
-    def _fitted(self, what: str, texts: list[list[int]], plans: Sequence[Plan], rank: int) -> list[Plan]:
+    def _fitted(self, what: str, texts: list[list[int]], plans: Sequence[Plan]) -> list[Plan]:
         first = len(self._sets) + 1
-        numbered = [plan.crossed_by(number) for number, plan in enumerate(plans, first)]
+        numbered = [_in_one(plan).crossed_by(number) for number, plan in enumerate(plans, first)]
         visits = [visit for plan in numbered for visit in plan if visit.part is Part.BRIDGE]
 
         def fit() -> None:
             self.given.notify(f"{what}: fitting bridges along {len(numbered)} plans to {len(texts)} questions")
             fit_bridges(self.given.model, texts, *numbered)
 
-        fitted = _kept(self.given, visits, rank, [list(map(str, numbered)), texts], fit)
+        fitted = _kept(self.given, visits, self.every.ranks[0], [list(map(str, numbered)), texts], fit)
         numbers = range(first, first + len(numbered))
         self._sets |= dict.fromkeys(numbers, fitted)
         self.given.model.cross_by(self._together({number: number for number in numbers}))
@@ -131,6 +133,12 @@ class PlanBridges:
         for visit, bridge in taken.items():
             whole[visit].load_state_dict(bridge.state_dict())
         return whole.to(self.given.model.dtype).requires_grad_(False).eval()
+
+
+def _in_one(plan: Plan) -> Plan:
+    """The plan with the last bridge only of those in a row."""
+    last = [after is None or after.part is not Part.BRIDGE for after in (*plan.visits[1:], None)]
+    return Plan(tuple(visit for visit, ends in zip(plan, last, strict=True) if visit.part is not Part.BRIDGE or ends))
 
 
 def _renumbered(plan: Plan, numbers: dict[int, int]) -> Plan:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from layerwise.model.backbone import Backbone
 from layerwise.model.cache import Cache
@@ -86,12 +86,13 @@ class CompiledEngine:
         for visit, form in list(self._layers):
             if visit.part is Part.BRIDGE and visit not in self.backbone.bridges:
                 del self._layers[visit, form]
-        sources = {visit: LayerSource(self.backbone, visit) for visit, _ in self._layers}
+        now = {visit: _identity(self.backbone.module(visit)) for visit, _ in self._layers}
         for (visit, form), kernel in list(self._layers.items()):
-            if kernel is not None and kernel.made_for != _identity(sources[visit]):
+            if kernel is not None and kernel.made_for != now[visit]:
                 del self._layers[visit, form]
+        head = _identity(self.backbone.norm, self.backbone.head)
         for form, kernel in list(self._heads.items()):
-            if kernel is not None and kernel.made_for != _identity(HeadSource(self.backbone, form)):
+            if kernel is not None and kernel.made_for != head:
                 del self._heads[form]
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
@@ -241,12 +242,25 @@ class _Kernel:
         self.form = source.form
         self.weights = source.weights
         self.dtype = source.weights[0].dtype
-        self.made_for = _identity(source)
+        self.made_for = _identity(*source.modules)
 
 
-def _identity(source: LayerSource | HeadSource) -> list[Any]:
-    """What a kernel was made for; another one is needed if it changes."""
-    return [*((id(weight), weight.dtype, weight.device) for weight in source.weights), source.adapters]
+def _identity(*modules: nn.Module) -> list[Any]:
+    """What a kernel of these was made for, their tensors and PEFT adapters; another one is needed if it changes.
+
+    Every answer asks this of every kernel, so the modules are walked by hand: by `named_parameters` it takes four times
+    as long.
+    """
+    found: list[Any] = []
+    left: list[Any] = list(modules)
+    while left:
+        module = left.pop()
+        for tensors in (module._parameters, module._buffers):
+            found += [(id(one), one.dtype, one.device) for one in tensors.values() if one is not None]
+        if hasattr(type(module), "merged_adapters"):
+            found.append((module.disable_adapters, list(module.merged_adapters), list(module.active_adapters)))
+        left += [child for child in module._modules.values() if child is not None]
+    return found
 
 
 _failed: set[str] = set()  # keys of what could not be compiled or loaded in this process

@@ -22,7 +22,7 @@ from layerwise.model.backbone import TESTED, Backbone, UnsupportedModelError
 from layerwise.model.cache import Cache
 from layerwise.model.frame import Frame
 from layerwise.model.modes import evaluating
-from layerwise.plan import Plan, Route, Step, schedule
+from layerwise.plan import Part, Plan, Route, Step, schedule
 from layerwise.trace import Phase, Trace
 
 
@@ -66,6 +66,8 @@ class EagerEngine:
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         layer = step.visit.layer
+        if step.visit.part is Part.BRIDGE:
+            return self.backbone.module(step.visit)(hidden)
         attends = step.visit.attends
         return self.backbone.module(step.visit)(
             hidden,

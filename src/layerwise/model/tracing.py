@@ -186,6 +186,7 @@ class LayerSource:
     def __init__(self, backbone: Backbone, visit: Visit, form: str = ONE) -> None:
         self.backbone, self.visit, self.form = backbone, visit, form
         self.module = backbone.module(visit)
+        self.modules = (self.module,)
         self.kind = backbone.kinds[visit.layer]
         self.weights = list(_named_tensors(self.module).values())
         self.adapters = _adapters(self.module)
@@ -290,6 +291,7 @@ class HeadSource:
             for name, module in (("norm", backbone.norm), ("head", backbone.head))
             for key, tensor in _named_tensors(module).items()
         }
+        self.modules = (backbone.norm, backbone.head)
         self.weights = list(self.tensors.values())
         self.adapters = [_adapters(backbone.norm), _adapters(backbone.head)]
 

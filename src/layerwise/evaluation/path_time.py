@@ -26,7 +26,7 @@ from layerwise.plan import Plan
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PROMPTS = 24
+PROMPTS = 48
 NEW_TOKENS = 24
 
 

@@ -39,7 +39,7 @@ def bridge_every_layer(given: Material, rank: int) -> None:
     for one, out in zip(given.questions, given.held_out.tolist(), strict=True):
         seen[one.task] += 1
         if seen[one.task] <= FIRST and not out:
-            texts.append(list(given.tokenizer(one.prompt + one.answer)["input_ids"]))
+            texts.append(_text(given, one))
 
     def fit() -> None:
         given.notify(f"fitting bridges of rank {rank} to {len(texts)} questions")
@@ -65,9 +65,8 @@ class PlanBridges:
     def fitted(self, kind: str, rows: Sequence[int], plans: Sequence[Plan]) -> list[Plan]:
         """These plans, each with a set of its own and one bridge for all layers that it leaves out in a row.
 
-        The sets are fitted to prompts like those of the questions `rows`.
-
-        The model has the new sets afterwards, and set 0, but no other.
+        The sets are fitted to prompts like those of the questions `rows`. The model has the new sets
+        afterwards, and set 0, but no other.
         """
         return self._fitted(kind, self._texts(rows, FITTED_TO), plans)
 
@@ -118,7 +117,7 @@ class PlanBridges:
             left = tokens / len(own)
             for one in others if len(others) > FEWEST else those:
                 if left > 0:
-                    texts.append(list(self.given.tokenizer(one.prompt + one.answer)["input_ids"]))
+                    texts.append(_text(self.given, one))
                     left -= len(texts[-1])
         return texts
 
@@ -133,6 +132,11 @@ class PlanBridges:
         for visit, bridge in taken.items():
             whole[visit].load_state_dict(bridge.state_dict())
         return whole.to(self.given.model.dtype).requires_grad_(False).eval()
+
+
+def _text(given: Material, question: Question) -> list[int]:
+    """The tokens of its prompt with its answer."""
+    return list(given.tokenizer(question.prompt + question.answer)["input_ids"])
 
 
 def _in_one(plan: Plan) -> Plan:

@@ -23,6 +23,7 @@ from layerwise.model.runtime import EagerEngine
 from layerwise.model.tracing import ONE, HeadSource, LayerSource
 from layerwise.paths import cache_dir
 from layerwise.plan import Plan, Step
+from layerwise.policies.router import MenuPolicy, Routers
 from layerwise.training.routed_text import convert
 
 pytestmark = pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
@@ -182,6 +183,21 @@ def test_replaced_parameters_are_noticed() -> None:
         assert torch.equal(model.generate(prompt, **options), plain) and not torch.equal(plain, expected)
     adapted.merge_adapter()
     assert torch.equal(model.generate(prompt, **options), expected)
+
+
+def test_an_answer_looks_at_no_kernel_that_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prompt = attach(tiny.model("llama"), engine="compiled"), tiny.tokens(1, 8)
+    routers = Routers.random(1, 2 * tiny.COMMON["hidden_size"], 2, units=8)
+    routers.outer_bias[0, 1] = 100.0
+    model.policy = MenuPolicy((Plan.full(6), Plan.parse("0 5")), routers)
+    model.prepare()
+    looked, identity = [], compiled._identity
+    monkeypatch.setattr(compiled, "_identity", lambda *modules: looked.append(modules) or identity(*modules))
+    backbone = model.runtime.backbone
+    for _ in range(2):
+        model.generate(prompt, max_new_tokens=4, do_sample=False)
+        assert looked == [(backbone.norm, backbone.head), (backbone.layers[0],), (backbone.layers[5],)]
+        looked.clear()
 
 
 @pytest.fixture

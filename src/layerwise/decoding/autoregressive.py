@@ -23,6 +23,7 @@ from layerwise.decoding.speculative import speculate
 from layerwise.model.cache import Cache
 from layerwise.model.packing import Packing, check_positions, last_of
 from layerwise.plan import Plan
+from layerwise.policies import RoutingPolicy
 from layerwise.trace import Phase, Trace
 
 if TYPE_CHECKING:
@@ -59,7 +60,9 @@ def decode(
     plans = None if plans is None else model.row_plans(rows, plans)
     chosen_draft = model.read_draft(draft)
     speculative = chosen_draft.kind != "off"
-    model.prepare(plans, chosen_draft, few=speculative or rows > 1)
+    # What the prompt will decide is made ready as it is used: looking through all that it may be takes milliseconds.
+    undecided = plans is None and isinstance(model.policy, RoutingPolicy)
+    model.prepare([] if undecided else plans, chosen_draft, few=speculative or rows > 1)
     sequence = _Sequence(input_ids, generation_config)
     chooser = _Chooser(logits_processor, stopping_criteria, generation_config, rows)
 

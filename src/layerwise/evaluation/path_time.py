@@ -109,7 +109,7 @@ def _timed(model: LayerwiseForCausalLM, ids: torch.Tensor, plan: Plan | None = N
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=NEW_TOKENS,
-        eos_token_id=-1,  # what is timed is a step, however early the answer ends
+        eos_token_id=model.config.vocab_size,  # no token: what is timed is a step, however early the answer ends
         do_sample=False,
         draft="off",
         streamer=watch,

@@ -53,6 +53,7 @@ class CompiledEngine:
         self.notify = notify
         self.compile_seconds = 0.0
         self._layers: dict[tuple[Visit, str], _Kernel | None] = {}
+        self._checked: set[tuple[Visit, str]] = set()  # those whose parameters are known to be the layer's still
         self._heads: dict[str, _Kernel | None] = {}
         self._index = torch.arange(0)
 
@@ -61,8 +62,7 @@ class CompiledEngine:
         """Find or compile the head and every kind of visit in `plans`, for one token or for a `few` too.
 
         Kernels hold on to the parameters they were made for. Values may change under them; kernels whose parameters
-        were replaced since are forgotten first (`refresh`). They are for the CPU: a model that is moved elsewhere runs
-        eagerly.
+        were replaced since are made anew. They are for the CPU: a model that is moved elsewhere runs eagerly.
         """
         if self.backbone.device.type != "cpu":
             return
@@ -73,27 +73,29 @@ class CompiledEngine:
             if form not in self._heads:
                 self._heads[form] = self._load(HeadSource(self.backbone, form))
             for visit in visits:
-                if (visit, form) not in self._layers:
-                    self._build(visit, form)
-        for number in {one.layer for one in asked if self._is_replaced(one)}:
-            prepare = getattr(self.backbone.attention[number], "prepare", None)
+                self._layer(visit, form)
+        for number, attention in self.backbone.attention.items():
+            prepare = getattr(attention, "prepare", None)
             if prepare is not None:
                 prepare(self.backbone.layers[number].input_layernorm, self.notify)
 
     def refresh(self) -> None:
-        """Forget every kernel whose parameters were replaced since (another dtype, an adapter attached), or whose
-        adapters were switched or merged."""
-        for visit, form in list(self._layers):
-            if visit.part is Part.BRIDGE and visit not in self.backbone.bridges:
-                del self._layers[visit, form]
-        now = {visit: _identity(self.backbone.module(visit)) for visit, _ in self._layers}
-        for (visit, form), kernel in list(self._layers.items()):
-            if kernel is not None and kernel.made_for != now[visit]:
-                del self._layers[visit, form]
+        """Compare each kernel with its layer before it is used again, and the head's now: parameters may be others by
+        then (another dtype, an adapter attached), adapters switched or merged."""
+        self._checked.clear()
         head = _identity(self.backbone.norm, self.backbone.head)
         for form, kernel in list(self._heads.items()):
             if kernel is not None and kernel.made_for != head:
                 del self._heads[form]
+
+    def _layer(self, visit: Visit, form: str) -> _Kernel | None:
+        """The kernel of `visit`, made if there is none for its parameters; None if it cannot be compiled."""
+        if (visit, form) not in self._checked:
+            known = self._layers.get((visit, form), _UNKNOWN)
+            if known is _UNKNOWN or (known is not None and known.made_for != _identity(self.backbone.module(visit))):
+                return self._build(visit, form)
+            self._checked.add((visit, form))
+        return self._layers[visit, form]
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         kernel = self._kernel(step, hidden, frame)
@@ -119,9 +121,7 @@ class CompiledEngine:
         if self._is_replaced(step.visit) or rows * width > FEW_TOKENS or not self._goes_on(step, frame):
             return None
         form = ONE if rows == width == 1 else FEW
-        known = self._layers.get((step.visit, form), _UNKNOWN)
-        if known is _UNKNOWN:
-            known = self._build(step.visit, form)
+        known = self._layer(step.visit, form)
         # Kernels do not look at what they are given: of another dtype they would read beyond its end.
         return known if known is not None and known.dtype == hidden.dtype else None
 
@@ -185,7 +185,14 @@ class CompiledEngine:
     def _build(self, visit: Visit, form: str) -> _Kernel | None:
         """Make, or find, the kernel of `visit`; None (with a warning) if the layer cannot be compiled."""
         self._layers[visit, form] = kernel = self._load(LayerSource(self.backbone, visit, form))
-        if kernel is not None and not self._agrees(visit, form):
+        self._checked.add((visit, form))
+        try:
+            agrees = kernel is None or self._agrees(visit, form)
+        except BaseException:  # Ctrl-C too: it was not tried out
+            del self._layers[visit, form]
+            self._checked.discard((visit, form))
+            raise
+        if not agrees:
             log.warning("layerwise: the kernel for layer %s differs from eager and is not used", visit)
             self._layers[visit, form] = None
         return self._layers[visit, form]
@@ -248,8 +255,8 @@ class _Kernel:
 def _identity(*modules: nn.Module) -> list[Any]:
     """What a kernel of these was made for, their tensors and PEFT adapters; another one is needed if it changes.
 
-    Every answer asks this of every kernel, so the modules are walked by hand: by `named_parameters` it takes four times
-    as long.
+    Every answer asks this of every kernel that it uses, so the modules are walked by hand: by `named_parameters` it
+    takes four times as long.
     """
     found: list[Any] = []
     left: list[Any] = list(modules)

@@ -19,9 +19,10 @@ reads them so too, and the first token's state is hundreds of times larger than 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -69,10 +70,22 @@ def windows(hidden: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
 
 def summary(hidden: Tensor, lengths: Sequence[int]) -> Tensor:
     """What the menu reads: the mean over the windows and the last token of each prompt, (rows, 2 d) float32."""
-    means, share = windows(hidden, lengths)
-    last = torch.tensor(lengths, device=hidden.device) - 1
-    ends = normalised(hidden[torch.arange(len(lengths), device=hidden.device), last])
-    return torch.cat([(means * share[..., None]).sum(1), ends], -1)
+    rows, width = len(lengths), max(lengths)
+    states = normalised(hidden[:, :width])
+    if min(lengths) < width:  # anything may stand in padding, and zero times it need not be zero
+        padding = torch.arange(width) >= torch.tensor(lengths)[:, None]
+        states = states.masked_fill(padding[..., None].to(states.device), 0)
+    share = torch.tensor([_shares(length) + (0.0,) * (width - length) for length in lengths], device=states.device)
+    ends = states[torch.arange(rows), torch.tensor(lengths) - 1]
+    return torch.cat([(share[:, None] @ states)[:, 0], ends], -1)
+
+
+@lru_cache(maxsize=4096)
+def _shares(length: int) -> tuple[float, ...]:
+    """The weight of each token of a prompt in the mean over its windows, see `windows`."""
+    count = min(length, WINDOWS)
+    sizes = Counter(token * count // length for token in range(length))
+    return tuple(1 / count / sizes[token * count // length] for token in range(length))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -13,7 +14,7 @@ from layerwise.search.baselines import greedy_search, random_search
 from layerwise.search.mcts import bound, mcts, select
 from layerwise.search.objective import Book, value
 from layerwise.search.prior import measured_prior
-from layerwise.search.tree import Edit, Kind, Node, Tree, draw, edits, uniform
+from layerwise.search.tree import TEMPERATURE, Edit, Kind, Node, Tree, draw, edits, uniform
 
 LAYERS = 12
 PLANTED = Plan.full(LAYERS).skip(3, 4, 8).repeat(6)
@@ -66,14 +67,14 @@ def test_draws_follow_the_weights() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 4])
-def test_visits_are_conserved_and_values_add_up(batch: int) -> None:
+def test_visits_are_conserved_and_the_best_is_passed_up(batch: int) -> None:
     kept = book(150)
     tree = mcts(kept, random.Random(0), batch=batch, exploration=0.5)
     nodes = list(tree.root)
     assert tree.root.visits == len(nodes) == len(kept.margins) == 151
     for node in nodes:
         assert node.visits == 1 + sum(child.visits for child in node.children)
-        assert node.total == pytest.approx(sum(one.value for one in node))
+        assert node.best == max(one.value for one in node)
         assert all(child.parent is node for child in node.children)
 
 
@@ -95,10 +96,8 @@ def test_a_plan_has_one_node() -> None:
 
 def test_the_bound_is_ucb_with_the_parents_visits() -> None:
     root = Node(Plan.full(3), 0.5, visits=8)
-    root.children = [Node(Plan.of([0, 1]), 0.6, root, untried=[Edit(Kind.SKIP, 0)], visits=4)]
-    root.children[0].total = 2.0
-    root.children.append(Node(Plan.of([1, 2]), 0.4, root, untried=[Edit(Kind.SKIP, 1)], visits=3))
-    root.children[1].total = 1.2
+    root.children = [Node(Plan.of([0, 1]), 0.2, root, {Edit(Kind.SKIP, 0): 0.0}, visits=4, best=0.5)]
+    root.children.append(Node(Plan.of([1, 2]), 0.4, root, {Edit(Kind.SKIP, 1): 0.0}, visits=3))
     assert bound(root.children[0], 8, 0.3) == pytest.approx(0.5 + 0.3 * (2.0794415 / 4) ** 0.5)
     assert select(root, 1.0, 0.0) is root.children[0]
     assert select(root, 1.0, 2.0) is root.children[1]
@@ -108,12 +107,25 @@ def test_below_the_root_the_bound_still_counts_the_parents_visits() -> None:
     root = Node(Plan.full(3), 0.0, visits=10_000)
     inner = Node(Plan.of([0, 1]), 0.0, root, visits=5)
     root.children = [inner]
-    for mean, visits in ((0.5, 3), (0.3, 1)):
-        child = Node(Plan.of([0]), mean, inner, untried=[Edit(Kind.REPEAT, 0)], visits=visits)
-        child.total = mean * visits
-        inner.children.append(child)
+    for best, visits in ((0.5, 3), (0.3, 1)):
+        inner.children.append(Node(Plan.of([0]), best, inner, {Edit(Kind.REPEAT, 0): 0.0}, visits=visits))
     # With 5 visits the better child leads, .5 + .2 * .73 > .3 + .2 * 1.27; with 10,000 the other one would.
     assert select(root, 0.01, 0.2) is inner.children[0]
+
+
+def test_what_an_edit_changed_tells_where_it_is_tried_next() -> None:
+    weights = {"skip 1": 0.5, "skip 2": 0.5}
+    tree = Tree(4, 0.5, random.Random(0), lambda edit: weights.get(str(edit), 1.0))
+    good, bad, unknown = (Edit(Kind.SKIP, layer) for layer in (1, 2, 3))
+    assert tree.promise(good) == tree.promise(bad) == pytest.approx(math.log(0.5)) and tree.promise(unknown) == 0
+    tree.expand(tree.root, {edit.apply(tree.root.plan): edit for edit in (good, bad)}, [0.7, 0.1])
+    assert tree.promise(good) == pytest.approx((math.log(0.5) + 0.2 / TEMPERATURE) / 2)
+    tree.expand(tree.root.children[0], {Plan.of([0, 3]): bad}, [0.5])
+    assert tree.promise(bad) == pytest.approx((math.log(0.5) - 0.6 / TEMPERATURE) / 3)
+    tree.expand(tree.root, {Plan.of([0, 1, 2]): unknown}, [0.5])
+    node = tree.root.children[-1]
+    node.untried = dict.fromkeys([bad, good], 0.0)
+    assert tree.next_plans(node, 1) == {Plan.of([0, 2]): good} and list(node.untried) == [bad]
 
 
 def test_a_small_space_is_searched_to_its_end() -> None:

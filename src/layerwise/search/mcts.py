@@ -2,11 +2,12 @@
 
     select    from the root, while a node is as wide as it may be: the child with the highest upper confidence bound
     expand    try the node's next edits: a few children at once, evaluated as one batch
-    back up   add their values to every node above
+    back up   count them in every node above, and keep the best value found below it
 
-The bound is UCB1 (Auer et al., 2002): Q/v + c sqrt(ln V / v), with V the *parent's* visits. The length of a path is in
-the value (see `objective`), where Dr.LLM subtracts it from the bound. There are no roll-outs: every plan in the tree is
-complete, and is evaluated itself.
+The bound is b + c sqrt(ln V / v), that of UCB1 (Auer et al., 2002) with V the *parent's* visits, but b is the best
+value below the child where a game takes the mean: nobody plays against us, and one good plan among bad ones is what is
+looked for. The length of a path is in the value (see `objective`), where Dr.LLM subtracts it from the bound. There are
+no roll-outs: every plan in the tree is complete, and is evaluated itself.
 
 A node is expanded as far as its visits allow (see `tree`) before the search descends below it. (Dr.LLM's released code
 descends as soon as a node has one child, which makes the tree a chain and the search a random walk.) Siblings are
@@ -26,9 +27,9 @@ def mcts(
     book: Book,
     chance: random.Random,
     *,
-    width: float = 1.5,
+    width: float = 1.0,
     batch: int = 4,
-    exploration: float = 0.05,
+    exploration: float = 0.2,
     prior: Prior = uniform,
 ) -> Tree:
     """Evaluate plans until the book's budget is used up, or nothing is left to try.
@@ -42,7 +43,7 @@ def mcts(
     while book.left and not tree.root.exhausted:
         node = select(tree.root, width, exploration)
         plans = tree.next_plans(node, min(batch, book.left))
-        tree.expand(node, plans, book.values(plans))
+        tree.expand(node, plans, book.values(list(plans)))
     return tree
 
 
@@ -57,4 +58,4 @@ def select(root: Node, width: float, exploration: float) -> Node:
 
 def bound(child: Node, visits: int, exploration: float) -> float:
     """The upper confidence bound of a child whose parent has `visits` visits."""
-    return child.mean + exploration * math.sqrt(math.log(visits) / child.visits)
+    return child.best + exploration * math.sqrt(math.log(visits) / child.visits)

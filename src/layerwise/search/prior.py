@@ -1,8 +1,8 @@
 """Which edits are worth trying first, measured once before the search.
 
 Most layers can be skipped at some price, a few never. Every single edit is tried on a few questions, and its weight is
-the exponential of its mean change in value, in units of `temperature`: edits that help on average are drawn more often,
-hopeless ones hardly ever, none never.
+the exponential of its mean change in value, in units of `tree.TEMPERATURE`: edits that help on average are drawn more
+often, hopeless ones hardly ever, none never.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 
 from layerwise.plan import Plan
 from layerwise.search.objective import Margins, value
-from layerwise.search.tree import edits
+from layerwise.search.tree import TEMPERATURE, edits
 
 LEAST_WEIGHT = 1e-3
 
@@ -22,7 +22,6 @@ def measured_prior(
     measures: Iterable[Margins],
     count: int,
     price: float,
-    temperature: float = 0.05,
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, float]:
     """Weights of all single edits, by their text, the largest 1.
@@ -40,5 +39,5 @@ def measured_prior(
         gains = [gain + (one - values[0]) / count for gain, one in zip(gains, values[1:], strict=True)]
         notify(f"{number} of {count} questions for the prior")
     best = max(gains)
-    weights = [max(LEAST_WEIGHT, math.exp((gain - best) / temperature)) for gain in gains]
+    weights = [max(LEAST_WEIGHT, math.exp((gain - best) / TEMPERATURE)) for gain in gains]
     return {str(edit): round(weight, 4) for edit, weight in zip(every, weights, strict=True)}

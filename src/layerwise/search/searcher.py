@@ -40,9 +40,9 @@ class SearchOptions:
     algorithm: Algorithm = Algorithm.mcts
     simulations: int = 48  # plans evaluated for each question, besides the full one
     price: float = 0.5  # of running all layers, where a right answer is worth 1
-    width: float = 1.5  # a node of the tree with V visits has up to width * sqrt(V) children
+    width: float = 1.0  # a node of the tree with V visits has up to width * sqrt(V) children
     batch: int = 4  # plans evaluated together
-    exploration: float = 0.05  # of the bound; small, for a few dozen simulations leave no time to doubt
+    exploration: float = 0.2  # c of the bound, in values
     retest: int = 8  # right paths that are tested again on the variants of the prompt
     margin: float = 0.0  # nats by which a robust path must win everywhere
     seed: int = 0

@@ -6,9 +6,12 @@ several paths lead to the same plan. A plan has one node only, under the parent 
 pass it over (a transposition).
 
 There are some 90 edits of a 30-layer model and often no more simulations than that, so a node does not try them all
-before the search goes on. Its edits stand in an order drawn once, each with the weight that `prior` gives it, and a
-node with V visits has up to `width` sqrt(V) children (progressive widening: Coulom, 2007; Chaslot et al., 2008). So
-what looked best is looked at more widely, and no plan is out of reach.
+before the search goes on: with V visits it has up to `width` sqrt(V) children (progressive widening: Coulom, 2007;
+Chaslot et al., 2008). So what looked best is looked at more widely, and no plan is out of reach.
+
+Which edit a node tries next is drawn, by the weights of `prior` and by what the tree has seen: an edit mostly changes
+one plan as it changes another, so what it changed wherever it was tried tells what it will change here (the average of
+a move's outcomes, as in MAST: Finnsson and Bjoernsson, 2008).
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from layerwise.plan import Plan
 
 LONGEST_SKIP = 2  # layers in one edit
 LONGEST_PATH = 2  # visits, in multiples of the model's layers
+TEMPERATURE = 0.05  # a weight is the exponential of a change in value over this
 
 
 class Kind(StrEnum):
@@ -75,41 +79,40 @@ def edits(plan: Plan, layers: int) -> list[Edit]:
 def draw(choices: list[Edit], prior: Prior, chance: random.Random) -> list[Edit]:
     """`choices` in random order: each next one is drawn from the rest with its prior's weight.
 
-    (Efraimidis and Spirakis, 2006: sort by the logarithm of a uniform number over the weight.) Edits of weight 0 are
-    left out.
+    (Sorted by the logarithm of the weight plus Gumbel noise.) Edits of weight 0 are left out.
     """
-    keyed = [(math.log(1.0 - chance.random()) / weight, edit) for edit in choices if (weight := prior(edit)) > 0]
-    return [edit for _, edit in sorted(keyed, reverse=True)]
+    keyed = {edit: math.log(weight) + gumbel(chance) for edit in choices if (weight := prior(edit)) > 0}
+    return sorted(keyed, key=keyed.__getitem__, reverse=True)
+
+
+def gumbel(chance: random.Random) -> float:
+    return -math.log(-math.log(1.0 - chance.random()))
 
 
 @dataclass(eq=False)
 class Node:
     """A plan in the tree.
 
-    `visits` counts the evaluations of the plan itself and of all below it, so it is 1 plus the children's; `total` is
-    the sum of their values. `untried` are edits still to try here, the next one last.
+    `visits` counts the evaluations of the plan itself and of all below it, so it is 1 plus the children's; `best` is
+    the highest of their values. `untried` are edits still to try here, each with the noise that it is drawn by.
     """
 
     plan: Plan
     value: float
     parent: Node | None = None
-    untried: list[Edit] = field(default_factory=list)
+    untried: dict[Edit, float] = field(default_factory=dict)
     children: list[Node] = field(default_factory=list)
     visits: int = 1
-    total: float = 0.0
+    best: float = -math.inf
     exhausted: bool = False  # nothing is left to try here or below
 
     def __post_init__(self) -> None:
-        self.total = self.value
+        self.best = max(self.best, self.value)
 
     def widens(self, width: float) -> bool:
         """Whether an edit is to be tried here before the search goes below."""
         room = len(self.children) < width * math.sqrt(self.visits)
         return bool(self.untried) and (room or all(child.exhausted for child in self.children))
-
-    @property
-    def mean(self) -> float:
-        return self.total / self.visits
 
     def lineage(self) -> Iterator[Node]:
         """The node's parent, its parent, and so on to the root."""
@@ -131,25 +134,36 @@ class Tree:
     def __init__(self, layers: int, value: float, chance: random.Random, prior: Prior = uniform) -> None:
         self.layers, self.prior, self.chance = layers, prior, chance
         self.plans: set[Plan] = set()
+        self.changes: dict[Edit, tuple[int, float]] = {}  # of each edit: how often tried, what it changed in all
         self.root = self._node(Plan.full(layers), value, None)
 
-    def next_plans(self, node: Node, count: int) -> list[Plan]:
-        """Up to `count` plans that `node` tries next and that no node of the tree has yet."""
-        found: list[Plan] = []
-        while node.untried and len(found) < count:
-            plan = node.untried.pop().apply(node.plan)
+    def next_plans(self, node: Node, count: int) -> dict[Plan, Edit]:
+        """Up to `count` plans that `node` tries next and that no node of the tree has yet, with the edits to them."""
+        found: dict[Plan, Edit] = {}
+        for edit in sorted(node.untried, key=lambda one: self.promise(one) + node.untried[one], reverse=True):
+            if len(found) == count:
+                break
+            del node.untried[edit]
+            plan = edit.apply(node.plan)
             if plan not in self.plans:
-                found.append(plan)
+                found[plan] = edit
         return found
 
-    def expand(self, node: Node, plans: list[Plan], values: list[float]) -> None:
+    def promise(self, edit: Edit) -> float:
+        """The change in value to expect of `edit`, in TEMPERATUREs: the mean of what it made here and the prior's."""
+        times, change = self.changes.get(edit, (0, 0.0))
+        return (math.log(self.prior(edit)) + change / TEMPERATURE) / (1 + times)
+
+    def expand(self, node: Node, plans: dict[Plan, Edit], values: list[float]) -> None:
         """Add children with their values, and count them in `node` and all above."""
-        for plan, value in zip(plans, values, strict=True):
+        for (plan, edit), value in zip(plans.items(), values, strict=True):
             child = self._node(plan, value, node)
             node.children.append(child)
+            times, change = self.changes.get(edit, (0, 0.0))
+            self.changes[edit] = (times + 1, change + value - node.value)
             for above in child.lineage():
                 above.visits += 1
-                above.total += value
+                above.best = max(above.best, value)
             self._close(child)
         self._close(node)
 
@@ -162,5 +176,5 @@ class Tree:
 
     def _node(self, plan: Plan, value: float, parent: Node | None) -> Node:
         self.plans.add(plan)
-        drawn = draw(edits(plan, self.layers), self.prior, self.chance)
-        return Node(plan, value, parent, drawn[::-1])
+        possible = [edit for edit in edits(plan, self.layers) if self.prior(edit) > 0]
+        return Node(plan, value, parent, {edit: gumbel(self.chance) for edit in possible})

@@ -92,7 +92,7 @@ def path_suite(
     limit: int | None = None,
     labels: str | Path | None = None,
     seed: int = 0,
-    rounds: int = 5,
+    rounds: int = 9,
     command: str = "",
     folder: Path | None = None,
     fresh: bool = False,

@@ -60,7 +60,7 @@ def decode(
     plans = None if plans is None else model.row_plans(rows, plans)
     chosen_draft = model.read_draft(draft)
     speculative = chosen_draft.kind != "off"
-    # What the prompt will decide is made ready as it is used, for to look through all that it may be takes milliseconds;
+    # What the prompt will decide is made ready as it is used, for a look through all that it may be takes milliseconds;
     # but in advance where rounds of drafts will be timed.
     as_used = plans is None and isinstance(model.policy, RoutingPolicy) and not speculative
     model.prepare([] if as_used else plans, chosen_draft, few=speculative or rows > 1)

@@ -146,7 +146,7 @@ def main() -> int:
         runs = [run if run["time_realised"] else generated(run, chosen.work, chosen.timed, ANSWERS) for run in runs]
     if runs:
         kept = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.is_file() else []
-        runs += [run for run in kept if recipe(run) not in map(recipe, runs)]
+        runs = sorted(runs + [run for run in kept if recipe(run) not in map(recipe, runs)], key=recipe)
         RESULTS.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {RESULTS}")
     return 0

@@ -169,7 +169,7 @@ def layerroute_table(result: dict[str, Any]) -> str:
         "the routes do, their cost is in nats a token above the routes', with 95% intervals. "
         f"{kinds['tools']['n']} and {kinds['planning']['n']} held-out prompts; commits {commits}.{missing}"
         f"{''.join(map(_route_answers, runs))} "
-        "Again: `python tools/layerroute_runs.py --recipes quality,bridges --seeds 0,1,2`.",
+        "Again: `python tools/layerroute_runs.py --recipes quality,bridges,paper --seeds 0,1,2,3,4`.",
     ]
     return "\n".join(lines)
 

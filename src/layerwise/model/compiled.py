@@ -53,7 +53,7 @@ class CompiledEngine:
         self.notify = notify
         self.compile_seconds = 0.0
         self._layers: dict[tuple[Visit, str], _Kernel | None] = {}
-        self._checked: set[tuple[Visit, str]] = set()  # those whose parameters are known to be the layer's still
+        self._checked: dict[tuple[Visit, str], _Kernel | None] = {}  # of parameters the layers still have
         self._heads: dict[str, _Kernel | None] = {}
         self._index = torch.arange(0)
 
@@ -90,12 +90,13 @@ class CompiledEngine:
 
     def _layer(self, visit: Visit, form: str) -> _Kernel | None:
         """The kernel of `visit`, made if there is none for its parameters; None if it cannot be compiled."""
-        if (visit, form) not in self._checked:
-            known = self._layers.get((visit, form), _UNKNOWN)
-            if known is _UNKNOWN or (known is not None and known.made_for != _identity(self.backbone.module(visit))):
+        kernel = self._checked.get((visit, form), _UNKNOWN)
+        if kernel is _UNKNOWN:
+            kernel = self._layers.get((visit, form), _UNKNOWN)
+            if kernel is _UNKNOWN or (kernel and kernel.made_for != _identity(self.backbone.module(visit))):
                 return self._build(visit, form)
-            self._checked.add((visit, form))
-        return self._layers[visit, form]
+            self._checked[visit, form] = kernel
+        return kernel
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         kernel = self._kernel(step, hidden, frame)
@@ -184,18 +185,17 @@ class CompiledEngine:
 
     def _build(self, visit: Visit, form: str) -> _Kernel | None:
         """Make, or find, the kernel of `visit`; None (with a warning) if the layer cannot be compiled."""
-        self._layers[visit, form] = kernel = self._load(LayerSource(self.backbone, visit, form))
-        self._checked.add((visit, form))
+        kernel = self._load(LayerSource(self.backbone, visit, form))
+        self._checked[visit, form] = kernel  # in use from here on, for the trial below
         try:
-            agrees = kernel is None or self._agrees(visit, form)
+            if kernel is not None and not self._agrees(visit, form):
+                log.warning("layerwise: the kernel for layer %s differs from eager and is not used", visit)
+                kernel = None
         except BaseException:  # Ctrl-C too: it was not tried out
-            del self._layers[visit, form]
-            self._checked.discard((visit, form))
+            del self._checked[visit, form]
             raise
-        if not agrees:
-            log.warning("layerwise: the kernel for layer %s differs from eager and is not used", visit)
-            self._layers[visit, form] = None
-        return self._layers[visit, form]
+        self._layers[visit, form] = self._checked[visit, form] = kernel
+        return kernel
 
     def _load(self, source: LayerSource | HeadSource) -> _Kernel | None:
         key = source.key

@@ -135,15 +135,18 @@ def main() -> int:
     data = chosen.work / "routing.jsonl"
     if not data.is_file():
         write_jsonl(data, load("routing", "train"))
-    for name in chosen.recipes.split(","):
-        for seed in map(int, chosen.seeds.split(",")):
-            if name == "none":
-                trained(name, seed, chosen.work, data)
-            else:
-                judged(name, seed, chosen.work, data, chosen.samples)
+    asked = [(name, seed) for name in chosen.recipes.split(",") for seed in map(int, chosen.seeds.split(","))]
+    for name, seed in asked:
+        if name == "none":
+            trained(name, seed, chosen.work, data)
+        else:
+            judged(name, seed, chosen.work, data, chosen.samples)
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(chosen.work.glob("*-*.json"))]
     if chosen.timed:
-        runs = [run if run["time_realised"] else generated(run, chosen.work, chosen.timed, ANSWERS) for run in runs]
+        untimed = [f"{name}-{seed}" for name, seed in asked if name != "none"]
+        for at, run in enumerate(runs):
+            if run["adapter"] in untimed and not run["time_realised"]:
+                runs[at] = generated(run, chosen.work, chosen.timed, ANSWERS)
     if runs:
         kept = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.is_file() else []
         runs = sorted(runs + [run for run in kept if recipe(run) not in map(recipe, runs)], key=recipe)

@@ -214,8 +214,8 @@ def search_table(result: dict[str, Any]) -> str:
         f"{first['questions']} training questions, {first['evaluations']:.0f} paths of each, the same measured prior "
         f"for all; value: probability of the right answer, less half of the share of layers run; 95% intervals. "
         f"A question's paths are evaluated {result['speedup']:.0f} times as fast as one by one "
-        f"by plain forward passes, margins within {result['same_scores']:.0e} nats in float32. {where['threads']} "
-        f"thread, commit {where['commit']}. Again: `layerwise bench search --compare 2 --out results/search.json`.",
+        f"by plain forward passes, margins within {result['same_scores']:.0e} nats in float32. Threads: "
+        f"{where['threads']}, commit {where['commit']}. Again: `{result['command']}`.",
     ]
     return "\n".join(lines)
 

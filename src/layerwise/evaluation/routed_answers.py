@@ -167,7 +167,7 @@ def timed(
                 attention_mask=torch.ones_like(ids),  # else the ends of turns inside, which are padding too, are hidden
                 max_new_tokens=new_tokens,
                 do_sample=False,
-                eos_token_id=-1,  # what is timed is a step, however early the answer ends
+                eos_token_id=loaded.config.vocab_size,  # no token: a step is timed, however early the answer ends
                 streamer=watch,
                 trace=trace,
                 plans=None if plan is None else [plan],

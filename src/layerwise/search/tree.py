@@ -86,7 +86,8 @@ def draw(choices: list[Edit], prior: Prior, chance: random.Random) -> list[Edit]
 
 
 def gumbel(chance: random.Random) -> float:
-    return -math.log(-math.log(1.0 - chance.random()))
+    """Noise which, added to logarithms of weights, makes each the largest with the probability of its weight."""
+    return -math.log(max(chance.expovariate(1.0), 1e-300))
 
 
 @dataclass(eq=False)

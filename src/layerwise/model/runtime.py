@@ -206,7 +206,8 @@ def check_fit(backbone: Backbone) -> None:
     except Exception as error:  # whatever a foreign model raises, the user must learn which model it was
         raise UnsupportedModelError(f"{name} does not fit: calling its layers failed ({error}); {TESTED}") from error
     tolerance = 1e-3 if backbone.dtype == torch.float32 else 5e-2
-    gap = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()
+    # Of all logits together: rounding to bfloat16 moves single ones of a trained adapter by more than the tolerance.
+    gap = ((found - expected).norm() / expected.norm().clamp(min=1e-6)).item()
     if not gap <= tolerance:
         raise UnsupportedModelError(
             f"{name} does not fit: its forward does more than embedding, layers, norm and head "

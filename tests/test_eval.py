@@ -25,6 +25,7 @@ from layerwise.evaluation.exits import exit_quality
 from layerwise.evaluation.intervals import wilson
 from layerwise.evaluation.quality import Question
 from layerwise.report.exit_figures import acceptance_figure, exit_figure
+from layerwise.sources import fast_dtype
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -253,7 +254,7 @@ def test_the_command_writes_prints_and_draws(
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
     assert json.loads(done.stdout.splitlines()[-1]) == result
-    assert result["model"] == base.name and result["dtype"] == "bfloat16" and result["adapter"] is None
+    assert result["model"] == base.name and result["dtype"] == fast_dtype() and result["adapter"] is None
     assert str(base.parent) not in out.read_text()
     assert figure.stat().st_size > 5_000
     assert "arc_easy" in done.stdout and "100%" in done.stdout

@@ -143,7 +143,7 @@ def test_two_steps_from_the_command_line(files: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0
     written = json.loads(result.stdout.splitlines()[-1])
     assert written["adapter"] == str(tmp_path / "run")
-    assert written["config"]["dropout"] == "decaying" and written["config"]["precision"] == "bfloat16"
+    assert written["config"]["dropout"] == "decaying" and written["config"]["precision"] == "auto"
     model = from_pretrained(adapter=written["adapter"], engine="eager")
     assert len(logged(tmp_path / "run")) == 2 and model.plan == Plan.full(LAYERS)
 

@@ -128,7 +128,7 @@ def routed_attention(
         rounds,
         hidden_size=hidden_size,
         heads=heads,
-        dtype=dtype.value,
+        dtype=options.dtype_name(dtype),
         kernels=kernels,
         memory=memory,
         notify=options.note,
@@ -144,7 +144,7 @@ def search(
     questions: Annotated[int, typer.Option(help="Questions of each task that are timed.")] = 1,
     simulations: Annotated[int, typer.Option(help="Plans evaluated for each question.")] = 48,
     compare: Annotated[int, typer.Option(help="Questions of each task to compare the algorithms on.")] = 0,
-    dtype: options.Dtype = options.DtypeChoice.bfloat16,
+    dtype: options.Dtype = options.DtypeChoice.auto,
     seed: Annotated[int, typer.Option(help="Decides what the search draws.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     json: options.Json = False,
@@ -164,7 +164,14 @@ def search(
 
     model_path(model, options.note)
     result = bench_search(
-        model, names, questions, simulations, compared=compare, dtype=dtype.value, seed=seed, notify=options.note
+        model,
+        names,
+        questions,
+        simulations,
+        compared=compare,
+        dtype=options.dtype_name(dtype),
+        seed=seed,
+        notify=options.note,
     )
     print(
         f"{result['speedup']:.1f}x: {result['paths_per_second']:.1f} paths/s, "

@@ -42,7 +42,7 @@ def run(
     plan: options.PlanText = None,
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 64,
     engine: options.Engine = options.EngineChoice.auto,
-    dtype: options.Dtype = options.DtypeChoice.bfloat16,
+    dtype: options.Dtype = options.DtypeChoice.auto,
     json: options.Json = False,
 ) -> None:
     """Three prompts, each at full depth, with drafts that the full depth verifies, and with a reduced plan."""
@@ -60,7 +60,7 @@ def run(
     ways = [(full, "off"), (full, "auto"), (plan or reduced_plan(loaded.depth), "off")]
     console = Console(highlight=False)
     console.print(
-        f"{loaded.runtime.backbone.model.config.name_or_path}, {loaded.depth} layers, {dtype.value}, "
+        f"{loaded.runtime.backbone.model.config.name_or_path}, {loaded.depth} layers, {options.dtype_of(loaded)}, "
         f"{loaded.runtime.engine.name} engine\n"
     )
     for text, draft in ways:  # the first answer pays for compiling and for cold caches
@@ -116,7 +116,7 @@ def run(
         rows += _routed(console, engine, dtype, max_new_tokens)
     console.print('\nNext: layerwise generate "Why is the sky blue?" --plan "0-3 5-24 26-29" --html answer.html')
     if json:
-        options.print_json({"answers": rows, "engine": loaded.runtime.engine.name, "dtype": dtype.value})
+        options.print_json({"answers": rows, "engine": loaded.runtime.engine.name, "dtype": options.dtype_of(loaded)})
 
 
 def _routed(

@@ -73,7 +73,7 @@ def run(
         int, typer.Option(help="Suite tools-vs-planning: on how many prompts to time decoding; 0 leaves it out.")
     ] = 6,
     seed: Annotated[int, typer.Option(help="Decides which texts and questions are drawn.")] = 0,
-    dtype: options.Dtype = options.DtypeChoice.bfloat16,
+    dtype: options.Dtype = options.DtypeChoice.auto,
     device: options.Device = "auto",
     out: Annotated[Path | None, typer.Option(help="Write the result to this JSON file.")] = None,
     figure: Annotated[Path | None, typer.Option(help="Draw the result into this .png, .svg or .pdf.")] = None,

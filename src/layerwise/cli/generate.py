@@ -28,7 +28,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     engine: options.Engine = options.EngineChoice.auto,
-    dtype: options.Dtype = options.DtypeChoice.bfloat16,
+    dtype: options.Dtype = options.DtypeChoice.auto,
     device: options.Device = "auto",
     html: Annotated[Path | None, typer.Option(help="Also write a page that shows the depth of each token.")] = None,
     json: options.Json = False,
@@ -69,4 +69,4 @@ def run(
         html.write_text(render(page), encoding="utf-8")
         print(f"wrote {html}")
     if json:
-        options.print_json(result.to_dict() | {"engine": loaded.runtime.engine.name, "dtype": dtype.value})
+        options.print_json(result.to_dict() | {"engine": loaded.runtime.engine.name, "dtype": options.dtype_of(loaded)})

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from layerwise.model.causal_lm import LayerwiseForCausalLM
@@ -25,6 +26,7 @@ class EngineChoice(StrEnum):
 
 
 class DtypeChoice(StrEnum):
+    auto = "auto"
     float32 = "float32"
     bfloat16 = "bfloat16"
 
@@ -40,7 +42,9 @@ DraftText = Annotated[
     ),
 ]
 Engine = Annotated[EngineChoice, typer.Option(help="How layers are run; auto is compiled where there is a compiler.")]
-Dtype = Annotated[DtypeChoice, typer.Option(help="Numbers the weights are held in.")]
+Dtype = Annotated[
+    DtypeChoice, typer.Option(help="Numbers to compute in; auto is bfloat16 where the processor has it, else float32.")
+]
 Device = Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu, cuda, or any other device of torch.")]
 Json = Annotated[bool, typer.Option("--json", help="End the output with one JSON object on the last line.")]
 
@@ -77,11 +81,29 @@ def load(
     name = base_name(model, adapter)
     model_path(name, note)
     loaded = from_pretrained(
-        model, adapter=adapter, plan=plan, dtype=dtype.value, engine=engine.value, device=where, notify=note
+        model,
+        adapter=adapter,
+        plan=plan,
+        dtype=dtype_name(dtype, where),
+        engine=engine.value,
+        device=where,
+        notify=note,
     )
     if draft is not None:
         loaded.draft = draft
     return loaded, load_tokenizer(name)
+
+
+def dtype_name(dtype: DtypeChoice, device: torch.device | str = "cpu") -> str:
+    """The numbers that a choice means on a device."""
+    from layerwise.sources import fast_dtype
+
+    return fast_dtype(device) if dtype is DtypeChoice.auto else dtype.value
+
+
+def dtype_of(loaded: LayerwiseForCausalLM) -> str:
+    """The numbers that a model computes in, as `--dtype` names them."""
+    return str(loaded.dtype).removeprefix("torch.")
 
 
 def refuse_given(context: typer.Context, names: Iterable[str], owner: str) -> None:

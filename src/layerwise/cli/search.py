@@ -28,7 +28,7 @@ def run(
     seed: Annotated[int, typer.Option(help="Decides what the search draws.")] = 0,
     workers: Annotated[int, typer.Option(help="Questions at a time, each in a process of its own.")] = 1,
     backend: Annotated[str, typer.Option(help="local, or ray for a cluster.")] = "local",
-    dtype: options.Dtype = options.DtypeChoice.bfloat16,
+    dtype: options.Dtype = options.DtypeChoice.auto,
     device: options.Device = "auto",
     json: options.Json = False,
 ) -> None:
@@ -70,7 +70,7 @@ def run(
             chosen,
             out,
             calibration=calibration,
-            dtype=dtype.value,
+            dtype=options.dtype_name(dtype, where),
             device=where,
             workers=workers,
             backend=backend,

@@ -23,6 +23,7 @@ from layerwise.data import Example, Tokens
 from layerwise.data.routing import side
 from layerwise.hub import from_pretrained
 from layerwise.plan import Plan
+from layerwise.sources import fast_dtype
 from layerwise.trace import Trace
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def answer_quality(
     ]
     contenders += [("reference", reference, None)] if reference is not None else []
     for contender, folder, plans in contenders:
-        loaded = from_pretrained(model, adapter=folder, dtype="bfloat16", device=device).eval()
+        loaded = from_pretrained(model, adapter=folder, dtype=fast_dtype(device), device=device).eval()
         for name, (those, new_tokens) in chosen.items():
             found[name][contender] = _summed(generate(loaded, tokenizer, those, new_tokens, plans))
     return found
@@ -144,12 +145,13 @@ def timed(
     count: int = 5,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Decoding and prefill of tool calls, routed and at full depth, in turns; greedy, bfloat16, medians.
+    """Decoding and prefill of tool calls, routed and at full depth, in turns; greedy, in `fast_dtype`, medians.
 
     `realised` is the share of decode time saved over the share of decode FLOPs skipped. `router_overhead` is the time
     of deciding over that of decoding `new_tokens` tokens.
     """
-    loaded = from_pretrained(model, adapter=adapter, dtype="bfloat16", device=device).eval()
+    dtype = fast_dtype(device)
+    loaded = from_pretrained(model, adapter=adapter, dtype=dtype, device=device).eval()
     shape, full = loaded.runtime.backbone.shape, Plan.full(loaded.depth)
     loaded.prepare()
     steps: dict[str, float] = {"routed": 0.0, "full": 0.0}
@@ -196,6 +198,6 @@ def timed(
         "step_ms": {name: 1000 * value / len(chosen) for name, value in steps.items()},
         "prefill_ms": {name: 1000 * value / len(chosen) for name, value in reads.items()},
         "router_overhead": deciding / (new_tokens * steps["routed"]),
-        "dtype": "bfloat16",
+        "dtype": dtype,
         "engine": loaded.runtime.engine.name,
     }

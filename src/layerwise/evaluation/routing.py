@@ -37,7 +37,7 @@ from layerwise.evaluation.routed_answers import Asked, answer_quality, timed
 from layerwise.hub import base_name, from_pretrained
 from layerwise.plan import Plan
 from layerwise.policies.gates import GatedPolicy
-from layerwise.sources import load_tokenizer
+from layerwise.sources import fast_dtype, load_tokenizer
 from layerwise.training.exit_loss import labelled
 from layerwise.training.trainer import RECORD
 
@@ -168,7 +168,7 @@ def routing_suite(
     device: torch.device | str = "cpu",
     notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:
-    """Measure a routed adapter; see the module. Cross entropies are computed in bfloat16, eagerly.
+    """Measure a routed adapter; see the module. Cross entropies are computed eagerly, in `fast_dtype`.
 
     Args:
         reference: an adapter of the same size, data and budget, trained without routing; ratios need it.
@@ -184,9 +184,9 @@ def routing_suite(
         ValueError: the adapter has no gates.
     """
     began = time.perf_counter()
-    base = base_name(model, adapter)
+    base, dtype = base_name(model, adapter), fast_dtype(device)
     tokenizer = load_tokenizer(base)
-    routed = from_pretrained(model, adapter=adapter, dtype="bfloat16", engine="eager", device=device).eval()
+    routed = from_pretrained(model, adapter=adapter, dtype=dtype, engine="eager", device=device).eval()
     if not isinstance(routed.policy, GatedPolicy):
         raise ValueError(f"the adapter '{adapter}' has no gates: train one with 'layerwise train layerroute'")
     pad = tokenizer.pad_token_id or 0
@@ -198,7 +198,7 @@ def routing_suite(
     notify("full depth: done")
     others = {"base": None} | ({"reference": reference} if reference is not None else {})
     for name, other in others.items():
-        loaded = from_pretrained(base, adapter=other, dtype="bfloat16", engine="eager", device=device).eval()
+        loaded = from_pretrained(base, adapter=other, dtype=dtype, engine="eager", device=device).eval()
         by[name], _ = answer_losses(loaded, asked, pad)
         notify(f"{name}: done")
     found: dict[str, Any] = {
@@ -220,6 +220,7 @@ def routing_suite(
         found["time_realised"] = found["time"]["realised"]
     return found | {
         "samples": samples,
+        "dtype": dtype,
         "sample_seed": seed,
         "command": command,
         "seconds": round(time.perf_counter() - began, 1),

@@ -16,9 +16,16 @@ Dropout = Literal["constant", "growing", "decaying"]
 Curriculum = Literal["rotational", "gradual"]
 Objective = Literal["paper", "budget", "quality", "none"]
 Reads = Literal["mean", "last"]
-Precision = Literal["bfloat16", "float32"]
+Precision = Literal["auto", "bfloat16", "float32"]
 Form = Literal["per-layer", "menu"]
 LearningRateSchedule = Literal["cosine", "linear", "constant_with_warmup"]
+
+
+def computed_in(precision: Precision, device: Any = None) -> str:
+    """The numbers that a precision means on a device; if none is given, on the GPU if there is one, else the CPU."""
+    from layerwise.sources import fast_dtype, read_device
+
+    return fast_dtype(read_device("auto") if device is None else device) if precision == "auto" else precision
 
 
 def _help(text: str) -> dict[str, str]:
@@ -109,7 +116,8 @@ class TrainingConfig(Resumable):
     warmup: int = field(default=20, metadata=_help("Steps over which the learning rate rises."))
     max_length: int = field(default=1024, metadata=_help("Examples of more tokens are left out."))
     precision: Precision = field(
-        default="bfloat16", metadata=_help("Numbers to compute in; trained weights are float32 in any case.")
+        default="auto",
+        metadata=_help("Numbers to compute in, auto: bfloat16 where the processor has it. What is trained is float32."),
     )
     seed: int = field(default=0, metadata=_help("Seed of batches, LoRA and layer dropout."))
     save_every: int = field(default=200, metadata=_help("Steps between checkpoints."))
@@ -366,7 +374,9 @@ class DrLLMConfig(RouterRecipe, Options):
     model: str | None = field(
         default=None, metadata=_help("A name from 'layerwise models', a folder, or a Hugging Face id.")
     )
-    precision: Precision = field(default="bfloat16", metadata=_help("Numbers the model computes in."))
+    precision: Precision = field(
+        default="auto", metadata=_help("Numbers to compute in; auto: bfloat16 where the processor has it.")
+    )
 
     def __post_init__(self) -> None:
         RouterRecipe.__post_init__(self)

@@ -298,7 +298,10 @@ class RoutedTextConfig(CurriculumConfig):
     router_width: int = field(default=64, metadata=_help("Inner width of a router."))
     text_length: int = field(default=512, metadata=_help("Tokens of a text."))
     rows: int = field(default=1, metadata=_help("Texts of a batch."))
-    precision: Precision = field(default="bfloat16", metadata=_help("Numbers of the base; what is trained is float32."))
+    precision: Precision = field(
+        default="auto",
+        metadata=_help("Numbers of the base; auto: bfloat16 where the processor has it. What is trained is float32."),
+    )
     learning_rate: float = field(default=2e-4, metadata=_help("Learning rate of AdamW, after the warm-up."))
     warmup: int = field(default=10, metadata=_help("Steps over which the learning rate rises."))
     steps: int = field(default=60, metadata=_help("Most steps; a curriculum may end before."))

@@ -34,7 +34,7 @@ from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.plan import Plan
 from layerwise.policies.router import EXECUTE, PerLayerPolicy, classes_of
 from layerwise.search.labels import Record, read_labels
-from layerwise.training.config import DrLLMConfig
+from layerwise.training.config import DrLLMConfig, computed_in
 from layerwise.training.features import decided_plans, kept_features, path_windows
 from layerwise.training.menu import effects, static_plans, train_menu
 from layerwise.training.plan_bridges import bridge_every_layer
@@ -111,7 +111,7 @@ def train(
     """
     from layerwise.sources import load_base, load_tokenizer
 
-    model = attach(load_base(config.model, config.precision, device))
+    model = attach(load_base(config.model, computed_in(config.precision, device), device))
     labels = labels_for(model, config.labels)
     material = gather(config, labels, model, load_tokenizer(config.model), notify)
     learnt = [label for label, out in zip(labels, material.held_out, strict=False) if not out]

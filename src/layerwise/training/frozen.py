@@ -40,7 +40,7 @@ from layerwise.model.runtime import EagerEngine
 from layerwise.plan import Plan
 from layerwise.sources import load_tokenizer
 from layerwise.training.answers import write_answers
-from layerwise.training.config import FrozenConfig
+from layerwise.training.config import FrozenConfig, computed_in
 from layerwise.training.trainer import RecipeTrainer, run_training, starting_point, training_arguments
 
 ANSWERS = "answers.jsonl"
@@ -283,7 +283,7 @@ def train(config: FrozenConfig, notify: Callable[[str], None] = lambda line: Non
 
 
 def _load(config: FrozenConfig, engine: EngineName) -> LayerwiseForCausalLM:
-    model = from_pretrained(config.model, adapter=config.adapter, dtype=config.precision, engine=engine)
+    model = from_pretrained(config.model, adapter=config.adapter, dtype=computed_in(config.precision), engine=engine)
     model.exit_head = model.ngrams = None  # those that the adapter has are replaced
     if model.plan != Plan.full(model.depth):  # what the head learns from
         raise ValueError(f"'{config.adapter or config.model}' does not run every layer once: give an adapter that does")

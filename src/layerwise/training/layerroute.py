@@ -58,7 +58,7 @@ from layerwise.model.runtime import EagerEngine, Runtime
 from layerwise.plan import Plan, Route, Step, schedule
 from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.bridge_fit import fit_bridges
-from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, layers_of
+from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, computed_in, layers_of
 from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, parting, row_losses
 from layerwise.training.trainer import RecipeTrainer, read_examples, run_training
 
@@ -399,7 +399,7 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
 
     def finish(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:
         """The routers as they are shipped, so that what is saved decides as what is in memory."""
-        if model.bridges is not None and config.precision == "bfloat16":  # saved as what they are run in, as the LoRA
+        if model.bridges is not None and config.precision != "float32":  # as the LoRA
             model.bridges.to(torch.bfloat16)
         if config.fits:  # once more to the finished LoRA
             gap, bearing = made[0].fit_gates(_drawn(examples, config.seed, LAST_FITTED), PRUDENCE)
@@ -430,7 +430,7 @@ def _load(config: LayerRouteConfig) -> LayerwiseForCausalLM:
     from layerwise.sources import load_base
 
     # Frozen weights are only read: in bfloat16 they need not be converted in every pass. PEFT keeps LoRA in float32.
-    base = load_base(config.model, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+    base = load_base(config.model, computed_in(config.precision))
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.rank,

@@ -33,7 +33,7 @@ from layerwise.model.frame import Frame
 from layerwise.model.packing import Packing
 from layerwise.model.runtime import EagerEngine, Runtime
 from layerwise.plan import Slot, Step, Visit
-from layerwise.training.config import LayerSkipConfig, LayerSkipRecipe
+from layerwise.training.config import LayerSkipConfig, LayerSkipRecipe, computed_in
 from layerwise.training.exit_loss import LOGITS_AT_ONCE, exit_losses, labelled
 from layerwise.training.schedules import drop_rates, exit_weights, gradual, rotational
 from layerwise.training.trainer import RecipeTrainer, run_training
@@ -230,7 +230,7 @@ def load_for_training(config: LayerSkipConfig) -> LayerwiseForCausalLM:
     from peft import LoraConfig, get_peft_model
 
     # Frozen weights are only read: in bfloat16 they need not be converted in every pass. PEFT keeps LoRA in float32.
-    base = load_base(config.model, torch.bfloat16 if config.precision == "bfloat16" else torch.float32)
+    base = load_base(config.model, computed_in(config.precision))
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.rank,

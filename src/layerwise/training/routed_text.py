@@ -35,7 +35,7 @@ from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.sources import load_base, load_tokenizer
 from layerwise.training import routed_fit
-from layerwise.training.config import layers_of
+from layerwise.training.config import computed_in, layers_of
 from layerwise.training.curriculum import Curriculum, RoutedTextConfig
 from layerwise.training.routed_attention import RESULT, CurriculumRun
 
@@ -61,7 +61,7 @@ def train(
         ValueError: the folder holds a training already, or none to resume, or one with other options; no such model.
         KeyboardInterrupt: after Ctrl-C, with a checkpoint of the step under way.
     """
-    base = load_base(config.model, config.precision)
+    base = load_base(config.model, computed_in(config.precision, device))
     tokenizer = load_tokenizer(config.model)
     texts = {
         split: cut([tokenizer(piece)["input_ids"] for piece in text("wikipedia", split)], config.text_length)

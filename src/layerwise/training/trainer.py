@@ -34,7 +34,7 @@ from layerwise.data.examples import IGNORED, Tokens, collate, length_sorted_batc
 from layerwise.hub import save_adapter
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.exit_head import ExitHead
-from layerwise.training.config import TrainingConfig
+from layerwise.training.config import TrainingConfig, computed_in
 from layerwise.training.interrupt import first_ctrl_c
 
 RECORD = "training.json"
@@ -303,7 +303,7 @@ def training_arguments(config: TrainingConfig, steps: int = 1) -> TrainingArgume
         lr_scheduler_type=config.learning_rate_schedule,
         warmup_steps=config.warmup,
         seed=config.seed,
-        bf16=config.precision == "bfloat16",
+        bf16=computed_in(config.precision) == "bfloat16",
         use_cpu=cpu,
         ddp_backend="gloo" if cpu and int(os.environ.get("WORLD_SIZE", 1)) > 1 else None,
         ddp_find_unused_parameters=True,  # a layer that all rows of a process skip gets no gradient there
@@ -380,9 +380,9 @@ def run_training(
     if main:
         module.eval()
         model = trainer.layerwise
-        if config.precision == "bfloat16" and hasattr(model.base, "peft_config"):
+        if config.precision != "float32" and hasattr(model.base, "peft_config"):
             for parameter in model.base.parameters():
-                if parameter.requires_grad:  # the LoRA: saved as what it is run in, at half the size
+                if parameter.requires_grad:  # the LoRA: saved at half the size, unless asked for otherwise
                     parameter.data = parameter.data.to(torch.bfloat16)
         if finish is not None:
             finish(model, examples, pad)

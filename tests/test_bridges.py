@@ -25,7 +25,7 @@ from layerwise.plan import Part, Visit
 from layerwise.policies.gates import GatedPolicy, summary
 from layerwise.report.html import _cell
 from layerwise.training import layerroute
-from layerwise.training.bridge_fit import Moments, fit_bridges, fit_every_bridge
+from layerwise.training.bridge_fit import Moments, _rows, fit_bridges, fit_every_bridge
 from layerwise.training.gate_fits import choose_basis
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -193,6 +193,32 @@ def test_closed_gates_take_bridges(tmp_path: Path) -> None:
     one_line(lambda: from_pretrained(_base(tmp_path), adapter=tmp_path / "saved"), "the bridges", "cannot be loaded")
 
 
+@torch.no_grad()
+def test_closed_gates_may_leave_the_attention(tmp_path: Path) -> None:
+    model, (ids, mask) = bridged(), tiny.padded(9, [9, 6, 4], "right")
+    weight = torch.randn(LAYERS, 32, generator=torch.Generator().manual_seed(1))
+    closed = GatedPolicy(weight, torch.zeros(LAYERS), (0,), "last", bridged=(1, 2), attending=(2, 3, 4))
+    model.policy = closed
+    assert str(closed.plan(range(1, 6))) == "0 1b 2a 2b 3-4a" and closed.plan([]) == Plan.full(LAYERS)
+    route = closed.route([9, 6, 4])
+    hidden = model.runtime.forward(model.embed(ids), route, [9, 6, 4])
+    assert len(set(route.plans)) > 1 and any(Visit(2, Part.ATTENTION) in plan.visits for plan in route.plans)
+    torch.testing.assert_close(model.runtime.forward(model.embed(ids), route.plans, [9, 6, 4]), hidden, **CLOSE)
+    whole = model(ids, attention_mask=mask).logits
+    for row, length in enumerate((9, 6, 4)):
+        own = ids[row : row + 1, :length]
+        torch.testing.assert_close(whole[row : row + 1, :length], model(own).logits, **CLOSE)
+        plan = route.plans[row]
+        found = model.generate(own, max_new_tokens=4, do_sample=False)
+        assert torch.equal(found, model.generate(own, max_new_tokens=4, do_sample=False, plans=[plan]))
+        for at in range(length, found.shape[1]):  # from the cache as without it
+            assert model(found[:, :at], plans=[plan]).logits[0, -1].argmax() == found[0, at]
+    model.save_pretrained(tmp_path / "saved")
+    again = from_pretrained(_base(tmp_path), adapter=tmp_path / "saved", engine="eager")
+    assert again.policy.attending == (2, 3, 4) and again.policy.bridged == (1, 2)
+    one_line(lambda: replace(closed, attending=(LAYERS,)), "attending names layers")
+
+
 def _base(folder: Path) -> Path:
     base = folder / "base-model"
     if not base.is_dir():
@@ -249,6 +275,33 @@ def test_fitted_bridges_come_near_their_layers() -> None:
     fit_every_bridge(model, texts)
     # Each does for its own layer; the second of two does not mend what the first one lacks.
     assert away("0-2 3b") < 0.7 * third and both < away("0-1 2-3b") < 0.8 * skipped
+
+
+@torch.no_grad()
+def test_a_bridge_after_attention_stands_in_for_the_mlp() -> None:
+    model = bridged(layers=(2, 3))
+    texts = [tiny.tokens(1, 9, seed)[0].tolist() for seed in range(40)]
+    states = model.embed(torch.tensor(texts))
+
+    def after(text: str) -> torch.Tensor:
+        return model.runtime.forward(states, [Plan.parse(text)] * 40)
+
+    fit_bridges(model, texts, Plan.parse("0-1 2a 2b 3a 3b 4-5"))
+    for layer, entering, wanted in ((2, "0-1 2a", "0-2"), (3, "0-1 2a 2b 3a", "0-3")):
+        moments = Moments()
+        moments.add(*_rows(after(entering), after(wanted), [9] * 40))
+        down, up, bias = moments.low_rank(3)
+        bridge = model.bridges[layer]
+        torch.testing.assert_close(bridge.up.weight @ bridge.down.weight, up @ down, **CLOSE)
+        torch.testing.assert_close(bridge.up.bias, bias, **CLOSE)
+    assert (after("0-1 2a 2b 3a 3b") - after("0-3")).norm() < (after("0-1 2-3a") - after("0-3")).norm()
+
+
+def test_closed_gates_leave_what_the_recipe_says() -> None:
+    recipe: dict[str, Any] = {"keep": "0 3-5", "fits": 1, "start_closed": "1-2", "leave": "attention"}
+    made = module(10, **recipe, bridge_rank=2)
+    assert str(made.model.policy.plan([1, 2])) == "0 1a 1b 2a 2b 3-5"
+    assert str(module(10, **recipe).model.policy.plan([1, 2])) == "0 1-2a 3-5"
 
 
 def test_bridges_learn_in_held_steps_and_are_fitted_to_what_bears_them(monkeypatch: pytest.MonkeyPatch) -> None:

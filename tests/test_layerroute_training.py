@@ -315,15 +315,18 @@ def logged(out: Path) -> Iterator[dict[str, float]]:
             yield {name: value for name, value in entry.items() if name not in ("epoch", "step")}
 
 
-@pytest.mark.parametrize(("fits", "bridge_rank"), [(0, 0), (2, 0), (2, 2)])
+@pytest.mark.parametrize(
+    ("fits", "bridge_rank", "leave"), [(0, 0, "nothing"), (2, 0, "nothing"), (2, 2, "nothing"), (2, 2, "attention")]
+)
 def test_ctrl_c_and_resume_equal_uninterrupted_training(
     fits: int,
     bridge_rank: int,
+    leave: str,
     files: Path,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    given: dict[str, Any] = {"bridge_rank": bridge_rank}
+    given: dict[str, Any] = {"bridge_rank": bridge_rank, "leave": leave}
     if fits:
         given |= {"fits": 2, "hold": 0.2, "hold_full": 0.5, "start_closed": "2-3", "keep": "0-1 4-5"}
     whole = config(files, tmp_path / "whole", router_learning_rate=0.05, **given)
@@ -351,6 +354,32 @@ def test_ctrl_c_and_resume_equal_uninterrupted_training(
         assert ours.bridges.names == ["2", "3"] and ours.policy.bridged == (2, 3)
         for mine, its in zip(ours.bridges.parameters(), theirs.bridges.parameters(), strict=True):
             assert torch.equal(mine, its) and mine.any()
+
+
+@pytest.mark.parametrize(("hold_full", "first"), [(0.5, 0), (1.0, 3)])
+def test_bridges_are_fitted_before_rows_cross_them(
+    hold_full: float,
+    first: int,
+    files: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    steps: list[int] = []
+    trainers: list[layerroute.LayerRouteTrainer] = []
+    usual = layerroute.LayerRouteTrainer.__init__
+    monkeypatch.setattr(
+        layerroute.LayerRouteTrainer,
+        "__init__",
+        lambda self, *args, **options: trainers.append(self) or usual(self, *args, **options),
+    )
+    monkeypatch.setattr(
+        layerroute.LayerRoute, "fit_bridges", lambda self, examples: steps.append(trainers[0].state.global_step)
+    )
+    given: dict[str, Any] = {"fits": 1, "hold": 0.6, "hold_full": hold_full, "start_closed": "2-3", "keep": "0-1 4-5"}
+    train(config(files, tmp_path / "out", bridge_rank=2, **given))
+    assert steps == [first]
+    run = [entry["layers_run"] for entry in logged(tmp_path / "out")]
+    assert (run[:3] == [LAYERS] * 3) is (hold_full == 1.0)
 
 
 def test_the_budget_moves_the_rate_to_its_target(files: Path, tmp_path: Path) -> None:  # noqa: F811
@@ -412,6 +441,8 @@ def test_options_that_would_be_ignored_are_refused(
         ({"keep": "x"}, "'x'"),
         ({"bridge_rank": -1}, "bridge-rank"),
         ({"bridge_rank": 2}, "give fits too"),
+        ({"leave": "attention"}, "give fits too"),
+        ({"leave": "half"}, "no leave 'half'"),
         ({"rank": 0}, "rank"),
         ({"lora_dropout": 1.0}, "lora-dropout"),
         ({"router_learning_rate": 0.0}, "router-learning-rate"),

@@ -30,7 +30,8 @@ OBJECTIVES_OF: dict[str, tuple[str, ...]] = {
     "tolerance": ("quality",),
     "dual_rate": ("budget", "quality"),
     **dict.fromkeys(
-        ("candidates", "keep", "start_closed", "start_bias", "hold", "hold_full", "settle", "bridge_rank"), ROUTED
+        ("candidates", "keep", "start_closed", "start_bias", "hold", "hold_full", "settle", "bridge_rank", "leave"),
+        ROUTED,
     ),
     **dict.fromkeys(("reads", "router_learning_rate"), ROUTED),
 }

@@ -35,7 +35,7 @@ from layerwise.data.routing import side
 from layerwise.evaluation.intervals import interval
 from layerwise.evaluation.routed_answers import Asked, answer_quality, timed
 from layerwise.hub import base_name, from_pretrained
-from layerwise.plan import Plan
+from layerwise.plan import Plan, Visit
 from layerwise.policies.gates import GatedPolicy
 from layerwise.sources import fast_dtype, load_tokenizer
 from layerwise.training.exit_loss import labelled
@@ -114,7 +114,7 @@ def control_plans(plans: Sequence[Plan], policy: GatedPolicy, seed: int) -> dict
     have to find out.
     """
     chance, layers = random.Random(seed), policy.layers
-    skipped = [[layer for layer, ran in enumerate(plan.counts(layers)) if not ran] for plan in plans]
+    skipped = [[layer for layer in range(layers) if Visit(layer) not in plan.visits] for plan in plans]
     times = [sum(layer in those for those in skipped) for layer in range(layers)]
     free = sorted((layer for layer in range(layers) if layer not in policy.keep), key=lambda layer: -times[layer])
     total = sum(len(those) for those in skipped)
@@ -229,12 +229,12 @@ def routing_suite(
 
 
 def _trained_as(adapter: str | Path) -> dict[str, Any]:
-    """Objective, seed and rank of the bridges, as the training noted them."""
+    """What tells trainings apart in the results, as the training noted it."""
     try:
         config = json.loads((Path(adapter) / RECORD).read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError):
-        return {"objective": None, "seed": None, "bridge_rank": None}
-    return {name: config.get(name) for name in ("objective", "seed", "bridge_rank")}
+        config = {}
+    return {name: config.get(name) for name in ("objective", "seed", "bridge_rank", "leave")}
 
 
 def _skips(
@@ -282,10 +282,10 @@ def _skips(
 
 
 def layer_use(asked: Sequence[Asked], plans: Sequence[Plan], layers: int) -> dict[str, list[float]]:
-    """Of each kind, the share of prompts that run each layer: what the heat map shows."""
+    """Of each kind, the share of prompts that run each layer; one whose attention runs alone counts half."""
     use = {}
     for name in SIDES:
-        those = [plan.counts(layers) for plan, one in zip(plans, asked, strict=True) if one.side == name]
+        those = [plan for plan, one in zip(plans, asked, strict=True) if one.side == name]
         if those:
-            use[name] = [sum(counts[layer] for counts in those) / len(those) for layer in range(layers)]
+            use[name] = [sum(plan.depth_at(layer) for plan in those) / len(those) for layer in range(layers)]
     return use

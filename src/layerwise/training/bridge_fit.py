@@ -29,6 +29,7 @@ from layerwise.policies.prompts import normalised
 if TYPE_CHECKING:
     from layerwise.model.causal_lm import LayerwiseForCausalLM
 
+Visits = tuple[Visit, ...]  # what a plan makes of one layer: nothing, one visit, or attention and a bridge
 TOKENS_AT_ONCE = 2048
 RIDGE = 0.02  # a token, where what a bridge sees has a mean square of 1
 FIRST = 20.0  # what the first token of a text weighs: there is one, unlike all others, and all others look at it
@@ -41,22 +42,25 @@ def fit_bridges(model: LayerwiseForCausalLM, texts: Sequence[Sequence[int]], *pl
     A bridge does for its layer and for those right before it that the plan leaves out. What a plan repeats, the states
     with every layer have been through twice as well.
     """
-    alike: dict[tuple[int, ...], list[list[Visit | None]]] = {}
+    alike: dict[tuple[int, ...], list[list[Visits]]] = {}
     for plan in plans:
         walk = _beside_every_layer(plan)
-        alike.setdefault(tuple(layer for layer, _ in walk), []).append([visit for _, visit in walk])
+        alike.setdefault(tuple(layer for layer, _ in walk), []).append([visits for _, visits in walk])
     with evaluating(model):
         for layers, those in alike.items():
             _fit_along(model, texts, layers, those)
 
 
-def _beside_every_layer(plan: Plan) -> list[tuple[int, Visit | None]]:
+def _beside_every_layer(plan: Plan) -> list[tuple[int, Visits]]:
     """The layers of the full plan, and of the repeats of this one, each with what the plan visits there."""
-    walk: list[tuple[int, Visit | None]] = []
+    walk: list[tuple[int, Visits]] = []
     last = -1
     for visit in plan:
-        walk += [(layer, None) for layer in range(last + 1, visit.layer)]
-        walk.append((visit.layer, visit))
+        if walk and visit.part is Part.BRIDGE and walk[-1][1] == (Visit(visit.layer, Part.ATTENTION),):
+            walk[-1] = (visit.layer, (*walk[-1][1], visit))  # the bridge stands in for the MLP alone
+            continue
+        walk += [(layer, ()) for layer in range(last + 1, visit.layer)]
+        walk.append((visit.layer, (visit,)))
         last = visit.layer
     return walk
 
@@ -65,9 +69,9 @@ def _fit_along(
     model: LayerwiseForCausalLM,
     texts: Sequence[Sequence[int]],
     layers: Sequence[int],
-    plans: Sequence[Sequence[Visit | None]],
+    plans: Sequence[Sequence[Visits]],
 ) -> None:
-    """Fit the bridges of plans beside the same layers: `plans[p][at]` is what plan p visits at `layers[at]`."""
+    """Fit the bridges of plans beside the same layers: `plans[p][at]` are what plan p visits at `layers[at]`."""
     runtime = Runtime(model.runtime.backbone)
     batches = list(_batches(model, texts))
 
@@ -80,16 +84,16 @@ def _fit_along(
     for at, layer in enumerate(layers):
         before, whole = whole, after(Visit(layer), whole)
         for number, plan in enumerate(plans):
-            visit = plan[at]
-            if visit is None:
+            if walks[number] is before and plan[at] == (Visit(layer),):
+                walks[number] = whole
                 continue
-            if visit.part is Part.BRIDGE:
-                moments = Moments()
-                for entering, wanted, (_, counts) in zip(walks[number], whole, batches, strict=True):
-                    moments.add(*_rows(entering, wanted, counts))
-                _set(model.bridges[visit], moments)
-            alike = walks[number] is before and visit == Visit(layer)
-            walks[number] = whole if alike else after(visit, walks[number])
+            for visit in plan[at]:
+                if visit.part is Part.BRIDGE:
+                    moments = Moments()
+                    for entering, wanted, (_, counts) in zip(walks[number], whole, batches, strict=True):
+                        moments.add(*_rows(entering, wanted, counts))
+                    _set(model.bridges[visit], moments)
+                walks[number] = after(visit, walks[number])
 
 
 @torch.no_grad()

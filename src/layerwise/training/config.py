@@ -16,6 +16,7 @@ Dropout = Literal["constant", "growing", "decaying"]
 Curriculum = Literal["rotational", "gradual"]
 Objective = Literal["paper", "budget", "quality", "none"]
 Reads = Literal["mean", "last"]
+Left = Literal["nothing", "attention"]
 Precision = Literal["auto", "bfloat16", "float32"]
 Form = Literal["per-layer", "menu"]
 LearningRateSchedule = Literal["cosine", "linear", "constant_with_warmup"]
@@ -239,6 +240,9 @@ class LayerRouteRecipe:
     bridge_rank: int = field(
         default=0, metadata=_help("With fits: rank of the maps that stand in for layers that may be skipped; 0: none.")
     )
+    leave: Left = field(
+        default="nothing", metadata=_help("With fits: what a closed gate leaves of a layer; attention: skip its MLP.")
+    )
     start_bias: float = field(default=1.0, metadata=_help("Bias of gates that begin open; closed ones have its minus."))
     reads: Reads | None = field(
         default=None, metadata=_help("What a router sees: mean, or last token, of the prompt; paper: mean, else last.")
@@ -254,6 +258,7 @@ class LayerRouteRecipe:
         _choice("objective", self.objective, Objective)
         if self.reads is not None:
             _choice("reads", self.reads, Reads)
+        _choice("leave", self.leave, Left)
         _require(0 < self.target <= 1, f"target must be above 0 and at most 1, not {self.target}")
         for name in ("tolerance", "start_bias"):
             value = getattr(self, name)
@@ -270,11 +275,12 @@ class LayerRouteRecipe:
             "fits answer without all layers that may be skipped: say by keep which must run, or give candidates",
         )
         _require(not self.bridge_rank or self.fits > 0, "bridges are fitted with the routers: give fits too")
+        _require(self.leave == "nothing" or self.fits > 0, "leaving attention is of fitted routers: give fits too")
         rate = self.router_learning_rate
         _require(rate is None or rate > 0, f"router-learning-rate must be above 0, not {rate}")
         _require(0 <= self.lora_dropout < 1, f"lora-dropout must be at least 0 and below 1, not {self.lora_dropout}")
         _require(0 <= self.hold < 1, f"hold must be at least 0 and below 1, not {self.hold}")
-        _require(0 <= self.hold_full < 1, f"hold-full must be at least 0 and below 1, not {self.hold_full}")
+        _require(0 <= self.hold_full <= 1, f"hold-full must be 0 to 1, not {self.hold_full}")
         _require(
             self.hold < self.settle <= 1, f"settle must be above hold ({self.hold}) and at most 1, not {self.settle}"
         )

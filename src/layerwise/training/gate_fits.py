@@ -20,7 +20,7 @@ from layerwise.data.examples import IGNORED, Tokens, collate, length_sorted_batc
 from layerwise.model.backbone import Backbone
 from layerwise.model.modes import evaluating
 from layerwise.model.runtime import Runtime
-from layerwise.plan import Part, Plan, Visit
+from layerwise.plan import Plan, Visit
 from layerwise.policies.gates import Gates, summary
 from layerwise.training.exit_loss import LOGITS_AT_ONCE, exit_losses, labelled
 
@@ -139,11 +139,13 @@ def choose_basis(model: LayerwiseForCausalLM, examples: Sequence[Tokens], bears:
                 policy.weight[layer], policy.bias[layer] = _fitted(seen, needs)
             for hidden, gates in walks:
                 run = gates.decide(layer, hidden)[1]
-                for rows, part in ((run.nonzero()[:, 0], Part.BOTH), ((~run).nonzero()[:, 0], Part.BRIDGE)):
-                    if len(rows) and (part is Part.BOTH or layer in policy.bridged):
+                for rows, visits in (
+                    (run.nonzero()[:, 0], (Visit(layer),)),
+                    ((~run).nonzero()[:, 0], policy.left(layer)),
+                ):
+                    if len(rows) and visits:
                         counts = [gates.lengths[row] for row in rows.tolist()]
-                        plans = [Plan((Visit(layer, part),))] * len(rows)
-                        hidden[rows] = runtime.forward(hidden[rows], plans, counts)
+                        hidden[rows] = runtime.forward(hidden[rows], [Plan(visits)] * len(rows), counts)
 
 
 def _components(centred: Tensor) -> Tensor:

@@ -28,8 +28,10 @@ that parts them best in two (at most their mean, at least the tolerance) should 
 the held steps, `fits` times at even distances, and once more at the end. The LoRA learns by CE along the paths that
 they choose.
 
-With `bridge_rank` a skipped layer is crossed by a bridge (`model.bridges`). Before the first step bridges are fitted by
-least squares to the half of some examples that lose least without these layers; then they learn as the LoRA does.
+With `bridge_rank` a skipped layer is crossed by a bridge (`model.bridges`). Before the first step in which rows may
+skip (that is after the held steps, if all rows run every layer in those) bridges are fitted by least squares to the
+half of some examples that lose least without these layers; then they learn as the LoRA does. With `leave` attention a
+closed gate leaves out the MLP of its layer alone, and the bridge stands in for that.
 
 Means of gates are over rows and all layers. No objective knows of what kind an input is.
 """
@@ -121,8 +123,8 @@ class LayerRoute(nn.Module):
             basis = None if reads == "mean" else torch.zeros(layers, directions, hidden, device=device)
             center = None if reads == "mean" else torch.zeros(layers, hidden, device=device)
             model.policy = GatedPolicy(self.weight, self.bias, keep, reads, center, basis)
-            if recipe.bridge_rank and not recipe.candidates:
-                self._bridge()
+            if not recipe.candidates:
+                self._leave()
 
     def choose_candidates(self, examples: Sequence[Tokens]) -> None:
         """Keep all layers but the recipe's `candidates`, those without which these answers lose least.
@@ -159,12 +161,15 @@ class LayerRoute(nn.Module):
         policy = self.model.policy
         return policy.plan([layer for layer in range(self.model.depth) if layer not in policy.keep])
 
-    def _bridge(self) -> None:
-        """Give every layer that may be skipped a bridge, which adds nothing yet."""
-        model = self.model
+    def _leave(self) -> None:
+        """Leave of every layer that may be skipped what the recipe says; a new bridge adds nothing yet."""
+        model, recipe = self.model, self.recipe
         free = tuple(layer for layer in range(model.depth) if layer not in model.policy.keep)
-        model.cross_by(Bridges(model.runtime.backbone, free, self.recipe.bridge_rank))
-        model.policy = replace(model.policy, bridged=free)
+        if recipe.leave == "attention":
+            model.policy = replace(model.policy, attending=free)
+        if recipe.bridge_rank:
+            model.cross_by(Bridges(model.runtime.backbone, free, recipe.bridge_rank))
+            model.policy = replace(model.policy, bridged=free)
 
     def _may_skip(self, candidates: Sequence[int]) -> None:
         """Keep all layers but these, cheapest first; their gates start open, the cheapest next to closing."""
@@ -173,8 +178,7 @@ class LayerRoute(nn.Module):
         assert self.bias is not None
         for rank, layer in enumerate(candidates, 1):
             self.bias.data[layer] = 2 * self.recipe.start_bias * rank / len(candidates)
-        if self.recipe.bridge_rank:
-            self._bridge()
+        self._leave()
 
     @property
     def config(self) -> Any:
@@ -361,7 +365,8 @@ class _Dual(TrainerCallback):
         recipe = module.recipe
         if not isinstance(module.model.policy, GatedPolicy) or module.model.policy.reads != "last":
             return
-        if module.model.bridges is not None and state.global_step == 0:
+        crossing = ceil(recipe.hold * module.steps) if recipe.hold_full == 1 else 0
+        if module.model.bridges is not None and state.global_step == crossing:
             module.fit_bridges(_drawn(examples, args.seed, BRIDGED))
         times = [recipe.hold + (1 - recipe.hold) * fit / max(1, recipe.fits) for fit in range(max(1, recipe.fits))]
         if state.global_step not in [ceil(time * module.steps) for time in times]:

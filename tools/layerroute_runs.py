@@ -53,6 +53,9 @@ BY_FITS: dict[str, Any] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "quality": BY_FITS | {"start_closed": FREE, "keep": KEPT},
     "bridges": BY_FITS | {"start_closed": "4-7 17 25 27", "keep": "0-3 8-16 18-24 26 28-29", "bridge_rank": 64},
+    "mlps": BY_FITS
+    | {"start_closed": "1 3-5 7 9 12-15", "keep": "0 2 6 8 10-11 16-29", "leave": "attention", "bridge_rank": 192}
+    | {"hold": 0.4, "hold_full": 1.0},
     "none": {"objective": "none", "learning_rate": 1e-3, "lora_dropout": 0.0},
     "paper": {"objective": "paper", "penalty": 1.0, "learning_rate": 2e-4},  # all as published, but for the steps
 }
@@ -119,7 +122,7 @@ def generated(run: dict[str, Any], work: Path, prompts: int, answers: int) -> di
 
 def recipe(run: dict[str, Any]) -> tuple[Any, ...]:
     """What a run is of: a run in the results is replaced by one of the same."""
-    return run["objective"], run["seed"], run.get("bridge_rank") or 0
+    return run["objective"], run["seed"], run.get("bridge_rank") or 0, run.get("leave") or "nothing"
 
 
 def main() -> int:

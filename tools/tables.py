@@ -173,11 +173,17 @@ def layerroute_table(result: dict[str, Any]) -> str:
 
 
 def _route_order(run: dict[str, Any]) -> tuple[Any, ...]:
-    return run["objective"] != "quality", run["objective"], run.get("bridge_rank") or 0, run["seed"]
+    return run["objective"] != "quality", run["objective"], _leaves(run), run.get("bridge_rank") or 0, run["seed"]
 
 
 def _route_name(run: dict[str, Any]) -> str:
-    return f"{run['objective']}{', with bridges' if run.get('bridge_rank') else ''}, {run['seed']}"
+    what = ", MLPs alone" if _leaves(run) else ""
+    return f"{run['objective']}{what}{', with bridges' if run.get('bridge_rank') else ''}, {run['seed']}"
+
+
+def _leaves(run: dict[str, Any]) -> bool:
+    """Whether closed gates left the attention of their layers."""
+    return run.get("leave") == "attention"
 
 
 def _route_answers(run: dict[str, Any]) -> str:

@@ -66,7 +66,7 @@ from layerwise.training.trainer import RecipeTrainer, read_examples, run_trainin
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
 PROMPTS = 64  # in whose states the directions are found that routers see
-BRIDGED = 128  # examples, of which half fit the bridges
+BRIDGED = 384  # examples, of which half fit the bridges
 FITTED = 192  # examples that routers are fitted to while the LoRA learns
 LAST_FITTED = 384  # and at last
 PRUDENCE = 3.0  # at last, when no training follows: an input that skips what it cannot bear loses most

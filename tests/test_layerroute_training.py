@@ -356,8 +356,9 @@ def test_ctrl_c_and_resume_equal_uninterrupted_training(
             assert torch.equal(mine, its) and mine.any()
 
 
-@pytest.mark.parametrize(("hold_full", "first"), [(0.5, 0), (1.0, 3)])
+@pytest.mark.parametrize(("hold", "hold_full", "first"), [(0.6, 0.5, 0), (0.6, 1.0, 3), (1.0, 0.5, 0), (1.0, 1.0, 5)])
 def test_bridges_are_fitted_before_rows_cross_them(
+    hold: float,
     hold_full: float,
     first: int,
     files: Path,  # noqa: F811
@@ -375,11 +376,20 @@ def test_bridges_are_fitted_before_rows_cross_them(
     monkeypatch.setattr(
         layerroute.LayerRoute, "fit_bridges", lambda self, examples: steps.append(trainers[0].state.global_step)
     )
-    given: dict[str, Any] = {"fits": 1, "hold": 0.6, "hold_full": hold_full, "start_closed": "2-3", "keep": "0-1 4-5"}
+    given: dict[str, Any] = {"fits": 1, "hold": hold, "hold_full": hold_full, "start_closed": "2-3", "keep": "0-1 4-5"}
     train(config(files, tmp_path / "out", bridge_rank=2, **given))
     assert steps == [first]
     run = [entry["layers_run"] for entry in logged(tmp_path / "out")]
     assert (run[:3] == [LAYERS] * 3) is (hold_full == 1.0)
+
+
+def test_what_is_fitted_at_the_end_leaves_the_full_depth_alone(files: Path, tmp_path: Path) -> None:  # noqa: F811
+    given: dict[str, Any] = {"fits": 1, "hold": 1.0, "hold_full": 1.0, "start_closed": "2-3", "keep": "0-1 4-5"}
+    alike = {"lora_dropout": 0.0}  # which draws by chance
+    routed = from_pretrained(train(config(files, tmp_path / "routed", bridge_rank=2, **given, **alike)), engine="eager")
+    plain = from_pretrained(train(config(files, tmp_path / "plain", objective="none", **alike)), engine="eager")
+    assert torch.equal(routed(IDS, plans=[FULL] * len(IDS)).logits, plain(IDS).logits)
+    assert routed.policy.weight.any() and all(bridge.any() for bridge in routed.bridges.parameters())
 
 
 def test_the_budget_moves_the_rate_to_its_target(files: Path, tmp_path: Path) -> None:  # noqa: F811

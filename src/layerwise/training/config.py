@@ -225,7 +225,9 @@ class LayerRouteRecipe:
     )
     hold: float = field(
         default=0.0,
-        metadata=_help("Share of the steps, at first, in which gates stay as they begin; LoRA learns alone."),
+        metadata=_help(
+            "Share of the steps, at first, in which gates stay as they begin; LoRA learns alone. 1: with fits."
+        ),
     )
     hold_full: float = field(
         default=0.0, metadata=_help("Share of the rows that run every layer all the same while gates are held.")
@@ -279,10 +281,11 @@ class LayerRouteRecipe:
         rate = self.router_learning_rate
         _require(rate is None or rate > 0, f"router-learning-rate must be above 0, not {rate}")
         _require(0 <= self.lora_dropout < 1, f"lora-dropout must be at least 0 and below 1, not {self.lora_dropout}")
-        _require(0 <= self.hold < 1, f"hold must be at least 0 and below 1, not {self.hold}")
+        _require(0 <= self.hold <= 1, f"hold must be 0 to 1, not {self.hold}")
         _require(0 <= self.hold_full <= 1, f"hold-full must be 0 to 1, not {self.hold_full}")
         _require(
-            self.hold < self.settle <= 1, f"settle must be above hold ({self.hold}) and at most 1, not {self.settle}"
+            self.hold < self.settle <= 1 or (self.fits > 0 and self.hold == 1),
+            f"settle must be above hold ({self.hold}) and at most 1, not {self.settle}",
         )
         _require(self.rank >= 1, f"rank must be 1 or more, not {self.rank}")
         _require(

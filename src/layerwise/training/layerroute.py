@@ -26,7 +26,8 @@ With `fits` the objective quality needs no price, and no gradient reaches the ro
 fitted to gaps that are measured, of examples answered with all skips and with none (`gate_fits`): those below the gap
 that parts them best in two (at most their mean, at least the tolerance) should skip, the others run. This is done after
 the held steps, `fits` times at even distances, and once more at the end. The LoRA learns by CE along the paths that
-they choose.
+they choose. With `hold` and `hold_full` 1 the LoRA learns as without routing, and all that makes it skip is fitted at
+the end: prompts that run every layer lose nothing then.
 
 With `bridge_rank` a skipped layer is crossed by a bridge (`model.bridges`). Before the first step in which rows may
 skip (that is after the held steps, if all rows run every layer in those) bridges are fitted by least squares to the
@@ -155,6 +156,11 @@ class LayerRoute(nn.Module):
         gaps = lost(self.model, examples, self._short())
         bearing = gaps.argsort()[: max(1, len(examples) // 2)].tolist()
         fit_bridges(self.model, [examples[at].input_ids for at in bearing], self._short())
+
+    @property
+    def crossed_from(self) -> int:
+        """The first step in which rows may cross bridges; those are fitted before it."""
+        return ceil(self.recipe.hold * self.steps) if self.recipe.hold_full == 1 else 0
 
     def _short(self) -> Plan:
         """The plan of a prompt that skips all it may."""
@@ -365,8 +371,7 @@ class _Dual(TrainerCallback):
         recipe = module.recipe
         if not isinstance(module.model.policy, GatedPolicy) or module.model.policy.reads != "last":
             return
-        crossing = ceil(recipe.hold * module.steps) if recipe.hold_full == 1 else 0
-        if module.model.bridges is not None and state.global_step == crossing:
+        if module.model.bridges is not None and state.global_step == module.crossed_from:
             module.fit_bridges(_drawn(examples, args.seed, BRIDGED))
         times = [recipe.hold + (1 - recipe.hold) * fit / max(1, recipe.fits) for fit in range(max(1, recipe.fits))]
         if state.global_step not in [ceil(time * module.steps) for time in times]:
@@ -404,6 +409,8 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
 
     def finish(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:
         """The routers as they are shipped, so that what is saved decides as what is in memory."""
+        if model.bridges is not None and made[0].crossed_from >= made[0].steps:
+            made[0].fit_bridges(_drawn(examples, config.seed, BRIDGED))
         if model.bridges is not None and config.precision != "float32":  # as the LoRA
             model.bridges.to(torch.bfloat16)
         if config.fits:  # once more to the finished LoRA

@@ -452,6 +452,8 @@ def test_options_that_would_be_ignored_are_refused(
         ({"bridge_rank": -1}, "bridge-rank"),
         ({"bridge_rank": 2}, "give fits too"),
         ({"leave": "attention"}, "give fits too"),
+        ({"hold": 1.0}, "hold is 1: lower it"),
+        ({"hold": 1.1}, "hold must be 0 to 1"),
         ({"leave": "half"}, "no leave 'half'"),
         ({"rank": 0}, "rank"),
         ({"lora_dropout": 1.0}, "lora-dropout"),

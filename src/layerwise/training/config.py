@@ -282,9 +282,10 @@ class LayerRouteRecipe:
         _require(rate is None or rate > 0, f"router-learning-rate must be above 0, not {rate}")
         _require(0 <= self.lora_dropout < 1, f"lora-dropout must be at least 0 and below 1, not {self.lora_dropout}")
         _require(0 <= self.hold <= 1, f"hold must be 0 to 1, not {self.hold}")
+        _require(self.hold < 1 or self.fits > 0, "routers learn nothing if hold is 1: lower it, or let fits fit them")
         _require(0 <= self.hold_full <= 1, f"hold-full must be 0 to 1, not {self.hold_full}")
         _require(
-            self.hold < self.settle <= 1 or (self.fits > 0 and self.hold == 1),
+            self.hold < self.settle <= 1 or self.hold == 1 == self.settle,
             f"settle must be above hold ({self.hold}) and at most 1, not {self.settle}",
         )
         _require(self.rank >= 1, f"rank must be 1 or more, not {self.rank}")

@@ -173,6 +173,11 @@ def fast_dtype(device: torch.device | str = "cpu") -> str:
     return "bfloat16" if any(able.get(name) for name in ("amx_bf16", "avx512_bf16", "bf16", "sve_bf16")) else "float32"
 
 
+def dtype_text(dtype: torch.dtype) -> str:
+    """As `--dtype` and results name it: without the "torch." before it."""
+    return str(dtype).removeprefix("torch.")
+
+
 def load_tokenizer(name: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model; names as in `from_pretrained`, adapters' folders too."""
     from transformers import AutoTokenizer

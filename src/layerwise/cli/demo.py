@@ -55,12 +55,13 @@ def run(
     loaded, tokenizer = options.load(model, head and str(head), plan, engine, dtype)
     from layerwise.decoding.text import answer
     from layerwise.plan import Plan
+    from layerwise.sources import dtype_text
 
     full = str(Plan.full(loaded.depth))
     ways = [(full, "off"), (full, "auto"), (plan or reduced_plan(loaded.depth), "off")]
     console = Console(highlight=False)
     console.print(
-        f"{loaded.runtime.backbone.model.config.name_or_path}, {loaded.depth} layers, {options.dtype_of(loaded)}, "
+        f"{loaded.runtime.backbone.model.config.name_or_path}, {loaded.depth} layers, {dtype_text(loaded.dtype)}, "
         f"{loaded.runtime.engine.name} engine\n"
     )
     for text, draft in ways:  # the first answer pays for compiling and for cold caches
@@ -116,7 +117,7 @@ def run(
         rows += _routed(console, engine, dtype, max_new_tokens)
     console.print('\nNext: layerwise generate "Why is the sky blue?" --plan "0-3 5-24 26-29" --html answer.html')
     if json:
-        options.print_json({"answers": rows, "engine": loaded.runtime.engine.name, "dtype": options.dtype_of(loaded)})
+        options.print_json({"answers": rows, "engine": loaded.runtime.engine.name, "dtype": dtype_text(loaded.dtype)})
 
 
 def _routed(

@@ -44,6 +44,7 @@ def run(
             raise ValueError("give either --draft, which is verified, or --early-exit, which is not")
         Draft.early_exit(early_exit)
     from layerwise.decoding.text import Sampling, answer
+    from layerwise.sources import dtype_text
 
     sampling = Sampling(temperature, top_p, seed)
     loaded, tokenizer = options.load(model, adapter, plan, engine, dtype, draft, device)
@@ -69,4 +70,4 @@ def run(
         html.write_text(render(page), encoding="utf-8")
         print(f"wrote {html}")
     if json:
-        options.print_json(result.to_dict() | {"engine": loaded.runtime.engine.name, "dtype": options.dtype_of(loaded)})
+        options.print_json(result.to_dict() | {"engine": loaded.runtime.engine.name, "dtype": dtype_text(loaded.dtype)})

@@ -101,11 +101,6 @@ def dtype_name(dtype: DtypeChoice, device: torch.device | str = "cpu") -> str:
     return fast_dtype(device) if dtype is DtypeChoice.auto else dtype.value
 
 
-def dtype_of(loaded: LayerwiseForCausalLM) -> str:
-    """The numbers that a model computes in, as `--dtype` names them."""
-    return str(loaded.dtype).removeprefix("torch.")
-
-
 def refuse_given(context: typer.Context, names: Iterable[str], owner: str) -> None:
     """Refuse these options if they were typed: they belong to `owner`, another choice, and would be ignored."""
     for name in names:

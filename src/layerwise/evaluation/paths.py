@@ -46,6 +46,7 @@ from layerwise.plan import Plan
 from layerwise.policies import RoutingPolicy
 from layerwise.policies.router import EXECUTE, MenuPolicy, plan_of
 from layerwise.search.labels import Record, summary
+from layerwise.sources import dtype_text
 from layerwise.training.drllm import classes_or_counts, labels_for, path_to_imitate
 from layerwise.training.features import decided_plans
 from layerwise.training.routers import macro_f1
@@ -156,7 +157,7 @@ def path_suite(
         "time": times,
         "adapter": shown_name(adapter),
         "model": shown_name(model.runtime.backbone.model.config.name_or_path),
-        "dtype": str(model.runtime.backbone.dtype).removeprefix("torch."),
+        "dtype": dtype_text(model.runtime.backbone.dtype),
         "answers": sum(map(len, inside.right + outside.right)),
         "answers_kept": kept.reused,
         "limit": limit,

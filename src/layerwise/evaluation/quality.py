@@ -35,6 +35,7 @@ from layerwise.data.tasks import requests
 from layerwise.evaluation.exits import exit_quality
 from layerwise.evaluation.intervals import wilson
 from layerwise.plan import Plan
+from layerwise.sources import dtype_text
 from layerwise.training.exit_loss import labelled
 
 if TYPE_CHECKING:
@@ -100,7 +101,7 @@ def exit_suite(
         "suite": "exits",
         "model": shown_name(model.runtime.backbone.model.config.name_or_path),
         "adapter": None if adapter is None else shown_name(adapter),
-        "dtype": str(model.runtime.backbone.dtype).removeprefix("torch."),
+        "dtype": dtype_text(model.runtime.backbone.dtype),
         "seed": seed,
         "samples": samples,
         "exits": wanted,

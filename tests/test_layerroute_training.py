@@ -316,7 +316,8 @@ def logged(out: Path) -> Iterator[dict[str, float]]:
 
 
 @pytest.mark.parametrize(
-    ("fits", "bridge_rank", "leave"), [(0, 0, "nothing"), (2, 0, "nothing"), (2, 2, "nothing"), (2, 2, "attention")]
+    ("fits", "bridge_rank", "leave"),
+    [(0, 0, "nothing"), (2, 0, "nothing"), (2, 2, "nothing"), (2, 2, "attention"), (2, 0, "neurons")],
 )
 def test_ctrl_c_and_resume_equal_uninterrupted_training(
     fits: int,
@@ -328,7 +329,8 @@ def test_ctrl_c_and_resume_equal_uninterrupted_training(
 ) -> None:
     given: dict[str, Any] = {"bridge_rank": bridge_rank, "leave": leave}
     if fits:
-        given |= {"fits": 2, "hold": 0.2, "hold_full": 0.5, "start_closed": "2-3", "keep": "0-1 4-5"}
+        given |= {"fits": 2, "hold": 0.2, "hold_full": 0.5}
+        given |= {"neurons": 0.4} if leave == "neurons" else {"start_closed": "2-3", "keep": "0-1 4-5"}
     whole = config(files, tmp_path / "whole", router_learning_rate=0.05, **given)
     train(whole)
     expected = list(logged(tmp_path / "whole"))
@@ -354,6 +356,9 @@ def test_ctrl_c_and_resume_equal_uninterrupted_training(
         assert ours.bridges.names == ["2", "3"] and ours.policy.bridged == (2, 3)
         for mine, its in zip(ours.bridges.parameters(), theirs.bridges.parameters(), strict=True):
             assert torch.equal(mine, its) and mine.any()
+    if leave == "neurons":
+        assert ours.policy.keep == theirs.policy.keep != tuple(range(LAYERS))
+        assert str(ours.thin.kept) == str(theirs.thin.kept)
 
 
 @pytest.mark.parametrize(("hold", "hold_full", "first"), [(0.6, 0.5, 0), (0.6, 1.0, 3), (1.0, 0.5, 0), (1.0, 1.0, 5)])

@@ -28,6 +28,7 @@ class LayerShape:
     query_width: int  # query heads x head size
     key_width: int  # key heads x head size: what one token adds to K, and again to V
     bridge_weights: tuple[tuple[int, int], ...] = ()  # of the maps that stand in for the layer, by their set's number
+    thin_weights: int | None = None  # of the thin MLP, if there is one
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,9 @@ def pass_cost(
             multiplied += layer.attention_weights
             attention += 2 * 2 * layer.query_width * tokens * keys  # scores, then the weighted sum of values
             cached += 2 * layer.key_width * (keys + tokens)  # all keys and values read, the new ones written
-        if visit.part is not Part.ATTENTION:
+        if visit.part is Part.THIN:
+            multiplied += layer.thin_weights
+        elif visit.part is not Part.ATTENTION:
             multiplied += layer.mlp_weights
     head = shape.hidden * shape.vocabulary if head_tokens else 0
     embedding = shape.hidden * tokens

@@ -26,6 +26,7 @@ from layerwise.model.causal_lm import EngineName, LayerwiseForCausalLM, attach
 from layerwise.model.exit_head import ExitHead
 from layerwise.model.fingerprint import fingerprint, is_adapted, is_changed
 from layerwise.model.routed_layers import RoutedLayers
+from layerwise.model.thin import ThinMlps
 from layerwise.plan import Plan
 from layerwise.policies.fixed import RoutingPolicy, policy_from_dict
 from layerwise.sources import load_base
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 FILE = "layerwise.json"
 FORMAT = 1
 # Entries of FILE for what a model may have besides.
-PARTS = ("exits", "exit_head", "ngrams", "routed_layers", "bridges")
+PARTS = ("exits", "exit_head", "ngrams", "routed_layers", "bridges", "thin")
 
 
 def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
@@ -133,6 +134,9 @@ def _save_parts(model: LayerwiseForCausalLM, folder: Path, about: dict[str, Any]
     if model.bridges is not None:
         about["bridges"] = model.bridges.names
         model.bridges.save(folder)
+    if model.thin is not None:
+        about["thin"] = list(model.thin.numbers)
+        model.thin.save(folder)
 
 
 def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
@@ -230,6 +234,8 @@ def from_pretrained(
         model.routed_layers.attach(model.runtime.backbone)
     if about.get("bridges"):
         model.cross_by(Bridges.load(adapter, model.runtime.backbone).to(model.dtype))
+    if about.get("thin"):
+        model.thin_by(ThinMlps.load(adapter, model.runtime.backbone))
     if plan is None:
         model.policy = policy_from_dict(about["policy"], model.depth, adapter)
     else:

@@ -1,15 +1,16 @@
 """Plans: which layers one forward pass visits, and in which order.
 
 A transformer with L layers usually visits 0, 1, ..., L-1. A plan is any other list of visits: layers left out
-(skips), visited again (repeats), visited in part (attention or MLP alone), or crossed by a bridge, a small map that an
-adapter may bring for a layer that is left out. Plans are values: frozen, hashable, compared by content, and written as
-text that reads back to the same plan:
+(skips), visited again (repeats), visited in part (attention or MLP alone, or with a thin MLP: some of its neurons,
+which an adapter names), or crossed by a bridge, a small map that an adapter may bring for a layer that is left out.
+Plans are values: frozen, hashable, compared by content, and written as text that reads back to the same plan:
 
     0-29            every layer of a 30-layer model
     0-5 8-29        layers 6 and 7 skipped
     0-6 7*2 8-29    layer 7 twice
     3-5*2           the block 3 4 5 3 4 5
     0-8 9a 10m 11-29    attention alone in layer 9, MLP alone in layer 10
+    0-22 23-29t     with thin MLPs in layers 23 to 29
     0-3 4-6b 7-29   bridges in place of layers 4 to 6
     0-3 4-6b2 7-29  those of set 2: a layer may have several, fitted to different plans
 
@@ -38,6 +39,7 @@ class Part(StrEnum):
     BOTH = ""
     ATTENTION = "a"
     MLP = "m"
+    THIN = "t"
     BRIDGE = "b"
 
     __hash__ = str.__hash__  # an enum's own is Python, and visits are keys that every layer call looks up
@@ -45,7 +47,7 @@ class Part(StrEnum):
 
 @dataclass(frozen=True, slots=True, order=True)
 class Visit:
-    """One run of one layer, of its attention or MLP alone, or of the bridge that stands in for it."""
+    """One run of one layer, of its attention or MLP alone, with a thin MLP, or of the bridge that stands in for it."""
 
     layer: int
     part: Part = Part.BOTH
@@ -54,7 +56,7 @@ class Visit:
     @property
     def attends(self) -> bool:
         """Whether the visit reads and writes a slot of the KV cache."""
-        return self.part in (Part.BOTH, Part.ATTENTION)
+        return self.part in (Part.BOTH, Part.ATTENTION, Part.THIN)
 
     def __str__(self) -> str:
         return f"{self.layer}{self.part}{self.set or ''}"
@@ -68,8 +70,8 @@ class Slot:
     nth: int
 
 
-_DEPTHS = {Part.BOTH: 1.0, Part.ATTENTION: 0.5, Part.MLP: 0.5, Part.BRIDGE: 0.0}
-_ITEM = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?(?:([am])|(b)([1-9]\d{0,5})?)?(?:\*(\d{1,6}))?", re.ASCII)
+_DEPTHS = {Part.BOTH: 1.0, Part.ATTENTION: 0.5, Part.MLP: 0.5, Part.THIN: 1.0, Part.BRIDGE: 0.0}
+_ITEM = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?(?:([amt])|(b)([1-9]\d{0,5})?)?(?:\*(\d{1,6}))?", re.ASCII)
 _GRAMMAR = 'write layers and ranges such as "0-5 7*2 8-29"'
 MAX_REPEATS = 64  # more in one item is a slip of the keyboard, and would exhaust the cache
 MAX_LAYERS = 10_000
@@ -129,7 +131,7 @@ class Plan:
     def check(self, layers: int) -> Plan:
         """Return the plan itself if it names layers of a model with `layers` layers only, else raise ValueError.
 
-        Whether the model has the bridges that it names is for `Backbone.check` to say.
+        Whether the model has the bridges and thin MLPs that it names is for `Backbone.check` to say.
         """
         for visit in self.visits:
             if not 0 <= visit.layer < layers:
@@ -154,7 +156,7 @@ class Plan:
         raise ValueError(f"plan '{self}' does not visit the block {first}-{last} as a whole")
 
     def only(self, part: Part, *layers: int) -> Plan:
-        """With just the attention, the MLP or the bridge of `layers` run."""
+        """With just the attention, the MLP or the bridge of `layers` run, or with their thin MLPs."""
         return Plan(tuple(Visit(v.layer, part) if v.layer in layers else v for v in self.visits))
 
     def crossed(self, layers: Iterable[int]) -> Plan:
@@ -192,7 +194,8 @@ class Plan:
 
     @property
     def depth(self) -> float:
-        """Layers run per token: 1 for a whole visit, 1/2 for attention or MLP alone, 0 for a bridge."""
+        """Layers run per token: 1 for a whole visit, also one with a thin MLP (how thin is the model's to say: `cost`),
+        1/2 for attention or MLP alone, 0 for a bridge."""
         return sum(_DEPTHS[visit.part] for visit in self.visits)
 
     def depth_at(self, layer: int) -> float:

@@ -85,6 +85,7 @@ class Backbone:
         self.kinds = self._kinds()
         self.attention: dict[int, nn.Module] = {}  # run in place of a layer's own attention
         self.bridges: dict[Visit, nn.Module] = {}  # run in place of a layer, where a plan says so
+        self.thin: dict[int, nn.Module] = {}  # run in place of a layer's MLP, where a plan says so
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
     # -- the parts ---------------------------------------------------------------------------------------
@@ -130,7 +131,7 @@ class Backbone:
 
         A partial visit gets a copy of the layer that shares all its weights and has a stand-in for the branch
         left out; since every decoder layer adds its branches to the residual stream, that leaves the rest as is.
-        In the same way attention is replaced where `attention` says so.
+        In the same way attention is replaced where `attention` says so, and the MLP by a thin one.
         """
         if visit.part is Part.BRIDGE:
             return self._bridge(visit)
@@ -142,7 +143,9 @@ class Backbone:
         part._modules = dict(part._modules)
         if own is not None:
             part._modules["self_attn"] = own
-        if visit.part is not Part.BOTH:
+        if visit.part is Part.THIN:
+            part._modules["mlp"] = self._thin(visit)
+        elif visit.part is not Part.BOTH:
             left_out = "mlp" if visit.part is Part.ATTENTION else "self_attn"
             part._modules[left_out] = _Nothing(tuple_result=left_out == "self_attn")
         return part
@@ -152,7 +155,17 @@ class Backbone:
         for visit in plan.check(self.depth):
             if visit.part is Part.BRIDGE:
                 self._bridge(visit)
+            elif visit.part is Part.THIN:
+                self._thin(visit)
         return plan
+
+    def _thin(self, visit: Visit) -> nn.Module:
+        if visit.layer not in self.thin:
+            raise ValueError(
+                f"a plan has a thin MLP in layer {visit.layer}, but the model has none there: load an adapter that "
+                "brings it, or run the layer whole"
+            )
+        return self.thin[visit.layer]
 
     def _bridge(self, visit: Visit) -> nn.Module:
         if visit not in self.bridges:
@@ -199,9 +212,9 @@ class Backbone:
             everything = sum(parameter.numel() for parameter in layer.parameters())
             queries = layer.self_attn.o_proj.in_features  # not of q_proj: some models have one map for all three
             keys = queries // layer.self_attn.num_key_value_groups
-            layers.append(
-                LayerShape(attention, mlp, everything - attention - mlp, queries, keys, tuple(bridges[number]))
-            )
+            thin = _matrix_entries(self.thin[number]) if number in self.thin else None
+            others = everything - attention - mlp
+            layers.append(LayerShape(attention, mlp, others, queries, keys, tuple(bridges[number]), thin))
         vocabulary, hidden = self.head.weight.shape
         return ModelShape(tuple(layers), hidden, vocabulary, self.head.weight.element_size())
 

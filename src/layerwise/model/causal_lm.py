@@ -31,7 +31,8 @@ from layerwise.model.fingerprint import digests, fingerprint, is_adapted
 from layerwise.model.packing import Packing, check_positions, lengths_of_prompts
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.model.runtime import EagerEngine, Engine, Runtime, check_fit
-from layerwise.plan import Plan, Route
+from layerwise.model.thin import ThinMlps
+from layerwise.plan import Part, Plan, Route, Visit
 from layerwise.policies import FixedPolicy, Policy, RoutingPolicy
 from layerwise.trace import Phase, Trace
 
@@ -74,6 +75,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.ngrams: NGramModel | None = None  # of its answers, to draft with
         self.routed_layers: RoutedLayers | None = None  # layers whose attention is routed
         self.bridges: Bridges | None = None  # what stands in for layers, where a plan says so
+        self.thin: ThinMlps | None = None  # and for their MLPs
         self.exits: tuple[int, ...] = ()  # exits that were trained: drafts that `auto` tries
         self._draft = Draft("off")
         self._tuners: dict[str, Tuner] = {}
@@ -160,6 +162,11 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.bridges = bridges
         bridges.attach(self.runtime.backbone)
 
+    def thin_by(self, thin: ThinMlps) -> None:
+        """Have these where a plan names them (`4t`), in place of any that were there."""
+        self.thin = thin
+        thin.attach(self.runtime.backbone)
+
     def tuner(self, draft: Draft, rows: int, temperature: float = 0.0, depth: int | None = None) -> Tuner:
         """What was measured of `draft` for batches of so many rows at a temperature; kept from answer to answer.
 
@@ -216,9 +223,12 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         Without `plans`: the policy's, which may be any part of the whole model if it decides at the prompt.
         """
         whole = plans is None and (isinstance(self.policy, RoutingPolicy) or (draft and draft.kind == "policy"))
-        routes = [Plan.full(self.depth)]  # and the bridges: what a policy that decides at the prompt may choose from
-        if bridges := self.runtime.backbone.bridges:
-            routes.append(Plan(tuple(bridges)))
+        backbone = self.runtime.backbone
+        # What a policy that decides at the prompt may choose from.
+        routes = [Plan.full(self.depth)]
+        others = [*backbone.bridges, *(Visit(layer, Part.THIN) for layer in backbone.thin)]
+        if others:
+            routes.append(Plan(tuple(others)))
         everything = list(routes) if whole else self.row_plans(1 if plans is None else len(plans), plans)
         if draft is not None and draft.kind == "policy":
             everything += routes if isinstance(self.policy, RoutingPolicy) else self.policy.plans(1)

@@ -100,7 +100,8 @@ class CompiledEngine:
 
     def visit(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
         kernel = self._kernel(step, hidden, frame)
-        if kernel is None and self._is_replaced(step.visit) and hidden.shape[:2].numel() <= FEW_TOKENS:
+        in_parts = self._is_replaced(step.visit) and step.visit.part is not Part.THIN
+        if kernel is None and in_parts and hidden.shape[:2].numel() <= FEW_TOKENS:
             return self._in_parts(step, hidden, frame)
         if kernel is None:
             return self.eager.visit(step, hidden, frame)

@@ -44,6 +44,13 @@ _INDUCTOR = {
 # For a few tokens the products are operators with threads of their own; what stands between them is a few thousand
 # numbers, done sooner by one thread than two threads can agree that it is done.
 _INDUCTOR_OF = {ONE: _INDUCTOR, FEW: _INDUCTOR | {"cpp.threads": 1}}
+_PARTS = {
+    Part.BOTH: " layers",
+    Part.ATTENTION: " attention",
+    Part.MLP: " MLPs",
+    Part.THIN: " layers with thin MLPs",
+    Part.BRIDGE: "s",
+}
 _TITLES = {ONE: "one token", FEW: "a few tokens"}
 
 
@@ -190,7 +197,7 @@ class LayerSource:
         self.kind = backbone.kinds[visit.layer]
         self.weights = list(_named_tensors(self.module).values())
         self.adapters = _adapters(self.module)
-        part = {Part.BOTH: " layers", Part.ATTENTION: " attention", Part.MLP: " MLPs", Part.BRIDGE: "s"}[visit.part]
+        part = _PARTS[visit.part]
         self.title = f"{type(self.module).__name__}{part}, {_TITLES[form]}"
 
     @property

@@ -36,6 +36,7 @@ KINDS: dict[tuple[Part, ...], tuple[str, str, str]] = {
     (Part.BOTH, Part.BOTH): ("repeat", "&times;2", "repeated"),
     (Part.ATTENTION,): ("attention", "a", "attention only"),
     (Part.MLP,): ("mlp", "m", "MLP only"),
+    (Part.THIN,): ("thin", "t", "thin MLP"),
     (Part.BRIDGE,): ("bridge", "b", "bridged"),
     (Part.ATTENTION, Part.MLP): ("split", "am", "attention and MLP in separate visits"),
 }

@@ -16,7 +16,7 @@ Dropout = Literal["constant", "growing", "decaying"]
 Curriculum = Literal["rotational", "gradual"]
 Objective = Literal["paper", "budget", "quality", "none"]
 Reads = Literal["mean", "last"]
-Left = Literal["nothing", "attention"]
+Left = Literal["nothing", "attention", "neurons"]
 Precision = Literal["auto", "bfloat16", "float32"]
 Form = Literal["per-layer", "menu"]
 LearningRateSchedule = Literal["cosine", "linear", "constant_with_warmup"]
@@ -243,7 +243,13 @@ class LayerRouteRecipe:
         default=0, metadata=_help("With fits: rank of the maps that stand in for layers that may be skipped; 0: none.")
     )
     leave: Left = field(
-        default="nothing", metadata=_help("With fits: what a closed gate leaves of a layer; attention: skip its MLP.")
+        default="nothing",
+        metadata=_help(
+            "With fits: what a closed gate leaves of a layer. Attention: skip its MLP; neurons: a part of it."
+        ),
+    )
+    neurons: float = field(
+        default=0.3, metadata=_help("Leave neurons: share of all the MLPs' neurons that closed gates leave out.")
     )
     start_bias: float = field(default=1.0, metadata=_help("Bias of gates that begin open; closed ones have its minus."))
     reads: Reads | None = field(
@@ -273,11 +279,20 @@ class LayerRouteRecipe:
             "fits are of the objective quality: leave out settle, and reads mean",
         )
         _require(
-            not self.fits or bool(self.keep.strip()) or self.candidates > 0,
+            not self.fits or bool(self.keep.strip()) or self.candidates > 0 or self.leave == "neurons",
             "fits answer without all layers that may be skipped: say by keep which must run, or give candidates",
         )
         _require(not self.bridge_rank or self.fits > 0, "bridges are fitted with the routers: give fits too")
-        _require(self.leave == "nothing" or self.fits > 0, "leaving attention is of fitted routers: give fits too")
+        _require(self.leave == "nothing" or self.fits > 0, f"leaving {self.leave} is of fitted routers: give fits too")
+        _require(0 < self.neurons < 1, f"neurons must be a share above 0 and below 1, not {self.neurons}")
+        _require(
+            self.leave != "neurons" or not (self.keep.strip() or self.start_closed or self.candidates),
+            "neurons are chosen in all layers: leave out keep, start-closed and candidates",
+        )
+        _require(
+            self.leave != "neurons" or not self.bridge_rank,
+            "bridges stand in for layers or MLPs left out as a whole: leave out bridge-rank, or leave neurons",
+        )
         rate = self.router_learning_rate
         _require(rate is None or rate > 0, f"router-learning-rate must be above 0, not {rate}")
         _require(0 <= self.lora_dropout < 1, f"lora-dropout must be at least 0 and below 1, not {self.lora_dropout}")

@@ -34,6 +34,10 @@ skip (that is after the held steps, if all rows run every layer in those) bridge
 half of some examples that lose least without these layers; then they learn as the LoRA does. With `leave` attention a
 closed gate leaves out the MLP of its layer alone, and the bridge stands in for that.
 
+With `leave` neurons a closed gate leaves out a part of the MLP (`model.thin`): at the end of the held steps the neurons
+are chosen that matter least to the half of some examples that bear it best (`neuron_fits`), over all layers alike; the
+layers that lose some are those that have gates.
+
 Means of gates are over rows and all layers. No objective knows of what kind an input is.
 """
 
@@ -58,11 +62,14 @@ from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.frame import Frame
 from layerwise.model.packing import Packing, lengths_of_prompts
 from layerwise.model.runtime import EagerEngine, Runtime
+from layerwise.model.thin import FILE as THIN_FILE
+from layerwise.model.thin import ThinMlps
 from layerwise.plan import Plan, Route, Step, schedule
 from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.bridge_fit import fit_bridges
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, computed_in, layers_of
 from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, parting, row_losses
+from layerwise.training.neuron_fits import choose_neurons
 from layerwise.training.trainer import RecipeTrainer, read_examples, run_training
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
@@ -157,15 +164,32 @@ class LayerRoute(nn.Module):
         bearing = gaps.argsort()[: max(1, len(examples) // 2)].tolist()
         fit_bridges(self.model, [examples[at].input_ids for at in bearing], self._short())
 
+    def choose_neurons(self, examples: Sequence[Tokens]) -> None:
+        """Choose thin MLPs, first for all these examples, then anew for the half of them that lose least by those."""
+        choose_neurons(self.model, examples, self.recipe.neurons)
+        self.may_thin()
+        gaps = lost(self.model, examples, self._short())
+        bearing = gaps.argsort()[: max(1, len(examples) // 2)].tolist()
+        choose_neurons(self.model, [examples[at] for at in bearing], self.recipe.neurons)
+        self.may_thin()
+
     @property
     def crossed_from(self) -> int:
-        """The first step in which rows may cross bridges; those are fitted before it."""
-        return ceil(self.recipe.hold * self.steps) if self.recipe.hold_full == 1 else 0
+        """The first step in which rows may cross bridges, or thin MLPs; those are fitted before it."""
+        held_whole = self.recipe.hold_full == 1 or self.recipe.leave == "neurons"
+        return ceil(self.recipe.hold * self.steps) if held_whole else 0
 
     def _short(self) -> Plan:
         """The plan of a prompt that skips all it may."""
         policy = self.model.policy
         return policy.plan([layer for layer in range(self.model.depth) if layer not in policy.keep])
+
+    def may_thin(self) -> None:
+        """Have gates close where there are thin MLPs, and nowhere else."""
+        assert self.model.thin is not None
+        thin = self.model.thin.numbers
+        kept = tuple(layer for layer in range(self.model.depth) if layer not in thin)
+        self.model.policy = replace(self.model.policy, keep=kept, thin=thin)
 
     def _leave(self) -> None:
         """Leave of every layer that may be skipped what the recipe says; a new bridge adds nothing yet."""
@@ -173,6 +197,8 @@ class LayerRoute(nn.Module):
         free = tuple(layer for layer in range(model.depth) if layer not in model.policy.keep)
         if recipe.leave == "attention":
             model.policy = replace(model.policy, attending=free)
+        if recipe.leave == "neurons":  # none are chosen yet
+            model.policy = replace(model.policy, keep=tuple(range(model.depth)))
         if recipe.bridge_rank:
             model.cross_by(Bridges(model.runtime.backbone, free, recipe.bridge_rank))
             model.policy = replace(model.policy, bridged=free)
@@ -352,6 +378,9 @@ class LayerRouteTrainer(RecipeTrainer):
         if module.model.bridges is not None:
             bridges = Bridges.load(folder, module.model.runtime.backbone)
             module.model.bridges.load_state_dict(bridges.state_dict())
+        if (folder / THIN_FILE).is_file():
+            module.model.thin_by(ThinMlps.load(folder, module.model.runtime.backbone))
+            module.may_thin()
         if module.weight is not None:
             saved = GatedPolicy.load(module.model.policy.to_dict(), module.model.depth, folder)
             with torch.no_grad():
@@ -360,8 +389,8 @@ class LayerRouteTrainer(RecipeTrainer):
 
 
 class _Dual(TrainerCallback):
-    """Fits bridges before the first step; chooses what routers see when they begin to learn, or fits them; moves the
-    price by what all processes saw in a step."""
+    """Fits bridges, or chooses neurons, before the first step that needs them; chooses what routers see when they begin
+    to learn, or fits them; moves the price by what all processes saw in a step."""
 
     def __init__(self, trainer: LayerRouteTrainer) -> None:
         self.trainer = trainer
@@ -373,6 +402,8 @@ class _Dual(TrainerCallback):
             return
         if module.model.bridges is not None and state.global_step == module.crossed_from:
             module.fit_bridges(_drawn(examples, args.seed, BRIDGED))
+        if recipe.leave == "neurons" and state.global_step == module.crossed_from:
+            module.choose_neurons(_drawn(examples, args.seed, BRIDGED))
         times = [recipe.hold + (1 - recipe.hold) * fit / max(1, recipe.fits) for fit in range(max(1, recipe.fits))]
         if state.global_step not in [ceil(time * module.steps) for time in times]:
             return
@@ -411,6 +442,8 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
         """The routers as they are shipped, so that what is saved decides as what is in memory."""
         if model.bridges is not None and made[0].crossed_from >= made[0].steps:
             made[0].fit_bridges(_drawn(examples, config.seed, BRIDGED))
+        if config.leave == "neurons" and made[0].crossed_from >= made[0].steps:
+            made[0].choose_neurons(_drawn(examples, config.seed, BRIDGED))
         if model.bridges is not None and config.precision != "float32":  # as the LoRA
             model.bridges.to(torch.bfloat16)
         if config.fits:  # once more to the finished LoRA

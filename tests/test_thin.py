@@ -1,0 +1,227 @@
+"""Thin MLPs: the laws hold for plans with them, policies take them, training chooses and saves them."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_bridges import _base
+from test_cost import counted, embedded
+from test_layerroute_training import answered, config, module
+from test_training_runs import files  # noqa: F401 (a fixture)
+from tiny import ARCHITECTURES, LAYERS, one_line, random_plan
+from torch.nn.functional import cross_entropy
+
+from layerwise import Plan, attach, from_pretrained
+from layerwise.cost import pass_cost
+from layerwise.model.causal_lm import LayerwiseForCausalLM
+from layerwise.model.compiled import compiler_available
+from layerwise.model.runtime import Runtime
+from layerwise.model.thin import ThinMlps, thinned
+from layerwise.plan import Part, Visit
+from layerwise.policies.gates import GatedPolicy
+from layerwise.report.html import _cell
+from layerwise.training import layerroute
+from layerwise.training.layerroute import train
+from layerwise.training.neuron_fits import choose_neurons, least_worth, neuron_worths
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+KEPT = {1: [40, 3, 5, 7, 11], 2: list(range(0, 48, 3)), 4: [0]}
+
+
+def thin(name: str = "llama", **options: Any) -> LayerwiseForCausalLM:
+    """A tiny model with thin MLPs."""
+    model = attach(tiny.model(name), **options)
+    model.thin_by(ThinMlps(model.runtime.backbone, {layer: torch.tensor(those) for layer, those in KEPT.items()}))
+    return model
+
+
+def with_thin(rng: random.Random) -> Plan:
+    visits = [
+        Visit(visit.layer, Part.THIN) if visit.layer in KEPT and rng.random() < 0.6 else visit
+        for visit in random_plan(rng)
+    ]
+    return Plan((*visits, Visit(2, Part.THIN), Visit(3), Visit(2)))
+
+
+def test_text_depth_and_slots() -> None:
+    plan = Plan.parse("0-2 3-5t 6t*2 7")
+    assert str(plan) == "0-2 3-5t 6t*2 7" and plan == Plan.parse("0-6 6-7").only(Part.THIN, 3, 4, 5, 6)
+    assert plan.depth == 9 and plan.counts(8) == (1, 1, 1, 1, 1, 1, 2, 1) and None not in plan.slots
+    assert _cell((Visit(3, Part.THIN),)) == ("thin", "t")
+    one_line(lambda: Plan.parse("3t2"), "'3t2' is not part of a plan")  # they have no sets
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_a_thin_mlp_is_the_whole_one_without_some_neurons(name: str) -> None:
+    model, ids = thin(name), tiny.tokens(2, 9)
+    found = model(ids, plans=["0 1-2t 3 4t 5"] * 2).logits
+    other = attach(tiny.model(name))
+    for layer, those in KEPT.items():
+        down = other.runtime.backbone.layers[layer].mlp.down_proj
+        gone = [neuron for neuron in range(down.in_features) if neuron not in those]
+        down.weight[:, gone] = 0
+    torch.testing.assert_close(found, other(ids).logits, **CLOSE)
+    assert (found - model(ids).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_cached_equals_uncached_and_batches_equal_rows(name: str) -> None:
+    model, rng = thin(name), random.Random(name)
+    for _ in range(4):
+        plans, lengths = [with_thin(rng) for _ in range(3)], [11, 7, 4]
+        ids, mask = tiny.padded(11, lengths, "left", seed=rng.randrange(99))
+        whole = model(ids, attention_mask=mask, plans=plans).logits
+        for row, length in enumerate(lengths):
+            own = ids[row : row + 1, 11 - length :]
+            alone = model(own, plans=[plans[row]]).logits
+            torch.testing.assert_close(whole[row : row + 1, 11 - length :], alone, **CLOSE)
+            first = model(own[:, :-2], plans=[plans[row]], use_cache=True)
+            rest = model(own[:, -2:], plans=[plans[row]], past_key_values=first.past_key_values, use_cache=True)
+            torch.testing.assert_close(rest.logits, alone[:, -2:], **CLOSE)
+
+
+@torch.no_grad()
+def test_cost_is_what_is_counted() -> None:
+    backbone = thin().runtime.backbone
+    for text in ("0-5", "0 1-2t 3-5", "0 2t*2 3a 4t 5"):
+        plan, inputs = Plan.parse(text), embedded(backbone, 1, 7)
+        found = counted(lambda plan=plan, inputs=inputs: backbone.logits(Runtime(backbone).forward(inputs, [plan])))
+        assert found == pass_cost(backbone.shape, plan, 7).flops
+
+
+@pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
+def test_kernels_and_drafts_equal_eager() -> None:
+    plan, ids = "0-1 2t 3-5", tiny.tokens(1, 8)
+    eager, compiled = thin(engine="eager"), thin(engine="compiled")
+    expected = eager.generate(ids, max_new_tokens=12, do_sample=False, plans=[plan])
+    assert torch.equal(compiled.generate(ids, max_new_tokens=12, do_sample=False, plans=[plan]), expected)
+    kernels = compiled.runtime.engine._layers
+    assert kernels[Visit(2, Part.THIN), "layerwise_one_token"] is not None
+    full = eager.generate(ids, max_new_tokens=12, do_sample=False)
+    assert torch.equal(compiled.generate(ids, max_new_tokens=12, do_sample=False, draft=f"plan:{plan}"), full)
+
+
+def test_what_is_not_there_is_told_in_one_line() -> None:
+    model = thin()
+    backbone = model.runtime.backbone
+    one_line(lambda: model.read_plan("0 1t 3t 4-5"), "a thin MLP in layer 3", "has none there")
+    one_line(lambda: model.read_draft("plan:0 5t"), "layer 5")
+    one_line(lambda: ThinMlps(backbone, {LAYERS: torch.arange(3)}), "layers with a thin MLP")
+    one_line(lambda: ThinMlps(backbone, {}), "layers with a thin MLP")
+    for wrong in ([], [1, 1], [48], [-1]):
+        one_line(lambda wrong=wrong: thinned(backbone.layers[0].mlp, torch.tensor(wrong).long()), "neurons 0-47")
+    one_line(lambda: thinned(torch.nn.Identity(), torch.arange(2)), "Identity does not fit", "gate_proj")
+
+
+@torch.no_grad()
+def test_closed_gates_take_thin_mlps(tmp_path: Path) -> None:
+    model, (ids, mask) = thin(), tiny.padded(9, [9, 6, 4], "right")
+    weight = torch.randn(LAYERS, 32, generator=torch.Generator().manual_seed(1))
+    model.policy = GatedPolicy(weight, torch.zeros(LAYERS), keep=(0, 3, 5), reads="last", thin=(1, 2, 4))
+    route = model.policy.route([9, 6, 4])
+    hidden = model.runtime.forward(model.embed(ids), route, [9, 6, 4])
+    assert len(set(route.plans)) > 1 and any(visit.part is Part.THIN for plan in route.plans for visit in plan)
+    torch.testing.assert_close(model.runtime.forward(model.embed(ids), route.plans, [9, 6, 4]), hidden, **CLOSE)
+    routed = model(ids, attention_mask=mask, labels=ids).loss
+    model.save_pretrained(tmp_path / "saved")
+    again = from_pretrained(_base(tmp_path), adapter=tmp_path / "saved", engine="eager")
+    assert again.policy.thin == (1, 2, 4) and again.thin.numbers == (1, 2, 4)
+    torch.testing.assert_close(again(ids, attention_mask=mask, labels=ids).loss, routed, **CLOSE)
+    one_line(lambda: replace(model.policy, thin=(LAYERS,)), "thin names layers")
+    (tmp_path / "saved" / "thin.safetensors").write_bytes(b"no")
+    one_line(lambda: from_pretrained(_base(tmp_path), adapter=tmp_path / "saved"), "the thin MLPs", "cannot be loaded")
+
+
+# -- choosing neurons ----------------------------------------------------------------------------------------
+
+
+def test_worth_is_what_leaving_out_a_neuron_changes_at_first_order() -> None:
+    """Beside autograd through one mask a token and neuron, example by example."""
+    made = module()
+    model = made.model
+    examples = [answered(tiny.tokens(1, length, length)[0].tolist()) for length in (5, 8, 6)]
+    choose_neurons(model, examples, 0.2)
+    kept = model.thin.kept
+    assert kept
+    plan = Plan(tuple(Visit(layer, Part.THIN if layer in kept else Part.BOTH) for layer in range(LAYERS)))
+    expected = torch.zeros(LAYERS, 48, dtype=torch.float64)
+    for one in examples:
+        ids, labels = torch.tensor([one.input_ids]), torch.tensor(one.labels)
+        masks, hooks = [], []
+        for layer, visit in enumerate(plan):
+            down = model.runtime.backbone.module(visit).mlp.down_proj
+            mask = torch.ones(ids.shape[1], down.in_features, requires_grad=True)
+            masks.append((layer, mask))
+            hooks.append(down.register_forward_pre_hook(lambda _, given, mask=mask: (given[0] * mask,)))
+        logits = model(ids, plans=[plan]).logits[0]
+        loss = cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100)
+        for (layer, _), change in zip(masks, torch.autograd.grad(loss, [mask for _, mask in masks]), strict=True):
+            expected[layer, kept.get(layer, slice(None))] += change.double().square().sum(0)
+        for hook in hooks:
+            hook.remove()
+    torch.testing.assert_close(neuron_worths(model, examples), expected, rtol=1e-3, atol=1e-7)
+
+
+def test_neurons_of_least_worth_are_left_out_in_whole_parts() -> None:
+    worths = torch.tensor([[1.0, 9.0, 2.0, 3.0], [0.1, 8.0, 0.2, 0.3], [9.0, 9.0, 9.0, 9.0]])
+    assert {layer: those.tolist() for layer, those in least_worth(worths, 4).items()} == {0: [2, 3, 1], 1: [1]}
+    assert {layer: those.tolist() for layer, those in least_worth(worths, 2, sizes=2).items()} == {1: [3, 1]}
+    assert least_worth(worths, 100).keys() == {0, 1, 2} and all(
+        len(one) == 1 for one in least_worth(worths, 100).values()
+    )
+
+
+def test_neurons_are_chosen_for_those_that_bear_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = module(10, fits=1, leave="neurons", neurons=0.3, hold=0.5)
+    assert made.model.policy.keep == tuple(range(LAYERS)) and made.crossed_from == 5
+    examples = [answered(tiny.tokens(1, 6 + seed, seed)[0].tolist()) for seed in range(6)]
+    monkeypatch.setattr(layerroute, "lost", lambda *_: torch.tensor([0.9, 0.1, 0.8, 0.2, 0.3, 0.7]))
+    asked: list[list[Any]] = []
+    monkeypatch.setattr(
+        layerroute,
+        "choose_neurons",
+        lambda model, those, share: asked.append([*those]) or choose_neurons(model, those, share),
+    )
+    made.choose_neurons(examples)
+    assert asked == [examples, [examples[at] for at in (1, 3, 4)]]
+    layers = made.model.thin.numbers
+    assert made.model.policy.thin == layers and set(made.model.policy.keep) == {*range(LAYERS)} - {*layers}
+    left_out = sum(48 - len(those) for those in made.model.thin.kept.values())
+    assert left_out == round(0.3 * LAYERS * 48 / 12) * 12  # whole quarters
+
+
+@pytest.mark.parametrize("hold", [0.2, 1.0])
+def test_a_training_chooses_neurons_and_saves_them(hold: float, files: Path, tmp_path: Path) -> None:  # noqa: F811
+    given: dict[str, Any] = {"fits": 1, "hold": hold, "hold_full": 1.0, "leave": "neurons", "neurons": 0.4}
+    out = train(config(files, tmp_path / "routed", **given, lora_dropout=0.0))
+    routed = from_pretrained(out, engine="eager")
+    assert json.loads((out / "layerwise.json").read_text(encoding="utf-8"))["thin"] == list(routed.thin.numbers)
+    assert routed.policy.thin == routed.thin.numbers and routed.policy.weight.any()
+    if hold == 1:
+        plain = from_pretrained(
+            train(config(files, tmp_path / "none", objective="none", lora_dropout=0.0)), engine="eager"
+        )
+        ids = tiny.tokens(2, 7)
+        assert torch.equal(routed(ids, plans=[Plan.full(LAYERS)] * 2).logits, plain(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("change", "mention"),
+    [
+        ({"leave": "neurons"}, "give fits too"),
+        ({"leave": "neurons", "fits": 1, "keep": "0"}, "leave out keep"),
+        ({"leave": "neurons", "fits": 1, "bridge_rank": 2}, "leave out bridge-rank"),
+        ({"leave": "neurons", "fits": 1, "neurons": 1.0}, "neurons must be"),
+    ],
+)
+def test_recipes_refuse_nonsense(change: dict[str, Any], mention: str) -> None:
+    one_line(lambda: layerroute.LayerRouteRecipe(**change), mention)

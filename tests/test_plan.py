@@ -19,6 +19,7 @@ DOCUMENTED = {  # every example in the module's docstring, and the visits it sta
     "0-6 7*2 8-29": [(i, "") for i in [*range(7), 7, 7, *range(8, 30)]],
     "3-5*2": [(i, "") for i in [3, 4, 5, 3, 4, 5]],
     "0-8 9a 10m 11-29": [*((i, "") for i in range(9)), (9, "a"), (10, "m"), *((i, "") for i in range(11, 30))],
+    "0-22 23-29t": [*((i, "") for i in range(23)), *((i, "t") for i in range(23, 30))],
     "0-3 4-6b 7-29": [*((i, "") for i in range(4)), *((i, "b") for i in (4, 5, 6)), *((i, "") for i in range(7, 30))],
     "0-3 4-6b2 7-29": [*((i, "") for i in range(4)), *((i, "b2") for i in (4, 5, 6)), *((i, "") for i in range(7, 30))],
 }
@@ -39,6 +40,7 @@ MALFORMED = [  # text, model depth, item that the message must name, what it mus
     ("9z", None, "'9z'", "write layers and ranges"),
     ("9am", None, "'9am'", "write layers and ranges"),
     ("9a2", None, "'9a2'", "write layers and ranges"),
+    ("9t2", None, "'9t2'", "write layers and ranges"),
     ("9b0", None, "'9b0'", "write layers and ranges"),
     ("7*", None, "'7*'", "write layers and ranges"),
     ("0-5-8", None, "'0-5-8'", "write layers and ranges"),
@@ -55,7 +57,7 @@ def wild_plan(rng: random.Random, layers: int = 30) -> Plan:
     for _ in range(rng.randint(1, 8)):
         first = rng.randrange(layers)
         run = range(first, min(layers, first + rng.choice((1, 1, 2, 3, 10))))
-        part = rng.choice((Part.BOTH, Part.BOTH, Part.ATTENTION, Part.MLP, Part.BRIDGE))
+        part = rng.choice((Part.BOTH, Part.BOTH, Part.ATTENTION, Part.MLP, Part.THIN, Part.BRIDGE))
         number = rng.choice((0, 0, 1, 12)) if part is Part.BRIDGE else 0
         block = [Visit(layer, part, number) for layer in run]
         longest = 70 if len(block) == 1 else 4

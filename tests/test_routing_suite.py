@@ -16,7 +16,7 @@ from test_layerroute import LAYERS, Calls, gates
 from torch.nn.functional import cross_entropy
 
 from layerwise import Plan, attach
-from layerwise.cost import decode_cost
+from layerwise.cost import decode_cost, layers_run
 from layerwise.data import Example, bfcl, load, routing, split_of, tokenize
 from layerwise.evaluation import routing as suite
 from layerwise.evaluation.routed_answers import Asked, called, deciding_seconds, result, right
@@ -63,11 +63,11 @@ def test_flops_count_every_token_and_the_head(model: Any) -> None:
     assert suite.decode_flops(model, one, plan) == expected > answer * 2 * 32 * model.config.vocab_size
 
 
-def test_controls_skip_as_many_layers() -> None:
-    full = Plan.full(6)
+def test_controls_skip_as_many_layers(model: Any) -> None:
+    full, shape = Plan.full(6), model.runtime.backbone.shape
     plans = [full.skip(2), full.skip(2, 3), full, full.skip(3, 4), full.skip(2, 3, 4)]
     policy = GatedPolicy(torch.zeros(6, 2), torch.zeros(6), keep=(0, 5))
-    found = suite.control_plans(plans, policy, seed=3)
+    found = suite.control_plans(plans, policy, shape, seed=3)
     skipped = {name: sum(6 - len(plan) for plan in those) for name, those in found.items()}
     assert skipped == {"static": 8, "random": 8, "shuffled": 8}
     assert sorted(map(str, found["shuffled"])) == sorted(map(str, plans))
@@ -75,10 +75,27 @@ def test_controls_skip_as_many_layers() -> None:
     assert sorted(len(plan) for plan in found["random"]) == [4, 4, 4, 5, 5]  # whatever the routes skip of a prompt
     ran = {layer for plan in found["random"] for layer in plan.counts(6)[:1]}
     assert ran == {1}  # layer 0 is kept
-    bridged = suite.control_plans(plans, replace(policy, bridged=(1, 2, 3, 4)), seed=3)
+    crossed = replace(shape, layers=tuple(replace(one, bridge_weights=((0, 64),)) for one in shape.layers))
+    bridged = suite.control_plans(plans, replace(policy, bridged=(1, 2, 3, 4)), crossed, seed=3)
     for name in ("static", "random"):
         assert [plan.depth for plan in bridged[name]] == [plan.depth for plan in found[name]]
         assert all(len(plan) == 6 for plan in bridged[name])
+
+
+def test_controls_leave_out_as_many_weights_where_layers_differ(model: Any) -> None:
+    shape, policy = (
+        model.runtime.backbone.shape,
+        GatedPolicy(torch.zeros(6, 2), torch.zeros(6), (0, 5), thin=(1, 2, 3, 4)),
+    )
+    kept = (0, 3000, 4000, 1000, 2000, 0)  # of 4,608 weights
+    shape = replace(
+        shape, layers=tuple(replace(one, thin_weights=n) for one, n in zip(shape.layers, kept, strict=True))
+    )
+    plans = [policy.plan(those) for those in ([1, 2, 3, 4], [1, 2, 3], [3, 4], [1, 2, 3, 4], [])] * 12
+    run = sum(layers_run(shape, plan) for plan in plans)
+    for name, those in suite.control_plans(plans, policy, shape, seed=1).items():
+        assert sum(layers_run(shape, plan) for plan in those) == pytest.approx(run, abs=0.5), name
+    assert suite.layer_use(asked(4), plans[:4], shape)["tools"][0] == 1.0
 
 
 @pytest.mark.parametrize(

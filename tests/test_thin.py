@@ -29,7 +29,7 @@ from layerwise.policies.gates import GatedPolicy
 from layerwise.report.html import _cell
 from layerwise.training import layerroute
 from layerwise.training.layerroute import train
-from layerwise.training.neuron_fits import choose_neurons, least_worth, neuron_worths
+from layerwise.training.neuron_fits import choose_neurons, least_worth, mend_neurons, neuron_worths
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 KEPT = {1: [40, 3, 5, 7, 11], 2: list(range(0, 48, 3)), 4: [0]}
@@ -186,17 +186,70 @@ def test_neurons_are_chosen_for_those_that_bear_it(monkeypatch: pytest.MonkeyPat
     examples = [answered(tiny.tokens(1, 6 + seed, seed)[0].tolist()) for seed in range(6)]
     monkeypatch.setattr(layerroute, "lost", lambda *_: torch.tensor([0.9, 0.1, 0.8, 0.2, 0.3, 0.7]))
     asked: list[list[Any]] = []
-    monkeypatch.setattr(
-        layerroute,
-        "choose_neurons",
-        lambda model, those, share: asked.append([*those]) or choose_neurons(model, those, share),
-    )
+
+    def noted(model: LayerwiseForCausalLM, those: list[Any], share: float, **options: Any) -> None:
+        asked.append([*those])
+        choose_neurons(model, those, share, **options)
+
+    monkeypatch.setattr(layerroute, "choose_neurons", noted)
     made.choose_neurons(examples)
     assert asked == [examples, [examples[at] for at in (1, 3, 4)]]
     layers = made.model.thin.numbers
     assert made.model.policy.thin == layers and set(made.model.policy.keep) == {*range(LAYERS)} - {*layers}
     left_out = sum(48 - len(those) for those in made.model.thin.kept.values())
-    assert left_out == round(0.3 * LAYERS * 48 / 12) * 12  # whole quarters
+    assert left_out == round(0.3 * LAYERS * 48 / 6) * 6  # whole eighths
+
+
+@torch.no_grad()
+def test_mends_fold_into_the_maps_they_mend(tmp_path: Path) -> None:
+    model, ids, plan = attach(tiny.model("llama")), tiny.tokens(2, 9), "0 1-2t 3 4t 5"
+    kept = {layer: torch.tensor(those) for layer, those in KEPT.items()}
+    model.thin_by(ThinMlps(model.runtime.backbone, kept, rank=2))
+    unmended = thin()(ids, plans=[plan] * 2).logits
+    torch.testing.assert_close(model(ids, plans=[plan] * 2).logits, unmended, **CLOSE)  # a new mend adds nothing
+    for parameter in model.thin.mends.parameters():
+        parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    mended = model(ids, plans=[plan] * 2).logits
+    assert (mended - unmended).abs().max() > 0.01
+    model.save_pretrained(tmp_path / "saved")
+    again = from_pretrained(_base(tmp_path), adapter=tmp_path / "saved", engine="eager")
+    assert all(type(again.thin[layer].down_proj) is torch.nn.Linear for layer in KEPT)
+    torch.testing.assert_close(again(ids, plans=[plan] * 2).logits, mended, **CLOSE)
+    again.save_pretrained(tmp_path / "twice")
+    twice = from_pretrained(_base(tmp_path), adapter=tmp_path / "twice", engine="eager")
+    torch.testing.assert_close(twice(ids, plans=[plan] * 2).logits, mended, **CLOSE)
+
+
+@torch.no_grad()
+def test_least_squares_mend_what_can_be_foretold() -> None:
+    """Neuron 5 of layer 2 says twice what 7 says; without 5, seven can speak for both."""
+    model = attach(tiny.model("llama"))
+    mlp = model.runtime.backbone.layers[2].mlp
+    mlp.gate_proj.weight[5] = mlp.gate_proj.weight[7]
+    mlp.up_proj.weight[5] = 2 * mlp.up_proj.weight[7]
+    kept = torch.tensor([neuron for neuron in range(48) if neuron != 5])
+    model.thin_by(ThinMlps(model.runtime.backbone, {2: kept}, rank=1))
+    examples = [answered(tiny.tokens(1, 30, seed)[0].tolist()) for seed in range(60)]
+    plan, ids = Plan.parse("0-1 2t 3-5"), tiny.tokens(2, 9, 99)
+    whole, lacking = model(ids).logits, model(ids, plans=[plan] * 2).logits
+    mend_neurons(model, examples, plan)
+    mended = model(ids, plans=[plan] * 2).logits
+    assert (mended - whole).norm() < 0.2 * (lacking - whole).norm()
+    mend_neurons(model, examples, plan)  # again gives the same
+    torch.testing.assert_close(model(ids, plans=[plan] * 2).logits, mended, **CLOSE)
+
+
+def test_an_adapter_is_routed_as_it_is(files: Path, tmp_path: Path) -> None:  # noqa: F811
+    plain = train(config(files, tmp_path / "none", objective="none", lora_dropout=0.0))
+    given: dict[str, Any] = {"fits": 1, "hold": 1.0, "hold_full": 1.0, "leave": "neurons", "mend_rank": 2}
+    chosen = config(files, tmp_path / "routed", adapter=str(plain), **given)
+    routed, ids = from_pretrained(train(chosen), engine="eager"), tiny.tokens(2, 7)
+    full = routed(ids, plans=[Plan.full(LAYERS)] * 2).logits
+    assert torch.equal(full, from_pretrained(plain, engine="eager")(ids).logits)
+    assert routed.policy.weight.any() and routed.thin.mends["1"].out.weight.any()
+    one_line(lambda: train(chosen, resume=True), "nothing to resume")
+    one_line(lambda: config(files, tmp_path, adapter=str(tmp_path), **given), "there is no LoRA in")
+    one_line(lambda: config(files, tmp_path, adapter=str(plain)), "give hold 1")
 
 
 @pytest.mark.parametrize("hold", [0.2, 1.0])
@@ -221,6 +274,7 @@ def test_a_training_chooses_neurons_and_saves_them(hold: float, files: Path, tmp
         ({"leave": "neurons", "fits": 1, "keep": "0"}, "leave out keep"),
         ({"leave": "neurons", "fits": 1, "bridge_rank": 2}, "leave out bridge-rank"),
         ({"leave": "neurons", "fits": 1, "neurons": 1.0}, "neurons must be"),
+        ({"fits": 1, "keep": "0", "mend_rank": 2}, "give leave neurons"),
     ],
 )
 def test_recipes_refuse_nonsense(change: dict[str, Any], mention: str) -> None:

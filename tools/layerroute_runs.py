@@ -56,14 +56,23 @@ RECIPES: dict[str, dict[str, Any]] = {
     "mlps": BY_FITS
     | {"start_closed": "1 3-5 7 9 12-15", "keep": "0 2 6 8 10-11 16-29", "leave": "attention", "bridge_rank": 192}
     | {"hold": 1.0, "hold_full": 1.0},
-    "neurons": BY_FITS | {"leave": "neurons", "neurons": 0.29},
+    "neurons": BY_FITS
+    | {"leave": "neurons", "neurons": 0.29, "mend_rank": 64, "hold": 1.0, "hold_full": 1.0, "adapter": "none"},
     "none": {"objective": "none", "learning_rate": 1e-3, "lora_dropout": 0.0},
     "paper": {"objective": "paper", "penalty": 1.0, "learning_rate": 2e-4},  # all as published, but for the steps
 }
 
 
 def configured(name: str, seed: int, work: Path, data: Path) -> LayerRouteConfig:
-    return LayerRouteConfig(data=str(data), out=str(work / f"{name}-{seed}"), seed=seed, **BUDGET | RECIPES[name])
+    chosen = BUDGET | RECIPES[name]
+    if "adapter" in chosen:
+        chosen |= {"adapter": str(work / f"{chosen['adapter']}-{seed}")}
+    return LayerRouteConfig(data=str(data), out=str(work / f"{name}-{seed}"), seed=seed, **chosen)
+
+
+def referred(name: str, seed: int) -> int:
+    """The seed of the LoRA without routing that a run is compared with: what it routes itself, if it is that."""
+    return seed if "adapter" in RECIPES[name] else 0
 
 
 def trained(name: str, seed: int, work: Path, data: Path) -> Path:
@@ -72,6 +81,8 @@ def trained(name: str, seed: int, work: Path, data: Path) -> Path:
     Raises:
         ValueError: the folder holds one of another recipe.
     """
+    if "adapter" in RECIPES[name]:
+        trained(RECIPES[name]["adapter"], seed, work, data)
     config = configured(name, seed, work, data)
     out = Path(config.out)
     if (out / "layerwise.json").is_file():
@@ -91,7 +102,7 @@ def judged(name: str, seed: int, work: Path, data: Path, samples: int) -> dict[s
     kept = work / f"{name}-{seed}.json"
     if not kept.is_file():
         adapter = trained(name, seed, work, data)
-        reference = trained("none", 0, work, data)
+        reference = trained("none", referred(name, seed), work, data)
         command = f"python tools/layerroute_runs.py --recipes {name} --seeds {seed} --samples {samples}"
         found = routing_suite(adapter, None, reference, samples, command=command, notify=options.note)
         written = json.dumps(found, indent=2) + "\n"
@@ -110,7 +121,7 @@ def judged(name: str, seed: int, work: Path, data: Path, samples: int) -> dict[s
 def generated(run: dict[str, Any], work: Path, prompts: int, answers: int) -> dict[str, Any]:
     """A run's entry with answers and times added; for a machine on which nothing else runs."""
     name = run["adapter"]
-    tokenizer, adapter, reference = load_tokenizer(), work / name, work / "none-0"
+    tokenizer, adapter, reference = load_tokenizer(), work / name, work / run["reference"]
     asked = held_out(tokenizer, run["samples"], MOST_TOKENS, run["sample_seed"])
     options.note(f"{name}: answers and times")
     layers = len(run["layer_use"]["tools"])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layerwise.plan import Part, Plan
+from layerwise.plan import Part, Plan, Visit
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +77,14 @@ def pass_cost(
     multiplied = attention = read = cached = 0
     for visit in plan:
         layer = shape.layers[visit.layer]
+        multiplied += _multiplied(layer, visit)
         if visit.part is Part.BRIDGE:
-            multiplied += dict(layer.bridge_weights)[visit.set]
             read += shape.hidden  # its bias
             continue
         read += layer.other_weights
         if visit.attends:
-            multiplied += layer.attention_weights
             attention += 2 * 2 * layer.query_width * tokens * keys  # scores, then the weighted sum of values
             cached += 2 * layer.key_width * (keys + tokens)  # all keys and values read, the new ones written
-        if visit.part is Part.THIN:
-            multiplied += layer.thin_weights
-        elif visit.part is not Part.ATTENTION:
-            multiplied += layer.mlp_weights
     head = shape.hidden * shape.vocabulary if head_tokens else 0
     embedding = shape.hidden * tokens
     return Cost(
@@ -97,6 +92,26 @@ def pass_cost(
         weight_bytes=shape.value_bytes * (multiplied + read + head + rows * embedding),
         cache_bytes=shape.value_bytes * rows * cached,
     )
+
+
+def layers_run(shape: ModelShape, plan: Plan, layer: int | None = None) -> float:
+    """How many layers' worth of weights a plan multiplies by, or one of its layers: 1 for a whole visit, for a visit in
+    part, a thin MLP or a bridge the share of the layer's matrices."""
+    found = 0.0
+    for visit in plan:
+        if layer is None or visit.layer == layer:
+            one = shape.layers[visit.layer]
+            found += _multiplied(one, visit) / (one.attention_weights + one.mlp_weights)
+    return found
+
+
+def _multiplied(layer: LayerShape, visit: Visit) -> int:
+    """Entries of the matrices that a visit multiplies by."""
+    if visit.part is Part.BRIDGE:
+        return dict(layer.bridge_weights)[visit.set]
+    mlp = layer.thin_weights if visit.part is Part.THIN else 0 if visit.part is Part.ATTENTION else layer.mlp_weights
+    assert mlp is not None, f"there is no thin MLP in layer {visit.layer}"
+    return mlp + (layer.attention_weights if visit.attends else 0)
 
 
 def prefill_cost(shape: ModelShape, plan: Plan, prompt: int) -> Cost:

@@ -235,7 +235,7 @@ def from_pretrained(
     if about.get("bridges"):
         model.cross_by(Bridges.load(adapter, model.runtime.backbone).to(model.dtype))
     if about.get("thin"):
-        model.thin_by(ThinMlps.load(adapter, model.runtime.backbone))
+        model.thin_by(ThinMlps.load(adapter, model.runtime.backbone).fold())
     if plan is None:
         model.policy = policy_from_dict(about["policy"], model.depth, adapter)
     else:

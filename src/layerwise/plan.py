@@ -198,10 +198,6 @@ class Plan:
         1/2 for attention or MLP alone, 0 for a bridge."""
         return sum(_DEPTHS[visit.part] for visit in self.visits)
 
-    def depth_at(self, layer: int) -> float:
-        """What one layer contributes to `depth`."""
-        return sum(_DEPTHS[visit.part] for visit in self.visits if visit.layer == layer)
-
     @cached_property
     def slots(self) -> tuple[Slot | None, ...]:
         """The KV slot of each visit; None for one that does not attend."""

@@ -7,9 +7,9 @@ function fits; questions about functions. What is reported of each kind:
   tells lengths apart is not one that tells kinds apart;
 - exp(CE) of the reference answers, never with a penalty in it: routed, by the same adapter with every layer run, by the
   base model, and by a LoRA trained alike without routing (`reference`);
-- what other ways to skip as much would cost, the same number of layers over the same prompts: `static`, the layers
-  that are skipped most often, the same for all prompts; `random`, as many layers drawn for each prompt, of those that
-  may be skipped; `shuffled`, each prompt by the route of another. Intervals are of the difference of the mean CE, by
+- what other ways to skip as much would cost, as many weights left out over the same prompts: `static`, in the layers
+  where gates close most often, the same for all prompts; `random`, in layers drawn for each prompt, of those that have
+  gates; `shuffled`, each prompt by the route of another. Intervals are of the difference of the mean CE, by
   bootstrap over prompts.
 
 And what comes of it when text is generated: right tool calls, right results, lengths, reasons to stop, time.
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerwise.benchmarks.environment import environment
-from layerwise.cost import Cost, decode_cost
+from layerwise.cost import Cost, ModelShape, decode_cost, layers_run
 from layerwise.data import collate, length_sorted_batches, load, tokenize
 from layerwise.data.routing import side
 from layerwise.evaluation.intervals import interval
@@ -106,25 +106,39 @@ def perplexity(losses: Sequence[float], chosen: Sequence[int]) -> float:
 # -- controls ----------------------------------------------------------------------------------------------------
 
 
-def control_plans(plans: Sequence[Plan], policy: GatedPolicy, seed: int) -> dict[str, list[Plan]]:
-    """For each control a plan for each prompt; each control skips as many layers over all prompts as `plans` do, and
-    takes bridges where the policy does.
+def control_plans(plans: Sequence[Plan], policy: GatedPolicy, shape: ModelShape, seed: int) -> dict[str, list[Plan]]:
+    """For each control a plan for each prompt; each control leaves out as many weights over all prompts as `plans` do,
+    give or take a layer's, and leaves of a layer what the policy does.
 
-    Static and random skip the same number for every prompt, give or take one: that a prompt bears many is what routers
-    have to find out.
+    Static and random leave out as much for every prompt, give or take one layer: that a prompt bears more is what
+    routers have to find out.
     """
     chance, layers = random.Random(seed), policy.layers
     skipped = [[layer for layer in range(layers) if Visit(layer) not in plan.visits] for plan in plans]
     times = [sum(layer in those for those in skipped) for layer in range(layers)]
     free = sorted((layer for layer in range(layers) if layer not in policy.keep), key=lambda layer: -times[layer])
-    total = sum(len(those) for those in skipped)
-    low, more = divmod(total, len(plans))
-    extra = set(chance.sample(range(len(plans)), more))
-    static = [policy.plan(free[: low + (at in extra)]) for at in range(len(plans))]
-    drawn = [policy.plan(chance.sample(free, low + (at in extra))) for at in range(len(plans))]
+    saved = {layer: 1 - layers_run(shape, policy.plan([layer]), layer) for layer in free}
+
+    def closed(order: Sequence[int], due: float) -> tuple[Plan, float]:
+        """The plan that closes gates in this order until less is owed than half of the next one would save."""
+        those = []
+        for layer in order:
+            if due < saved[layer] / 2:
+                break
+            those.append(layer)
+            due -= saved[layer]
+        return policy.plan(those), due
+
+    share = sum(saved[layer] for those in skipped for layer in those) / len(plans)
+    made: dict[str, list[Plan]] = {}
+    for name, orders in (("static", [free] * len(plans)), ("random", [chance.sample(free, len(free)) for _ in plans])):
+        made[name], owed = [], 0.0  # owed: what the prompts so far should have left out and did not
+        for order in orders:
+            plan, owed = closed(order, owed + share)
+            made[name].append(plan)
     order = list(range(len(plans)))
     chance.shuffle(order)
-    return {"static": static, "random": drawn, "shuffled": [plans[at] for at in order]}
+    return made | {"shuffled": [plans[at] for at in order]}
 
 
 def controls(
@@ -140,11 +154,12 @@ def controls(
     assert isinstance(model.policy, GatedPolicy)
     those = [plans[at] for at in chosen]
     found = {}
-    for name, other in control_plans(those, model.policy, seed).items():
+    shape = model.runtime.backbone.shape
+    for name, other in control_plans(those, model.policy, shape, seed).items():
         theirs, _ = answer_losses(model, [asked[at] for at in chosen], pad, other)
         worse = [their - losses[at] for their, at in zip(theirs, chosen, strict=True)]
         found[name] = {
-            "layers_run": sum(plan.depth for plan in other) / len(other),
+            "layers_run": sum(layers_run(shape, plan) for plan in other) / len(other),
             "ppl": math.exp(sum(theirs) / len(theirs)),
             "ce_above_routed": sum(worse) / len(worse),
             "interval": interval(worse),
@@ -208,7 +223,7 @@ def routing_suite(
         **_trained_as(adapter),
         **_skips(routed, asked, plans, by),
         "controls": controls(routed, asked, pad, losses, plans, seed),
-        "layer_use": layer_use(asked, plans, routed.depth),
+        "layer_use": layer_use(asked, plans, routed.runtime.backbone.shape),
     }
     notify("controls: done")
     if answers:
@@ -234,19 +249,19 @@ def _trained_as(adapter: str | Path) -> dict[str, Any]:
         config = json.loads((Path(adapter) / RECORD).read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError):
         config = {}
-    return {name: config.get(name) for name in ("objective", "seed", "bridge_rank", "leave")}
+    return {name: config.get(name) for name in ("objective", "seed", "bridge_rank", "leave", "neurons", "mend_rank")}
 
 
 def _skips(
     model: LayerwiseForCausalLM, asked: Sequence[Asked], plans: Sequence[Plan], by: dict[str, list[float]]
 ) -> dict[str, Any]:
     """Skip rates and exp(CE) by kind and by length; rates in percent."""
-    full = Plan.full(model.depth)
+    full, shape = Plan.full(model.depth), model.runtime.backbone.shape
     whole = [decode_flops(model, one, full) for one in asked]
     ran = [decode_flops(model, one, plan) for one, plan in zip(asked, plans, strict=True)]
 
     def of(chosen: list[int]) -> dict[str, Any]:
-        layers = sum(plans[at].depth for at in chosen) / len(chosen)
+        layers = sum(layers_run(shape, plans[at]) for at in chosen) / len(chosen)
         return {
             "n": len(chosen),
             "layers_run": layers,
@@ -281,11 +296,12 @@ def _skips(
     }
 
 
-def layer_use(asked: Sequence[Asked], plans: Sequence[Plan], layers: int) -> dict[str, list[float]]:
-    """Of each kind, the share of prompts that run each layer; one whose attention runs alone counts half."""
+def layer_use(asked: Sequence[Asked], plans: Sequence[Plan], shape: ModelShape) -> dict[str, list[float]]:
+    """Of each kind, the share of prompts that run each layer; one that runs in part counts by its share of weights."""
     use = {}
     for name in SIDES:
         those = [plan for plan, one in zip(plans, asked, strict=True) if one.side == name]
         if those:
-            use[name] = [sum(plan.depth_at(layer) for plan in those) / len(those) for layer in range(layers)]
+            layers = range(len(shape.layers))
+            use[name] = [sum(layers_run(shape, plan, layer) for plan in those) / len(those) for layer in layers]
     return use

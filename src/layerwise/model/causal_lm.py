@@ -162,10 +162,10 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.bridges = bridges
         bridges.attach(self.runtime.backbone)
 
-    def thin_by(self, thin: ThinMlps) -> None:
-        """Have these where a plan names them (`4t`), in place of any that were there."""
+    def thin_by(self, thin: ThinMlps | None) -> None:
+        """Have these where a plan names them (`4t`), in place of any that were there; or none."""
         self.thin = thin
-        thin.attach(self.runtime.backbone)
+        self.runtime.backbone.thin = {} if thin is None else {layer: thin[layer] for layer in thin.numbers}
 
     def tuner(self, draft: Draft, rows: int, temperature: float = 0.0, depth: int | None = None) -> Tuner:
         """What was measured of `draft` for batches of so many rows at a temperature; kept from answer to answer.

@@ -251,6 +251,9 @@ class LayerRouteRecipe:
     neurons: float = field(
         default=0.3, metadata=_help("Leave neurons: share of all the MLPs' neurons that closed gates leave out.")
     )
+    mend_rank: int = field(
+        default=0, metadata=_help("Leave neurons: rank of what mends the MLPs that lost some; 0 for nothing.")
+    )
     start_bias: float = field(default=1.0, metadata=_help("Bias of gates that begin open; closed ones have its minus."))
     reads: Reads | None = field(
         default=None, metadata=_help("What a router sees: mean, or last token, of the prompt; paper: mean, else last.")
@@ -271,7 +274,7 @@ class LayerRouteRecipe:
         for name in ("tolerance", "start_bias"):
             value = getattr(self, name)
             _require(value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
-        for name in ("penalty", "dual_rate", "weight_decay", "candidates", "fits", "bridge_rank"):
+        for name in ("penalty", "dual_rate", "weight_decay", "candidates", "fits", "bridge_rank", "mend_rank"):
             value = getattr(self, name)
             _require(value >= 0, f"{name.replace('_', '-')} must be 0 or more, not {value}")
         _require(
@@ -289,6 +292,7 @@ class LayerRouteRecipe:
             self.leave != "neurons" or not (self.keep.strip() or self.start_closed or self.candidates),
             "neurons are chosen in all layers: leave out keep, start-closed and candidates",
         )
+        _require(not self.mend_rank or self.leave == "neurons", "mends are of thin MLPs: give leave neurons too")
         _require(
             self.leave != "neurons" or not self.bridge_rank,
             "bridges stand in for layers or MLPs left out as a whole: leave out bridge-rank, or leave neurons",
@@ -322,10 +326,19 @@ class LayerRouteConfig(LayerRouteRecipe, TrainingConfig):
 
     learning_rate: float = field(default=2e-4, metadata=_help("Highest learning rate."))
     seed: int = field(default=0, metadata=_help("Seed of batches and LoRA."))
+    adapter: str | None = field(
+        default=None, metadata=_help("With hold 1: route the LoRA of this adapter, which is left as it is; no steps.")
+    )
 
     def __post_init__(self) -> None:
         LayerRouteRecipe.__post_init__(self)
         TrainingConfig.__post_init__(self)
+        if self.adapter is not None:
+            _require(self.hold == 1 == self.hold_full, "an adapter's LoRA learns no more: give hold 1 and hold-full 1")
+            _require(
+                (Path(self.adapter) / "adapter_config.json").is_file(),
+                f"there is no LoRA in '{self.adapter}': give the folder of an adapter, or leave it out",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

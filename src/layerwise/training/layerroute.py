@@ -56,6 +56,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 
 from layerwise.data.examples import IGNORED, Tokens
+from layerwise.hub import from_pretrained
 from layerwise.model.backbone import Backbone
 from layerwise.model.bridges import Bridges
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
@@ -69,12 +70,14 @@ from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.bridge_fit import fit_bridges
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, computed_in, layers_of
 from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, parting, row_losses
-from layerwise.training.neuron_fits import choose_neurons
-from layerwise.training.trainer import RecipeTrainer, read_examples, run_training
+from layerwise.training.neuron_fits import choose_neurons, mend_neurons
+from layerwise.training.trainer import RecipeTrainer, read_examples, run_fits, run_training
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
 PROMPTS = 64  # in whose states the directions are found that routers see
 BRIDGED = 384  # examples, of which half fit the bridges
+THINNED = 256  # examples, of which half choose and mend thin MLPs
+SCORED = 96  # of those say which neurons all kinds of examples can do without
 FITTED = 192  # examples that routers are fitted to while the LoRA learns
 LAST_FITTED = 384  # and at last
 PRUDENCE = 3.0  # at last, when no training follows: an input that skips what it cannot bear loses most
@@ -165,13 +168,16 @@ class LayerRoute(nn.Module):
         fit_bridges(self.model, [examples[at].input_ids for at in bearing], self._short())
 
     def choose_neurons(self, examples: Sequence[Tokens]) -> None:
-        """Choose thin MLPs, first for all these examples, then anew for the half of them that lose least by those."""
-        choose_neurons(self.model, examples, self.recipe.neurons)
+        """Choose thin MLPs, first by some of these examples, then anew by the half of all that lose least by those."""
+        choose_neurons(self.model, examples[:SCORED], self.recipe.neurons, rounds=1)
         self.may_thin()
         gaps = lost(self.model, examples, self._short())
-        bearing = gaps.argsort()[: max(1, len(examples) // 2)].tolist()
-        choose_neurons(self.model, [examples[at] for at in bearing], self.recipe.neurons)
+        bearing = [examples[at] for at in gaps.argsort()[: max(1, len(examples) // 2)].tolist()]
+        self.model.thin_by(None)
+        choose_neurons(self.model, bearing, self.recipe.neurons, rank=self.recipe.mend_rank)
         self.may_thin()
+        if self.recipe.mend_rank:
+            mend_neurons(self.model, bearing, self._short())
 
     @property
     def crossed_from(self) -> int:
@@ -403,7 +409,7 @@ class _Dual(TrainerCallback):
         if module.model.bridges is not None and state.global_step == module.crossed_from:
             module.fit_bridges(_drawn(examples, args.seed, BRIDGED))
         if recipe.leave == "neurons" and state.global_step == module.crossed_from:
-            module.choose_neurons(_drawn(examples, args.seed, BRIDGED))
+            module.choose_neurons(_drawn(examples, args.seed, THINNED))
         times = [recipe.hold + (1 - recipe.hold) * fit / max(1, recipe.fits) for fit in range(max(1, recipe.fits))]
         if state.global_step not in [ceil(time * module.steps) for time in times]:
             return
@@ -443,15 +449,21 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
         if model.bridges is not None and made[0].crossed_from >= made[0].steps:
             made[0].fit_bridges(_drawn(examples, config.seed, BRIDGED))
         if config.leave == "neurons" and made[0].crossed_from >= made[0].steps:
-            made[0].choose_neurons(_drawn(examples, config.seed, BRIDGED))
-        if model.bridges is not None and config.precision != "float32":  # as the LoRA
-            model.bridges.to(torch.bfloat16)
+            made[0].choose_neurons(_drawn(examples, config.seed, THINNED))
+        if config.precision != "float32":  # as the LoRA
+            for fitted in (model.bridges, None if model.thin is None else model.thin.mends):
+                if fitted is not None:
+                    fitted.to(torch.bfloat16)
         if config.fits:  # once more to the finished LoRA
             gap, bearing = made[0].fit_gates(_drawn(examples, config.seed, LAST_FITTED), PRUDENCE)
             notify(f"routers fitted: {bearing:.0%} of the examples bear every skip, which costs {gap:.3f} on average")
         if isinstance(model.policy, GatedPolicy):
             model.policy = model.policy.rounded()
 
+    if config.adapter is not None:
+        if resume:
+            raise ValueError("an adapter is routed without steps, there is nothing to resume: leave --resume out")
+        return run_fits(config, make, finish, notify)
     return run_training(config, make, LayerRouteTrainer, notify, resume, finish=finish)
 
 
@@ -475,6 +487,10 @@ def _load(config: LayerRouteConfig) -> LayerwiseForCausalLM:
     from layerwise.sources import load_base
 
     # Frozen weights are only read: in bfloat16 they need not be converted in every pass. PEFT keeps LoRA in float32.
+    if config.adapter is not None:
+        return from_pretrained(
+            config.model, adapter=config.adapter, dtype=computed_in(config.precision), engine="eager"
+        )
     base = load_base(config.model, computed_in(config.precision))
     torch.manual_seed(config.seed)
     lora = LoraConfig(

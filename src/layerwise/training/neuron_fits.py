@@ -8,8 +8,11 @@ which is what leaving it out at that token would change, squared (Molchanov et a
 are left out first, over all layers alike, because a neuron costs the same in each; a part at a time, and then all that
 are left are measured anew, on other examples: what one neuron says another may say too.
 
-Kept neurons come in quarters of a layer's, so that there are no more than three sizes of thin MLPs, for each of which a
+Kept neurons come in eighths of a layer's, so that there are no more than seven sizes of thin MLPs, for each of which a
 kernel has to be compiled.
+
+What is left is mended by least squares (`mend_neurons`): texts walk the whole layers, and beside it those with thin
+MLPs, and from what the kept neurons say a ridge regression foretells what the second walk lacks of the first.
 """
 
 from __future__ import annotations
@@ -21,11 +24,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from layerwise.data.examples import Tokens, collate, length_sorted_batches
+from layerwise.data.examples import IGNORED, Tokens, collate, length_sorted_batches
 from layerwise.model.modes import evaluating
 from layerwise.model.runtime import Runtime
 from layerwise.model.thin import ThinMlps, gated
 from layerwise.plan import Part, Plan, Visit
+from layerwise.training.bridge_fit import Moments
 from layerwise.training.gate_fits import row_losses
 
 if TYPE_CHECKING:
@@ -33,7 +37,8 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE = 1024
 ROUNDS = 4
-SIZES = 4  # a thin MLP keeps a multiple of a layer's neurons divided by this
+OF_PROMPTS = 0.3  # what a token of a prompt weighs beside one of an answer, where thin MLPs are mended
+SIZES = 8  # a thin MLP keeps a multiple of a layer's neurons divided by this
 
 
 def neuron_worths(model: LayerwiseForCausalLM, examples: Sequence[Tokens]) -> Tensor:
@@ -45,8 +50,8 @@ def neuron_worths(model: LayerwiseForCausalLM, examples: Sequence[Tokens]) -> Te
         UnsupportedModelError: the MLPs are not gated ones.
     """
     backbone = model.runtime.backbone
-    plan = Plan(tuple(Visit(n, Part.THIN if n in backbone.thin else Part.BOTH) for n in range(model.depth)))
-    maps = [gated(backbone.module(visit).mlp)[2] for visit in plan]
+    plan = _with_thin(model)
+    maps = [backbone.module(visit).mlp.down_proj for visit in plan]
     kept = {} if model.thin is None else model.thin.kept
     worths = torch.zeros(model.depth, max(gated(layer.mlp)[2].in_features for layer in backbone.layers)).double()
     with evaluating(model), _inputs(maps) as seen:
@@ -94,19 +99,71 @@ def least_worth(worths: Tensor, count: int, sizes: int | None = None) -> dict[in
     return {layer: order[layer, less:] for layer, less in enumerate(left_out.tolist()) if less}
 
 
-def choose_neurons(model: LayerwiseForCausalLM, examples: Sequence[Tokens], share: float) -> None:
-    """Give the model thin MLPs that leave out a share of all its neurons, those of least worth to these answers."""
+def _with_thin(model: LayerwiseForCausalLM) -> Plan:
+    """Every layer, with its thin MLP if it has one."""
+    thin = model.runtime.backbone.thin
+    return Plan(tuple(Visit(layer, Part.THIN if layer in thin else Part.BOTH) for layer in range(model.depth)))
+
+
+def choose_neurons(
+    model: LayerwiseForCausalLM, examples: Sequence[Tokens], share: float, rounds: int = ROUNDS, rank: int = 0
+) -> None:
+    """Give the model thin MLPs that leave out a share of all its neurons, those of least worth to these answers.
+
+    Args:
+        rounds: in which they are left out, a part in each.
+        rank: of what mends them, if anything is to; it adds nothing yet.
+    """
     neurons = gated(model.runtime.backbone.layers[0].mlp)[2].in_features
-    for done in range(ROUNDS):
-        worths = neuron_worths(model, examples[done::ROUNDS])
+    for done in range(rounds):
+        worths = neuron_worths(model, examples[done::rounds])
         for layer, kept in _kept(model).items():
             gone = torch.ones(neurons, dtype=torch.bool)
             gone[kept] = False
             worths[layer, gone] = -1.0  # stays out
-        count = round(share * model.depth * neurons * (done + 1) / ROUNDS)
-        last = done == ROUNDS - 1
+        count = round(share * model.depth * neurons * (done + 1) / rounds)
+        last = done == rounds - 1
         thin = least_worth(worths, count, SIZES if last else None)
-        model.thin_by(ThinMlps(model.runtime.backbone, thin))
+        model.thin_by(ThinMlps(model.runtime.backbone, thin, rank if last else 0))
+
+
+@torch.no_grad()
+def mend_neurons(model: LayerwiseForCausalLM, examples: Sequence[Tokens], plan: Plan) -> None:
+    """Fit what mends the thin MLPs of a plan to the texts of these examples, layer after layer."""
+    runtime, thin = Runtime(model.runtime.backbone), model.thin
+    groups = length_sorted_batches([len(one.input_ids) for one in examples], TOKENS_AT_ONCE)
+    batches = [collate([examples[at] for at in group], 0) for group in groups]
+    counts = [[len(examples[at].input_ids) for at in group] for group in groups]
+
+    def after(visit: Visit, states: Sequence[Tensor]) -> list[Tensor]:
+        return [runtime.forward(one, [Plan((visit,))] * len(n), n) for one, n in zip(states, counts, strict=True)]
+
+    with evaluating(model):
+        whole = [model.embed(batch["input_ids"].to(model.device)) for batch in batches]  # states with every layer whole
+        walk = whole
+        last = -1
+        for visit in plan:
+            if visit.layer != last:
+                before, whole = whole, after(Visit(visit.layer), whole)
+            last = visit.layer
+            if visit.part is not Part.THIN:
+                walk = whole if walk is before and visit.part is Part.BOTH else after(visit, walk)
+                continue
+            mend, moments = thin.mends[str(visit.layer)], Moments()
+            mend.out.weight.zero_()
+            mend.out.bias.zero_()
+            with _inputs([thin[visit.layer].down_proj]) as seen:
+                unmended = after(visit, walk)
+            for activations, reached, wanted, batch in zip(seen, unmended, whole, batches, strict=True):
+                inside = batch["attention_mask"].bool()
+                weights = torch.where(batch["labels"] == IGNORED, OF_PROMPTS, 1.0)[inside]
+                lacks = wanted.float() - reached.float()
+                moments.add(activations[inside].float(), lacks[inside], weights)
+            into, out, bias = moments.low_rank(mend.into.out_features)
+            mend.into.weight.copy_(into)
+            mend.out.weight.copy_(out)
+            mend.out.bias.copy_(bias)
+            walk = after(visit, walk)
 
 
 def _kept(model: LayerwiseForCausalLM) -> Mapping[int, Tensor]:

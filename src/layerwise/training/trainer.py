@@ -391,6 +391,29 @@ def run_training(
     return out
 
 
+def run_fits(
+    config: TrainingConfig,
+    make: Callable[[int], nn.Module],
+    finish: Callable[[LayerwiseForCausalLM, list[Tokens], int], None],
+    notify: Callable[[str], None],
+) -> Path:
+    """As `run_training`, of a recipe whose module needs no steps, only what `finish` fits; in one process.
+
+    Raises:
+        ValueError: the folder holds a training already.
+    """
+    out = Path(config.out)
+    starting_point(config, out, resume=False)
+    examples, pad = read_examples(config, notify)
+    module = make(1).eval()
+    notify(f"{len(examples)} examples, no steps")
+    out.mkdir(parents=True, exist_ok=True)
+    _record(out, config, [])
+    finish(module.model, examples, pad)
+    save_adapter(module.model, out)
+    return out
+
+
 def starting_point(config: TrainingConfig, out: Path, resume: bool) -> Path | None:
     """The checkpoint to resume from, or None to begin.
 

@@ -27,9 +27,18 @@ from layerwise.model.thin import ThinMlps, thinned
 from layerwise.plan import Part, Visit
 from layerwise.policies.gates import GatedPolicy
 from layerwise.report.html import _cell
-from layerwise.training import layerroute
+from layerwise.training import layerroute, neuron_fits
 from layerwise.training.layerroute import train
-from layerwise.training.neuron_fits import choose_neurons, least_worth, mend_neurons, neuron_worths
+from layerwise.training.neuron_fits import (
+    OF_PROMPTS,
+    RIDGE,
+    Moments,
+    cheapest,
+    choose_neurons,
+    eliminated,
+    low_rank,
+    moments,
+)
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 KEPT = {1: [40, 3, 5, 7, 11], 2: list(range(0, 48, 3)), 4: [0]}
@@ -144,40 +153,80 @@ def test_closed_gates_take_thin_mlps(tmp_path: Path) -> None:
 # -- choosing neurons ----------------------------------------------------------------------------------------
 
 
-def test_worth_is_what_leaving_out_a_neuron_changes_at_first_order() -> None:
-    """Beside autograd through one mask a token and neuron, example by example."""
+def test_moments_are_sums_over_the_tokens_of_rows_alone() -> None:
     made = module()
-    model = made.model
+    model, layer = made.model, 2
     examples = [answered(tiny.tokens(1, length, length)[0].tolist()) for length in (5, 8, 6)]
-    choose_neurons(model, examples, 0.2)
-    kept = model.thin.kept
-    assert kept
-    plan = Plan(tuple(Visit(layer, Part.THIN if layer in kept else Part.BOTH) for layer in range(LAYERS)))
-    expected = torch.zeros(LAYERS, 48, dtype=torch.float64)
+    says, matters = torch.zeros(49, 49), torch.zeros(32, 32)
+    down = model.runtime.backbone.layers[layer].mlp.down_proj
     for one in examples:
-        ids, labels = torch.tensor([one.input_ids]), torch.tensor(one.labels)
-        masks, hooks = [], []
-        for layer, visit in enumerate(plan):
-            down = model.runtime.backbone.module(visit).mlp.down_proj
-            mask = torch.ones(ids.shape[1], down.in_features, requires_grad=True)
-            masks.append((layer, mask))
-            hooks.append(down.register_forward_pre_hook(lambda _, given, mask=mask: (given[0] * mask,)))
-        logits = model(ids, plans=[plan]).logits[0]
-        loss = cross_entropy(logits[:-1], labels[1:], reduction="sum", ignore_index=-100)
-        for (layer, _), change in zip(masks, torch.autograd.grad(loss, [mask for _, mask in masks]), strict=True):
-            expected[layer, kept.get(layer, slice(None))] += change.double().square().sum(0)
-        for hook in hooks:
-            hook.remove()
-    torch.testing.assert_close(neuron_worths(model, examples), expected, rtol=1e-3, atol=1e-7)
+        calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+        hook = down.register_forward_hook(lambda _, given, output, calls=calls: calls.append((given[0], output)))
+        logits = model(torch.tensor([one.input_ids]), plans=[Plan.full(LAYERS)]).logits[0]
+        hook.remove()
+        loss = cross_entropy(logits[:-1], torch.tensor(one.labels)[1:], reduction="sum", ignore_index=-100)
+        (gradient,) = torch.autograd.grad(loss, [calls[0][1]])
+        for at, activation in enumerate(calls[0][0][0].detach()):
+            row = torch.cat([activation, torch.ones(1)])
+            answers = len(one.labels) - 4 <= at < len(one.labels) - 1
+            says += (1.0 if answers else OF_PROMPTS) * torch.outer(row, row)
+        matters += gradient[0].T @ gradient[0]
+    found = moments(model, examples)
+    assert len(found) == LAYERS
+    torch.testing.assert_close(found[layer].says, says, **CLOSE)
+    torch.testing.assert_close(found[layer].matters, matters, rtol=1e-3, atol=1e-6)
 
 
-def test_neurons_of_least_worth_are_left_out_in_whole_parts() -> None:
-    worths = torch.tensor([[1.0, 9.0, 2.0, 3.0], [0.1, 8.0, 0.2, 0.3], [9.0, 9.0, 9.0, 9.0]])
-    assert {layer: those.tolist() for layer, those in least_worth(worths, 4).items()} == {0: [2, 3, 1], 1: [1]}
-    assert {layer: those.tolist() for layer, those in least_worth(worths, 2, sizes=2).items()} == {1: [3, 1]}
-    assert least_worth(worths, 100).keys() == {0, 1, 2} and all(
-        len(one) == 1 for one in least_worth(worths, 100).values()
-    )
+def test_what_stays_makes_up_for_what_is_left_out_as_well_as_it_can() -> None:
+    """Beside least squares for the neurons that stay; and the cheapest of all single ones goes first."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(200, 7, generator=generator) @ torch.randn(7, 7, generator=generator)
+    rows = torch.cat([rows + 1, torch.ones(200, 1)], 1)
+    weight, felt = torch.randn(4, 7, generator=generator), torch.randn(200, 4, generator=generator)
+    of = Moments(rows.T @ rows, felt.T @ felt)
+    ridge = RIDGE * of.says.diagonal()[:-1].mean() * torch.eye(8).double()
+    ridge[-1, -1] = 0
+    whole = torch.cat([weight, torch.zeros(4, 1)], 1).double()
+
+    def made_up(kept: list[int]) -> tuple[float, torch.Tensor]:
+        stay = [*kept, 7]
+        square = of.says.double() + ridge
+        changed = torch.zeros(4, 8).double()
+        changed[:, stay] = torch.linalg.solve(square[stay][:, stay], square[stay] @ whole.T).T
+        lost = whole - changed
+        return torch.trace(of.matters.double() @ lost @ square @ lost.T).item(), changed
+
+    found = eliminated(weight, of, sizes=7)
+    assert [len(one.kept) for one in found] == [6, 5, 4, 3, 2, 1]
+    for one in found:
+        cost, changed = made_up(one.kept.tolist())
+        assert one.cost == pytest.approx(cost, rel=1e-6)
+        torch.testing.assert_close(torch.cat([one.weight, one.bias[:, None]], 1), changed[:, [*one.kept, 7]].float())
+    singles = [made_up([one for one in range(7) if one != gone])[0] for gone in range(7)]
+    assert found[0].cost == pytest.approx(min(singles), rel=1e-6)
+
+
+def test_the_cheapest_steps_of_all_layers_are_taken_in_order() -> None:
+    costs = [[5.0, 6.0, 20.0], [1.0, 3.0, 9.0], [2.0, 2.5, 100.0]]
+    assert cheapest(costs, 3) == [0, 2, 1] and cheapest(costs, 4) == [0, 2, 2]
+    assert cheapest(costs, 6) == [2, 2, 2] and cheapest(costs, 0) == [
+        0,
+        0,
+        0,
+    ]  # the second of the first: 5, as its first
+
+
+def test_a_change_is_cut_to_the_directions_that_differ_most() -> None:
+    generator = torch.Generator().manual_seed(0)
+    change = torch.randn(4, 2, generator=generator) @ torch.randn(2, 9, generator=generator)
+    varies = torch.randn(9, 9, generator=generator)
+    varies = varies @ varies.T
+    for rank, share in ((2, 1e-4), (1, 0.9)):
+        into, out = low_rank(change, varies, rank)
+        left = change - out @ into
+        assert into.shape == (rank, 9) and out.shape == (4, rank)
+        assert torch.trace(left @ varies @ left.T) < share * torch.trace(change @ varies @ change.T)
+        torch.testing.assert_close(into.norm(dim=1), out.norm(dim=0))
 
 
 def test_neurons_are_chosen_for_those_that_bear_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,9 +236,9 @@ def test_neurons_are_chosen_for_those_that_bear_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(layerroute, "lost", lambda *_: torch.tensor([0.9, 0.1, 0.8, 0.2, 0.3, 0.7]))
     asked: list[list[Any]] = []
 
-    def noted(model: LayerwiseForCausalLM, those: list[Any], share: float, **options: Any) -> None:
+    def noted(model: LayerwiseForCausalLM, those: list[Any], share: float, rank: int = 0) -> None:
         asked.append([*those])
-        choose_neurons(model, those, share, **options)
+        choose_neurons(model, those, share, rank)
 
     monkeypatch.setattr(layerroute, "choose_neurons", noted)
     made.choose_neurons(examples)
@@ -221,22 +270,22 @@ def test_mends_fold_into_the_maps_they_mend(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_least_squares_mend_what_can_be_foretold() -> None:
-    """Neuron 5 of layer 2 says twice what 7 says; without 5, seven can speak for both."""
+def test_neurons_that_others_can_speak_for_go_first_and_are_mended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In layer 2 each of six neurons has a twin; one of its eight parts is six neurons."""
+    monkeypatch.setattr(neuron_fits, "RIDGE", 1e-6)
     model = attach(tiny.model("llama"))
     mlp = model.runtime.backbone.layers[2].mlp
-    mlp.gate_proj.weight[5] = mlp.gate_proj.weight[7]
-    mlp.up_proj.weight[5] = 2 * mlp.up_proj.weight[7]
-    kept = torch.tensor([neuron for neuron in range(48) if neuron != 5])
-    model.thin_by(ThinMlps(model.runtime.backbone, {2: kept}, rank=1))
-    examples = [answered(tiny.tokens(1, 30, seed)[0].tolist()) for seed in range(60)]
-    plan, ids = Plan.parse("0-1 2t 3-5"), tiny.tokens(2, 9, 99)
-    whole, lacking = model(ids).logits, model(ids, plans=[plan] * 2).logits
-    mend_neurons(model, examples, plan)
-    mended = model(ids, plans=[plan] * 2).logits
-    assert (mended - whole).norm() < 0.2 * (lacking - whole).norm()
-    mend_neurons(model, examples, plan)  # again gives the same
-    torch.testing.assert_close(model(ids, plans=[plan] * 2).logits, mended, **CLOSE)
+    for neuron in range(6):
+        mlp.gate_proj.weight[neuron + 6] = mlp.gate_proj.weight[neuron]
+        mlp.up_proj.weight[neuron + 6] = 2 * mlp.up_proj.weight[neuron]
+    examples = [answered(tiny.tokens(1, 30, seed)[0].tolist()) for seed in range(40)]
+    ids, off = tiny.tokens(2, 9, 99), {}
+    for rank in (0, 6):
+        choose_neurons(model, examples, 1 / (LAYERS * 8), rank)
+        assert model.thin.numbers == (2,) and len(model.thin.kept[2]) == 42
+        assert all((neuron in model.thin.kept[2]) != (neuron + 6 in model.thin.kept[2]) for neuron in range(6))
+        off[rank] = (model(ids, plans=["0-1 2t 3-5"] * 2).logits - model(ids).logits).norm()
+    assert off[6] < 0.2 * off[0]
 
 
 def test_an_adapter_is_routed_as_it_is(files: Path, tmp_path: Path) -> None:  # noqa: F811

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 Visits = tuple[Visit, ...]  # what a plan makes of one layer: nothing, one visit, or attention and a bridge
 TOKENS_AT_ONCE = 2048
-RIDGE = 0.02  # of the inputs' mean variance
+RIDGE = 0.02  # a token, where what a bridge sees has a mean square of 1
 FIRST = 20.0  # what the first token of a text weighs: there is one, unlike all others, and all others look at it
 
 
@@ -145,13 +145,12 @@ class Moments:
     def add(self, inputs: Tensor, outputs: Tensor, weights: Tensor) -> None:
         """Add rows: inputs (n, in), outputs (n, out) and their weights (n,); sums are kept on the CPU, in float64."""
         inputs, outputs, weights = (one.cpu() for one in (inputs, outputs, weights))
-        weighed = inputs * weights[:, None]
+        weighed = (inputs * weights[:, None]).double()
         self.weight = self.weight + weights.double().sum()
-        self.inputs = self.inputs + weighed.double().sum(0)
+        self.inputs = self.inputs + weighed.sum(0)
         self.outputs = self.outputs + weights.double() @ outputs.double()
-        # Products of a batch in the numbers given, since those in float64 take as long as the model.
-        self.squares = self.squares + (weighed.T @ inputs).double()
-        self.products = self.products + (weighed.T @ outputs).double()
+        self.squares = self.squares + weighed.T @ inputs.double()
+        self.products = self.products + weighed.T @ outputs.double()
 
     def low_rank(self, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         """The ridge regression, of a rank: up @ down @ input + bias.
@@ -162,7 +161,7 @@ class Moments:
         of_inputs, of_outputs = self.inputs / self.weight, self.outputs / self.weight
         square = self.squares - self.weight * torch.outer(of_inputs, of_inputs)
         product = self.products - self.weight * torch.outer(of_inputs, of_outputs)
-        ridge = RIDGE * square.diagonal().mean() * torch.eye(len(square), dtype=square.dtype, device=square.device)
+        ridge = RIDGE * self.weight * torch.eye(len(square), dtype=square.dtype, device=square.device)
         whole = torch.linalg.solve(square + ridge, product)  # (in, out)
         _, directions = torch.linalg.eigh(whole.T @ square @ whole)  # ascending
         up = directions[:, -rank:].flip(-1)

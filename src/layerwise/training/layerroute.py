@@ -70,7 +70,7 @@ from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.bridge_fit import fit_bridges
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, computed_in, layers_of
 from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, parting, row_losses
-from layerwise.training.neuron_fits import choose_neurons, mend_neurons
+from layerwise.training.neuron_fits import choose_neurons
 from layerwise.training.trainer import RecipeTrainer, read_examples, run_fits, run_training
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
@@ -169,15 +169,12 @@ class LayerRoute(nn.Module):
 
     def choose_neurons(self, examples: Sequence[Tokens]) -> None:
         """Choose thin MLPs, first by some of these examples, then anew by the half of all that lose least by those."""
-        choose_neurons(self.model, examples[:SCORED], self.recipe.neurons, rounds=1)
+        choose_neurons(self.model, examples[:SCORED], self.recipe.neurons)
         self.may_thin()
         gaps = lost(self.model, examples, self._short())
         bearing = [examples[at] for at in gaps.argsort()[: max(1, len(examples) // 2)].tolist()]
-        self.model.thin_by(None)
-        choose_neurons(self.model, bearing, self.recipe.neurons, rank=self.recipe.mend_rank)
+        choose_neurons(self.model, bearing, self.recipe.neurons, self.recipe.mend_rank)
         self.may_thin()
-        if self.recipe.mend_rank:
-            mend_neurons(self.model, bearing, self._short())
 
     @property
     def crossed_from(self) -> int:

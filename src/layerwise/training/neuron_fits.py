@@ -1,24 +1,30 @@
-"""Which neurons of MLPs some inputs can do without, measured on their answers: see `model.thin`.
+"""Which neurons of MLPs some inputs can do without, and how the others speak for them: see `model.thin`.
 
-What an answer loses without neuron j is foretold by the first order of its loss L,
+Leaving neurons out of an MLP, and changing the map down of those that stay to make up for them, is pruning by the
+optimal brain surgeon (Hassibi and Stork 1993), here of whole columns (as in arXiv 2302.04089). With activations a of
+all neurons, the map down W, and the gradients g of the answers' loss at what the MLP adds,
 
-    worth_j = sum over tokens of  (a_j dL/da_j)^2         a_j = act(gate_j . x) * (up_j . x)
+    H = sum over tokens of  w a a^T          G = sum over tokens of  g g^T
 
-which is what leaving it out at that token would change, squared (Molchanov et al., arXiv 1906.10771). The least worth
-are left out first, over all layers alike, because a neuron costs the same in each; a part at a time, and then all that
-are left are measured anew, on other examples: what one neuron says another may say too.
+(the loss is taken for a quadratic with curvature G x H, arXiv 1503.05671; w is 1 for tokens that predict a labelled one
+and less for those of prompts), neurons S are left out at the cost
+
+    tr(G W_S C_S^-1 W_S^T)          C = H^-1, C_S its rows and columns S
+
+if W changes by -W_S C_S^-1 C_S: (S, all). The cheapest are left out first, a few at a time, down to an eighth of the
+layer's. That gives each layer a curve, what it costs to leave out so much; and of all layers the cheapest steps are
+taken, since a neuron saves the same in each. The change of W is cut to a low rank, in the directions in which what it
+adds differs most.
 
 Kept neurons come in eighths of a layer's, so that there are no more than seven sizes of thin MLPs, for each of which a
 kernel has to be compiled.
-
-What is left is mended by least squares (`mend_neurons`): texts walk the whole layers, and beside it those with thin
-MLPs, and from what the kept neurons say a ridge regression foretells what the second walk lacks of the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,143 +34,164 @@ from layerwise.data.examples import IGNORED, Tokens, collate, length_sorted_batc
 from layerwise.model.modes import evaluating
 from layerwise.model.runtime import Runtime
 from layerwise.model.thin import ThinMlps, gated
-from layerwise.plan import Part, Plan, Visit
-from layerwise.training.bridge_fit import Moments
+from layerwise.plan import Plan
 from layerwise.training.gate_fits import row_losses
 
 if TYPE_CHECKING:
     from layerwise.model.causal_lm import LayerwiseForCausalLM
 
 TOKENS_AT_ONCE = 1024
-ROUNDS = 4
-OF_PROMPTS = 0.3  # what a token of a prompt weighs beside one of an answer, where thin MLPs are mended
 SIZES = 8  # a thin MLP keeps a multiple of a layer's neurons divided by this
+AT_ONCE = 32  # neurons left out before costs are counted anew
+OF_PROMPTS = 0.2  # what a token of a prompt weighs beside one that predicts a label
+RIDGE = 0.02  # of the activations' mean square
 
 
-def neuron_worths(model: LayerwiseForCausalLM, examples: Sequence[Tokens]) -> Tensor:
-    """The worth of every neuron to these answers, (layers, neurons) float64, summed over examples.
+@dataclass
+class Moments:
+    """Of one layer, summed over tokens: what its neurons say, with a 1 for the bias, and what its outputs matter.
 
-    Layers that have a thin MLP run with it; the worth of what it leaves out is 0.
+    Attributes:
+        says: (neurons + 1, neurons + 1), H above.
+        matters: (hidden size, hidden size), G above.
+    """
+
+    says: Tensor
+    matters: Tensor
+
+
+def moments(model: LayerwiseForCausalLM, examples: Sequence[Tokens]) -> list[Moments]:
+    """The moments of every layer, all of which run, over these examples.
 
     Raises:
         UnsupportedModelError: the MLPs are not gated ones.
     """
     backbone = model.runtime.backbone
-    plan = _with_thin(model)
-    maps = [backbone.module(visit).mlp.down_proj for visit in plan]
-    kept = {} if model.thin is None else model.thin.kept
-    worths = torch.zeros(model.depth, max(gated(layer.mlp)[2].in_features for layer in backbone.layers)).double()
-    with evaluating(model), _inputs(maps) as seen:
+    maps = [gated(layer.mlp)[2] for layer in backbone.layers]
+    plan = Plan.full(model.depth)
+    found = [Moments(torch.zeros(one.in_features + 1, one.in_features + 1), torch.zeros(())) for one in maps]
+    with evaluating(model), _calls(maps) as calls:
         for group in length_sorted_batches([len(one.input_ids) for one in examples], TOKENS_AT_ONCE):
             batch, counts = collate([examples[at] for at in group], 0), [len(examples[at].input_ids) for at in group]
             with torch.enable_grad():
                 hidden = model.embed(batch["input_ids"].to(model.device)).detach().requires_grad_()
                 deep = Runtime(backbone).forward(hidden, [plan] * len(group), counts)
                 losses, _ = row_losses(backbone, deep, batch["labels"].to(model.device), counts)
-                gradients = torch.autograd.grad(losses.sum(), seen)
-            for layer, (activation, gradient) in enumerate(zip(seen, gradients, strict=True)):
-                changes = (activation.detach().float() * gradient.float()).square().sum((0, 1)).double().cpu()
-                worths[layer, kept.get(layer, slice(len(changes)))] += changes
-            seen.clear()
-    return worths
+                gradients = torch.autograd.grad(losses.sum(), [output for _, output in calls])
+            inside = batch["attention_mask"].bool()
+            predicts = batch["labels"].roll(-1, 1) != IGNORED  # never of the last column, whose next is the first
+            weights = torch.where(predicts, 1.0, OF_PROMPTS)[inside]
+            for layer, ((activations, _), gradient) in enumerate(zip(calls, gradients, strict=True)):
+                rows = activations.detach()[inside].float().cpu()
+                rows = torch.cat([rows, torch.ones(len(rows), 1)], 1)
+                felt = gradient[inside].float().cpu()
+                found[layer].says += (rows * weights[:, None]).T @ rows
+                found[layer].matters = found[layer].matters + felt.T @ felt
+            calls.clear()
+    return found
 
 
 @contextmanager
-def _inputs(maps: Sequence[torch.nn.Module]) -> Iterator[list[Tensor]]:
-    """A list that gets what enters these maps in the passes within; the caller empties it."""
-    seen: list[Tensor] = []
-    hooks = [one.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0])) for one in maps]
+def _calls(maps: Sequence[torch.nn.Module]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """A list that gets input and output of these maps in the passes within; the caller empties it."""
+    calls: list[tuple[Tensor, Tensor]] = []
+    hooks = [one.register_forward_hook(lambda _, given, output: calls.append((given[0], output))) for one in maps]
     try:
-        yield seen
+        yield calls
     finally:
         for hook in hooks:
             hook.remove()
 
 
-def least_worth(worths: Tensor, count: int, sizes: int | None = None) -> dict[int, Tensor]:
-    """Leave out about `count` neurons of least worth, over all layers; what the layers that lose some keep.
+@dataclass
+class Thinned:
+    """A map down with some of its neurons left out.
+
+    Attributes:
+        cost: as above, of leaving them out.
+        kept: (neurons,) those that stay, ascending.
+        weight, bias: (hidden size, kept neurons) and (hidden size,), changed to make up for the others.
+    """
+
+    cost: float
+    kept: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
+def eliminated(weight: Tensor, of: Moments, sizes: int = SIZES) -> list[Thinned]:
+    """The map down (hidden size, neurons) with one, two, ... of `sizes` parts of its neurons left out, all but one."""
+    neurons = weight.shape[1]
+    part = -(-neurons // sizes)
+    says, matters = of.says.double(), of.matters.double()
+    ridge = torch.full((neurons + 1,), RIDGE * says.diagonal()[:-1].mean().item(), dtype=says.dtype)
+    ridge[-1] = 0  # of the bias
+    inverse = torch.linalg.inv(says + ridge.diag())
+    changed = torch.cat([weight.double().cpu(), weight.new_zeros(len(weight), 1).double().cpu()], 1)
+    alive = torch.ones(neurons + 1, dtype=torch.bool)
+    cost, found = 0.0, []
+    for boundary in range(part, neurons, part):
+        while (gone := int((~alive).sum())) < boundary:
+            left = alive[:-1].nonzero()[:, 0]
+            columns = changed[:, left]
+            price = (columns * (matters @ columns)).sum(0) / inverse[left, left]
+            those = left[price.argsort()[: min(AT_ONCE, boundary - gone)]]
+            own = torch.linalg.inv(inverse[those][:, those])
+            columns = changed[:, those]
+            cost += ((matters @ columns) * (columns @ own)).sum().item()
+            changed = changed - columns @ own @ inverse[those]
+            inverse = inverse - inverse[:, those] @ own @ inverse[those]
+            alive[those] = False
+        kept = alive[:-1].nonzero()[:, 0]
+        found.append(Thinned(cost, kept, changed[:, kept].float(), changed[:, -1].float()))
+    return found
+
+
+def cheapest(costs: Sequence[Sequence[float]], steps: int) -> list[int]:
+    """How many steps to take in each layer: of all layers the cheapest, in each layer in order.
 
     Args:
-        worths: (layers, neurons).
-        sizes: leave out whole parts of a layer's neurons, of so many alike; but for the part of most worth, since a
-            layer keeps some.
+        costs: by layer, what the first step costs, the first two, and so on.
     """
-    neurons = worths.shape[1]
-    size = 1 if sizes is None else -(-neurons // sizes)
-    ordered, order = worths.sort(dim=1)
-    parts = [part.sum(1) for part in ordered.split(size, dim=1)][:-1]
-    table = torch.stack(parts, 1)  # (layers, parts), ascending in each
-    picked = table.flatten().argsort()[: round(count / size)]
-    left_out = torch.bincount(picked // table.shape[1], minlength=len(worths)) * size
-    return {layer: order[layer, less:] for layer, less in enumerate(left_out.tolist()) if less}
-
-
-def _with_thin(model: LayerwiseForCausalLM) -> Plan:
-    """Every layer, with its thin MLP if it has one."""
-    thin = model.runtime.backbone.thin
-    return Plan(tuple(Visit(layer, Part.THIN if layer in thin else Part.BOTH) for layer in range(model.depth)))
-
-
-def choose_neurons(
-    model: LayerwiseForCausalLM, examples: Sequence[Tokens], share: float, rounds: int = ROUNDS, rank: int = 0
-) -> None:
-    """Give the model thin MLPs that leave out a share of all its neurons, those of least worth to these answers.
-
-    Args:
-        rounds: in which they are left out, a part in each.
-        rank: of what mends them, if anything is to; it adds nothing yet.
-    """
-    neurons = gated(model.runtime.backbone.layers[0].mlp)[2].in_features
-    for done in range(rounds):
-        worths = neuron_worths(model, examples[done::rounds])
-        for layer, kept in _kept(model).items():
-            gone = torch.ones(neurons, dtype=torch.bool)
-            gone[kept] = False
-            worths[layer, gone] = -1.0  # stays out
-        count = round(share * model.depth * neurons * (done + 1) / rounds)
-        last = done == rounds - 1
-        thin = least_worth(worths, count, SIZES if last else None)
-        model.thin_by(ThinMlps(model.runtime.backbone, thin, rank if last else 0))
+    prices = torch.tensor([[after - before for before, after in zip([0.0, *c], c, strict=False)] for c in costs])
+    prices = prices.cummax(1).values  # a step that costs less than the one before it does not come sooner
+    picked = prices.flatten().argsort(stable=True)[:steps] // prices.shape[1]
+    return torch.bincount(picked, minlength=len(costs)).tolist()
 
 
 @torch.no_grad()
-def mend_neurons(model: LayerwiseForCausalLM, examples: Sequence[Tokens], plan: Plan) -> None:
-    """Fit what mends the thin MLPs of a plan to the texts of these examples, layer after layer."""
-    runtime, thin = Runtime(model.runtime.backbone), model.thin
-    groups = length_sorted_batches([len(one.input_ids) for one in examples], TOKENS_AT_ONCE)
-    batches = [collate([examples[at] for at in group], 0) for group in groups]
-    counts = [[len(examples[at].input_ids) for at in group] for group in groups]
+def choose_neurons(model: LayerwiseForCausalLM, examples: Sequence[Tokens], share: float, rank: int = 0) -> None:
+    """Give the model thin MLPs that leave out a share of all its neurons, those that cost these answers least.
 
-    def after(visit: Visit, states: Sequence[Tensor]) -> list[Tensor]:
-        return [runtime.forward(one, [Plan((visit,))] * len(n), n) for one, n in zip(states, counts, strict=True)]
-
-    with evaluating(model):
-        whole = [model.embed(batch["input_ids"].to(model.device)) for batch in batches]  # states with every layer whole
-        walk = whole
-        last = -1
-        for visit in plan:
-            if visit.layer != last:
-                before, whole = whole, after(Visit(visit.layer), whole)
-            last = visit.layer
-            if visit.part is not Part.THIN:
-                walk = whole if walk is before and visit.part is Part.BOTH else after(visit, walk)
-                continue
-            mend, moments = thin.mends[str(visit.layer)], Moments()
-            mend.out.weight.zero_()
-            mend.out.bias.zero_()
-            with _inputs([thin[visit.layer].down_proj]) as seen:
-                unmended = after(visit, walk)
-            for activations, reached, wanted, batch in zip(seen, unmended, whole, batches, strict=True):
-                inside = batch["attention_mask"].bool()
-                weights = torch.where(batch["labels"] == IGNORED, OF_PROMPTS, 1.0)[inside]
-                lacks = wanted.float() - reached.float()
-                moments.add(activations[inside].float(), lacks[inside], weights)
-            into, out, bias = moments.low_rank(mend.into.out_features)
-            mend.into.weight.copy_(into)
-            mend.out.weight.copy_(out)
-            mend.out.bias.copy_(bias)
-            walk = after(visit, walk)
+    Args:
+        rank: of what mends them; 0 for nothing.
+    """
+    found = moments(model, examples)
+    maps = [gated(layer.mlp)[2] for layer in model.runtime.backbone.layers]
+    ways = [eliminated(one.weight.detach().float(), of) for one, of in zip(maps, found, strict=True)]
+    steps = cheapest([[way.cost for way in one] for one in ways], round(share * len(maps) * SIZES))
+    chosen = {layer: ways[layer][taken - 1] for layer, taken in enumerate(steps) if taken}
+    model.thin_by(ThinMlps(model.runtime.backbone, {layer: one.kept for layer, one in chosen.items()}, rank))
+    for layer, one in chosen.items() if rank else ():
+        mend, kept = model.thin.mends[str(layer)], one.kept
+        says = found[layer].says
+        change = one.weight - maps[layer].weight.detach().float().cpu()[:, kept]
+        into, out = low_rank(change, says[kept][:, kept] - says[kept, -1:] * says[-1:, kept] / says[-1, -1], rank)
+        mean = says[kept, -1] / says[-1, -1]
+        mend.into.weight.copy_(into)
+        mend.out.weight.copy_(out)
+        mend.out.bias.copy_(one.bias + (change - out @ into) @ mean)
 
 
-def _kept(model: LayerwiseForCausalLM) -> Mapping[int, Tensor]:
-    return {} if model.thin is None else model.thin.kept
+def low_rank(change: Tensor, varies: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Factors into (rank, neurons) and out (hidden size, rank) of a change (hidden size, neurons) of a map.
+
+    They keep the directions in which what it adds differs most, by the covariance `varies` of its inputs; rows and
+    columns are equally long.
+    """
+    change, varies = change.double(), varies.double()
+    _, directions = torch.linalg.eigh(change @ varies @ change.T)  # ascending
+    out = directions[:, -rank:].flip(-1)
+    into = out.T @ change
+    scale = into.norm(dim=1).clamp(min=1e-12).sqrt()
+    return (into / scale[:, None]).float(), (out * scale).float()

@@ -57,7 +57,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     | {"start_closed": "1 3-5 7 9 12-15", "keep": "0 2 6 8 10-11 16-29", "leave": "attention", "bridge_rank": 192}
     | {"hold": 1.0, "hold_full": 1.0},
     "neurons": BY_FITS
-    | {"leave": "neurons", "neurons": 0.29, "mend_rank": 64, "hold": 1.0, "hold_full": 1.0, "adapter": "none"},
+    | {"leave": "neurons", "neurons": 0.29, "mend_rank": 96, "hold": 1.0, "hold_full": 1.0, "adapter": "none"},
     "none": {"objective": "none", "learning_rate": 1e-3, "lora_dropout": 0.0},
     "paper": {"objective": "paper", "penalty": 1.0, "learning_rate": 2e-4},  # all as published, but for the steps
 }
@@ -141,7 +141,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Make results/layerroute.json again.")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "layerroute", help="folder for adapters")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="seeds, separated by commas")
-    parser.add_argument("--recipes", default="quality,bridges,paper", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--recipes", default="neurons,quality,bridges,paper", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--samples", type=int, default=60, help="held-out examples of each kind")
     parser.add_argument("--timed", type=int, default=0, help="also answer prompts, and time decoding on so many")
     chosen = parser.parse_args()

@@ -163,11 +163,11 @@ def layerroute_table(result: dict[str, Any]) -> str:
     commits = ", ".join(dict.fromkeys(run["environment"]["commit"] for run in runs))
     lines += [
         "",
-        "Shares are of all decode FLOPs, LM head and attention counted; controls skip as many layers, by bridges where "
-        "the routes do, their cost is in nats a token above the routes', with 95% intervals. "
+        "Shares are of all decode FLOPs, LM head and attention counted; controls leave out as much, by bridges and "
+        "thin MLPs where the routes do, their cost is in nats a token above the routes', with 95% intervals. "
         f"{kinds['tools']['n']} and {kinds['planning']['n']} held-out prompts; commits {commits}."
         f"{''.join(map(_route_answers, runs))} "
-        "Again: `python tools/layerroute_runs.py --recipes quality,bridges,paper --seeds 0,1,2,3,4`.",
+        "Again: `python tools/layerroute_runs.py --recipes neurons,quality,bridges,paper --seeds 0,1,2,3,4`.",
     ]
     return "\n".join(lines)
 
@@ -177,13 +177,13 @@ def _route_order(run: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _route_name(run: dict[str, Any]) -> str:
-    what = ", MLPs alone" if _leaves(run) else ""
+    what = {"attention": ", MLPs alone", "neurons": ", neurons alone"}.get(_leaves(run), "")
     return f"{run['objective']}{what}{', with bridges' if run.get('bridge_rank') else ''}, {run['seed']}"
 
 
-def _leaves(run: dict[str, Any]) -> bool:
-    """Whether closed gates left the attention of their layers."""
-    return run.get("leave") == "attention"
+def _leaves(run: dict[str, Any]) -> str:
+    """What closed gates left of their layers, as the recipe has it: nothing, unless it says so."""
+    return run.get("leave") or "nothing"
 
 
 def _route_answers(run: dict[str, Any]) -> str:

@@ -13,8 +13,7 @@ and less for those of prompts), neurons S are left out at the cost
 
 if W changes by -W_S C_S^-1 C_S: (S, all). The cheapest are left out first, a few at a time, down to an eighth of the
 layer's. That gives each layer a curve, what it costs to leave out so much; and of all layers the cheapest steps are
-taken, since a neuron saves the same in each. The change of W is cut to a low rank, in the directions in which what it
-adds differs most.
+taken, since a neuron saves the same in each. The change of W is cut to a low rank, by G and H as well.
 
 Kept neurons come in eighths of a layer's, so that there are no more than seven sizes of thin MLPs, for each of which a
 kernel has to be compiled.
@@ -44,7 +43,8 @@ TOKENS_AT_ONCE = 1024
 SIZES = 8  # a thin MLP keeps a multiple of a layer's neurons divided by this
 AT_ONCE = 32  # neurons left out before costs are counted anew
 OF_PROMPTS = 0.2  # what a token of a prompt weighs beside one that predicts a label
-RIDGE = 0.02  # of the activations' mean square
+RIDGE = 0.005  # of the activations' mean square
+FLOOR = 0.02  # of the mean over all directions of outputs: none matters less, as far as ranks are cut
 
 
 @dataclass
@@ -173,25 +173,32 @@ def choose_neurons(model: LayerwiseForCausalLM, examples: Sequence[Tokens], shar
     chosen = {layer: ways[layer][taken - 1] for layer, taken in enumerate(steps) if taken}
     model.thin_by(ThinMlps(model.runtime.backbone, {layer: one.kept for layer, one in chosen.items()}, rank))
     for layer, one in chosen.items() if rank else ():
-        mend, kept = model.thin.mends[str(layer)], one.kept
-        says = found[layer].says
-        change = one.weight - maps[layer].weight.detach().float().cpu()[:, kept]
-        into, out = low_rank(change, says[kept][:, kept] - says[kept, -1:] * says[-1:, kept] / says[-1, -1], rank)
-        mean = says[kept, -1] / says[-1, -1]
+        mend, says = model.thin.mends[str(layer)], found[layer].says
+        stay = torch.cat([one.kept, torch.tensor([len(says) - 1])])
+        change = one.weight - maps[layer].weight.detach().float().cpu()[:, one.kept]
+        into, out = low_rank(change, Moments(says[stay][:, stay], found[layer].matters), rank)
+        mean = says[one.kept, -1] / says[-1, -1]
         mend.into.weight.copy_(into)
         mend.out.weight.copy_(out)
         mend.out.bias.copy_(one.bias + (change - out @ into) @ mean)
 
 
-def low_rank(change: Tensor, varies: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def low_rank(change: Tensor, of: Moments, rank: int) -> tuple[Tensor, Tensor]:
     """Factors into (rank, neurons) and out (hidden size, rank) of a change (hidden size, neurons) of a map.
 
-    They keep the directions in which what it adds differs most, by the covariance `varies` of its inputs; rows and
-    columns are equally long.
+    They keep the directions in which what it adds differs most where that matters: by the covariance of its inputs, and
+    by G in the space of its outputs. Rows and columns are equally long.
+
+    Args:
+        of: of the same neurons.
     """
-    change, varies = change.double(), varies.double()
-    _, directions = torch.linalg.eigh(change @ varies @ change.T)  # ascending
-    out = directions[:, -rank:].flip(-1)
-    into = out.T @ change
-    scale = into.norm(dim=1).clamp(min=1e-12).sqrt()
+    change, says = change.double(), of.says.double()
+    varies = says[:-1, :-1] - torch.outer(says[:-1, -1], says[-1, :-1]) / says[-1, -1]
+    matters = of.matters.double()
+    root = torch.linalg.cholesky(matters + FLOOR * matters.diagonal().mean() * torch.eye(len(matters)))
+    felt = root.T @ change
+    _, directions = torch.linalg.eigh(felt @ varies @ felt.T)  # ascending
+    best = directions[:, -rank:].flip(-1)
+    into, out = best.T @ felt, torch.linalg.solve_triangular(root.T, best, upper=True)
+    scale = (into.norm(dim=1) / out.norm(dim=0)).clamp(min=1e-12).sqrt()
     return (into / scale[:, None]).float(), (out * scale).float()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,7 @@ def test_what_stays_makes_up_for_what_is_left_out_as_well_as_it_can() -> None:
 def test_the_cheapest_steps_of_all_layers_are_taken_in_order() -> None:
     costs = [[5.0, 6.0, 20.0], [1.0, 3.0, 9.0], [2.0, 2.5, 100.0]]
     assert cheapest(costs, 3) == [0, 2, 1] and cheapest(costs, 4) == [0, 2, 2]
+    assert cheapest([costs[0], [inf, inf, inf], costs[2]], 4) == [2, 0, 2]
     assert cheapest(costs, 6) == [2, 2, 2] and cheapest(costs, 0) == [
         0,
         0,
@@ -242,20 +244,21 @@ def test_a_change_is_cut_to_the_directions_that_matter() -> None:
 
 
 def test_neurons_are_chosen_for_those_that_bear_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = module(10, fits=1, leave="neurons", neurons=0.3, hold=0.5)
+    made = module(10, fits=1, leave="neurons", neurons=0.3, hold=0.5, keep="0 3")
     assert made.model.policy.keep == tuple(range(LAYERS)) and made.crossed_from == 5
     examples = [answered(tiny.tokens(1, 6 + seed, seed)[0].tolist()) for seed in range(6)]
     monkeypatch.setattr(layerroute, "lost", lambda *_: torch.tensor([0.9, 0.1, 0.8, 0.2, 0.3, 0.7]))
     asked: list[list[Any]] = []
 
-    def noted(model: LayerwiseForCausalLM, those: list[Any], share: float, rank: int = 0) -> None:
+    def noted(model: LayerwiseForCausalLM, those: list[Any], *given: Any, **options: Any) -> None:
         asked.append([*those])
-        choose_neurons(model, those, share, rank)
+        choose_neurons(model, those, *given, **options)
 
     monkeypatch.setattr(layerroute, "choose_neurons", noted)
     made.choose_neurons(examples)
     assert asked == [examples, [examples[at] for at in (1, 3, 4)]]
     layers = made.model.thin.numbers
+    assert not {0, 3} & {*layers}
     assert made.model.policy.thin == layers and set(made.model.policy.keep) == {*range(LAYERS)} - {*layers}
     left_out = sum(48 - len(those) for those in made.model.thin.kept.values())
     assert left_out == round(0.3 * LAYERS * 48 / 6) * 6  # whole eighths
@@ -309,6 +312,9 @@ def test_an_adapter_is_routed_as_it_is(files: Path, tmp_path: Path) -> None:  # 
     assert torch.equal(full, from_pretrained(plain, engine="eager")(ids).logits)
     assert routed.policy.weight.any() and routed.thin.mends["1"].out.weight.any()
     one_line(lambda: train(chosen, resume=True), "nothing to resume")
+    one_line(
+        lambda: train(replace(chosen, out=str(tmp_path / "few"), keep="0-4", neurons=0.5)), "1 layers cannot leave"
+    )
     one_line(lambda: config(files, tmp_path, adapter=str(tmp_path), **given), "there is no LoRA in")
     one_line(lambda: config(files, tmp_path, adapter=str(plain)), "give hold 1")
 
@@ -332,7 +338,7 @@ def test_a_training_chooses_neurons_and_saves_them(hold: float, files: Path, tmp
     ("change", "mention"),
     [
         ({"leave": "neurons"}, "give fits too"),
-        ({"leave": "neurons", "fits": 1, "keep": "0"}, "leave out keep"),
+        ({"leave": "neurons", "fits": 1, "start_closed": "1"}, "leave out start-closed"),
         ({"leave": "neurons", "fits": 1, "bridge_rank": 2}, "leave out bridge-rank"),
         ({"leave": "neurons", "fits": 1, "neurons": 1.0}, "neurons must be"),
         ({"fits": 1, "keep": "0", "mend_rank": 2}, "give leave neurons"),

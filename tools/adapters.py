@@ -159,10 +159,10 @@ def count_ngrams(out: Path, answers: Path, asked: list[Example]) -> Path:
 
 
 def gated(work: Path) -> Path:
-    """Gates by the objective quality: the run of results/layerroute.json with seed 0."""
+    """Gates that leave out neurons of a LoRA trained without: the run of results/layerroute.json with seed 0."""
     data = work / "routing.jsonl"
     write_jsonl(data, load("routing", "train"))
-    return trained("quality", 0, work, data)
+    return trained("neurons", 0, work, data)
 
 
 def routed(work: Path) -> Path:
@@ -200,7 +200,7 @@ def keep(made: Path, name: str, files: Iterable[str]) -> None:
         if (made / file).is_file():
             shutil.copy2(made / file, target / file)
     base = json.loads((target / "layerwise.json").read_text(encoding="utf-8"))["base_model"]
-    _without_folders(target / "training.json", "config", {"data": None, "out": None, "labels": None})
+    _without_folders(target / "training.json", "config", {"data": None, "out": None, "labels": None, "adapter": None})
     _without_folders(target / "adapter_config.json", None, {"base_model_name_or_path": base})
     note(f"wrote {target}")
 
@@ -219,7 +219,7 @@ def _without_folders(file: Path, part: str | None, names: dict[str, str | None])
 
 FILES = ("layerwise.json", "adapter_config.json", "adapter_model.safetensors", "training.json")
 FILES += ("exit_head.safetensors", "ngrams.safetensors", "routers.safetensors", "bridges.safetensors")
-FILES += ("routed_layers.safetensors",)
+FILES += ("routed_layers.safetensors", "thin.safetensors")
 MAKERS = {
     "layerskip-frozen": untouched,
     "layerskip": early,

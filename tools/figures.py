@@ -30,9 +30,8 @@ def ablation(result: dict[str, Any], path: Path) -> None:
 
 
 def heat(result: dict[str, Any], path: Path) -> None:
-    """`{"runs": [...]}` of tools/layerroute_runs.py; the first that weighs quality, without bridges, as the adapter."""
-    runs = (run for run in result["runs"] if run["objective"] == "quality" and not run.get("bridge_rank"))
-    layer_use_figure(next(runs), path)
+    """`{"runs": [...]}` of tools/layerroute_runs.py; the first that leaves out neurons, as the adapter."""
+    layer_use_figure(next(run for run in result["runs"] if run.get("leave") == "neurons"), path)
 
 
 def recall(result: dict[str, Any], path: Path) -> None:

@@ -57,7 +57,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     | {"start_closed": "1 3-5 7 9 12-15", "keep": "0 2 6 8 10-11 16-29", "leave": "attention", "bridge_rank": 192}
     | {"hold": 1.0, "hold_full": 1.0},
     "neurons": BY_FITS
-    | {"leave": "neurons", "neurons": 0.29, "mend_rank": 96, "hold": 1.0, "hold_full": 1.0, "adapter": "none"},
+    | {
+        "leave": "neurons",
+        "neurons": 0.29,
+        "keep": "0-3",
+        "mend_rank": 96,
+        "hold": 1.0,
+        "hold_full": 1.0,
+        "adapter": "none",
+    },
     "none": {"objective": "none", "learning_rate": 1e-3, "lora_dropout": 0.0},
     "paper": {"objective": "paper", "penalty": 1.0, "learning_rate": 2e-4},  # all as published, but for the steps
 }

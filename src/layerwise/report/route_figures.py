@@ -70,7 +70,7 @@ def layer_use_figure(result: Mapping[str, Any], path: str | Path) -> None:
     bar = figure.colorbar(image, ax=panel, pad=0.02, fraction=0.03, ticks=(0, 0.5, 1))
     bar.outline.set_visible(False)
     bar.ax.set_yticklabels(["0%", "50%", "100%"], color=SOFT, fontsize=8)
-    save(figure, path, "Share of prompts that run each layer")
+    save(figure, path, "Share of each layer that prompts run, by weights")
 
 
 def _path_points(result: Mapping[str, Any]) -> list[tuple[str, float, float]]:

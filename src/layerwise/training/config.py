@@ -289,8 +289,8 @@ class LayerRouteRecipe:
         _require(self.leave == "nothing" or self.fits > 0, f"leaving {self.leave} is of fitted routers: give fits too")
         _require(0 < self.neurons < 1, f"neurons must be a share above 0 and below 1, not {self.neurons}")
         _require(
-            self.leave != "neurons" or not (self.keep.strip() or self.start_closed or self.candidates),
-            "neurons are chosen in all layers: leave out keep, start-closed and candidates",
+            self.leave != "neurons" or not (self.start_closed or self.candidates),
+            "neurons are chosen in all layers but those of keep: leave out start-closed and candidates",
         )
         _require(not self.mend_rank or self.leave == "neurons", "mends are of thin MLPs: give leave neurons too")
         _require(

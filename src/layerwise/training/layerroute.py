@@ -169,11 +169,12 @@ class LayerRoute(nn.Module):
 
     def choose_neurons(self, examples: Sequence[Tokens]) -> None:
         """Choose thin MLPs, first by some of these examples, then anew by the half of all that lose least by those."""
-        choose_neurons(self.model, examples[:SCORED], self.recipe.neurons)
+        keep = layers_of(self.recipe.keep, self.model.depth)
+        choose_neurons(self.model, examples[:SCORED], self.recipe.neurons, keep=keep)
         self.may_thin()
         gaps = lost(self.model, examples, self._short())
         bearing = [examples[at] for at in gaps.argsort()[: max(1, len(examples) // 2)].tolist()]
-        choose_neurons(self.model, bearing, self.recipe.neurons, self.recipe.mend_rank)
+        choose_neurons(self.model, bearing, self.recipe.neurons, self.recipe.mend_rank, keep)
         self.may_thin()
 
     @property
@@ -446,12 +447,16 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
         if model.bridges is not None and made[0].crossed_from >= made[0].steps:
             made[0].fit_bridges(_drawn(examples, config.seed, BRIDGED))
         if config.leave == "neurons" and made[0].crossed_from >= made[0].steps:
+            notify("choosing the neurons that closed gates leave out")
             made[0].choose_neurons(_drawn(examples, config.seed, THINNED))
+            kept = made[0].model.thin.kept.values()
+            notify(f"{len(kept)} layers have thin MLPs, of {sum(map(len, kept)) / len(kept):.0f} neurons on average")
         if config.precision != "float32":  # as the LoRA
             for fitted in (model.bridges, None if model.thin is None else model.thin.mends):
                 if fitted is not None:
                     fitted.to(torch.bfloat16)
         if config.fits:  # once more to the finished LoRA
+            notify("fitting routers to what examples lose")
             gap, bearing = made[0].fit_gates(_drawn(examples, config.seed, LAST_FITTED), PRUDENCE)
             notify(f"routers fitted: {bearing:.0%} of the examples bear every skip, which costs {gap:.3f} on average")
         if isinstance(model.policy, GatedPolicy):

@@ -21,9 +21,10 @@ kernel has to be compiled.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import inf
 from typing import TYPE_CHECKING
 
 import torch
@@ -153,23 +154,36 @@ def cheapest(costs: Sequence[Sequence[float]], steps: int) -> list[int]:
     Args:
         costs: by layer, what the first step costs, the first two, and so on.
     """
+    # Of a layer that costs infinitely much every step does, though their differences are no numbers.
     prices = torch.tensor([[after - before for before, after in zip([0.0, *c], c, strict=False)] for c in costs])
+    prices = prices.nan_to_num(inf, inf)
     prices = prices.cummax(1).values  # a step that costs less than the one before it does not come sooner
     picked = prices.flatten().argsort(stable=True)[:steps] // prices.shape[1]
     return torch.bincount(picked, minlength=len(costs)).tolist()
 
 
 @torch.no_grad()
-def choose_neurons(model: LayerwiseForCausalLM, examples: Sequence[Tokens], share: float, rank: int = 0) -> None:
+def choose_neurons(
+    model: LayerwiseForCausalLM, examples: Sequence[Tokens], share: float, rank: int = 0, keep: Collection[int] = ()
+) -> None:
     """Give the model thin MLPs that leave out a share of all its neurons, those that cost these answers least.
 
     Args:
         rank: of what mends them; 0 for nothing.
+        keep: layers that keep all their neurons.
+
+    Raises:
+        ValueError: the other layers have not so many to leave out, each of which keeps a part.
     """
     found = moments(model, examples)
     maps = [gated(layer.mlp)[2] for layer in model.runtime.backbone.layers]
     ways = [eliminated(one.weight.detach().float(), of) for one, of in zip(maps, found, strict=True)]
-    steps = cheapest([[way.cost for way in one] for one in ways], round(share * len(maps) * SIZES))
+    free, wanted = [layer for layer in range(model.depth) if layer not in keep], round(share * len(maps) * SIZES)
+    if wanted > len(free) * (SIZES - 1):
+        raise ValueError(
+            f"{len(free)} layers cannot leave out {share:.0%} of all neurons: lower neurons, or keep fewer"
+        )
+    steps = cheapest([[way.cost if layer in free else inf for way in one] for layer, one in enumerate(ways)], wanted)
     chosen = {layer: ways[layer][taken - 1] for layer, taken in enumerate(steps) if taken}
     model.thin_by(ThinMlps(model.runtime.backbone, {layer: one.kept for layer, one in chosen.items()}, rank))
     for layer, one in chosen.items() if rank else ():

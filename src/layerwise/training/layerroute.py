@@ -43,8 +43,6 @@ Means of gates are over rows and all layers. No objective knows of what kind an 
 
 from __future__ import annotations
 
-import json
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil
@@ -53,7 +51,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import TrainerCallback
 
 from layerwise.data.examples import IGNORED, Tokens
 from layerwise.hub import from_pretrained
@@ -63,23 +60,17 @@ from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.frame import Frame
 from layerwise.model.packing import Packing, lengths_of_prompts
 from layerwise.model.runtime import EagerEngine, Runtime
-from layerwise.model.thin import FILE as THIN_FILE
-from layerwise.model.thin import ThinMlps
 from layerwise.plan import Plan, Route, Step, schedule
 from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.bridge_fit import fit_bridges
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, computed_in, layers_of
 from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, parting, row_losses
+from layerwise.training.layerroute_trainer import BRIDGED, THINNED, LayerRouteTrainer, drawn
 from layerwise.training.neuron_fits import choose_neurons
-from layerwise.training.trainer import RecipeTrainer, read_examples, run_fits, run_training
+from layerwise.training.trainer import read_examples, run_fits, run_training
 
-STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
-PROMPTS = 64  # in whose states the directions are found that routers see
-BRIDGED = 384  # examples, of which half fit the bridges
-THINNED = 256  # examples, of which half choose and mend thin MLPs
-SCORED = 96  # of those say which neurons all kinds of examples can do without
-FITTED = 192  # examples that routers are fitted to while the LoRA learns
-LAST_FITTED = 384  # and at last
+SCORED = 96  # of the examples for thin MLPs say which neurons all kinds can do without
+LAST_FITTED = 384  # examples that routers are fitted to at last
 PRUDENCE = 3.0  # at last, when no training follows: an input that skips what it cannot bear loses most
 MEASURED = 8  # examples that are answered without each layer in turn
 SHRINK = 0.8  # of the mean gap is borne while that is above the tolerance
@@ -345,88 +336,6 @@ class _Mixed(EagerEngine):
         return hidden + hard[:, None, None].to(hidden.dtype) * (super().visit(step, hidden, frame) - hidden)
 
 
-class LayerRouteTrainer(RecipeTrainer):
-    """transformers' Trainer for `LayerRoute`: its own learning rate for routers, and the dual variable."""
-
-    def __init__(self, module: LayerRoute, **options: Any) -> None:
-        super().__init__(module, **options)
-        self.add_callback(_Dual(self))
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            recipe, routers = self.model.recipe, [p for p in (self.model.weight, self.model.bias) if p is not None]
-            known = {id(p) for p in routers}
-            lora = [p for p in self.model.parameters() if p.requires_grad and id(p) not in known]
-            groups = [{"params": lora}]
-            if routers:
-                rate = recipe.router_learning_rate
-                groups.append({"params": routers, "lr": self.args.learning_rate if rate is None else rate})
-            decay = recipe.weight_decay
-            self.optimizer = torch.optim.AdamW(groups, lr=self.args.learning_rate, weight_decay=decay)
-        return self.optimizer
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            state = json.dumps({"price": self.model.price, "gap": self.model.gap}) + "\n"
-            (Path(output_dir or self.args.output_dir) / STATE).write_text(state, encoding="utf-8")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        module, folder = self.model, Path(resume_from_checkpoint)
-        try:
-            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
-            module.price, module.gap = float(state["price"]), float(state["gap"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"'{folder}' is no checkpoint of this training: it has no readable {STATE}") from error
-        if module.model.bridges is not None:
-            bridges = Bridges.load(folder, module.model.runtime.backbone)
-            module.model.bridges.load_state_dict(bridges.state_dict())
-        if (folder / THIN_FILE).is_file():
-            module.model.thin_by(ThinMlps.load(folder, module.model.runtime.backbone))
-            module.may_thin()
-        if module.weight is not None:
-            saved = GatedPolicy.load(module.model.policy.to_dict(), module.model.depth, folder)
-            with torch.no_grad():
-                for name, tensor in module.model.policy.tensors().items():
-                    tensor.copy_(getattr(saved, name))
-
-
-class _Dual(TrainerCallback):
-    """Fits bridges, or chooses neurons, before the first step that needs them; chooses what routers see when they begin
-    to learn, or fits them; moves the price by what all processes saw in a step."""
-
-    def __init__(self, trainer: LayerRouteTrainer) -> None:
-        self.trainer = trainer
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        module, examples = self.trainer.model, self.trainer.train_dataset.examples
-        recipe = module.recipe
-        if not isinstance(module.model.policy, GatedPolicy) or module.model.policy.reads != "last":
-            return
-        if module.model.bridges is not None and state.global_step == module.crossed_from:
-            module.fit_bridges(_drawn(examples, args.seed, BRIDGED))
-        if recipe.leave == "neurons" and state.global_step == module.crossed_from:
-            module.choose_neurons(_drawn(examples, args.seed, THINNED))
-        times = [recipe.hold + (1 - recipe.hold) * fit / max(1, recipe.fits) for fit in range(max(1, recipe.fits))]
-        if state.global_step not in [ceil(time * module.steps) for time in times]:
-            return
-        # The same examples in all processes.
-        if recipe.fits:
-            gap, bearing = module.fit_gates(_drawn(examples, args.seed, FITTED))
-            self.trainer.log({"gap_of_all_skips": gap, "share_that_bears_it": bearing})
-        else:
-            choose_basis(module.model, _drawn(examples, args.seed, PROMPTS))
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        module = self.trainer.model
-        sums = torch.tensor([module.seen, module.rows_seen], device=args.device)
-        seen, rows = self.trainer.accelerator.reduce(sums, "sum").tolist()
-        if rows:
-            module.adapt(seen / rows)
-        module.seen = module.rows_seen = 0.0
-
-
 def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line: None, resume: bool = False) -> Path:
     """Train and save an adapter, routers included; `from_pretrained(adapter=...)` loads the folder it returns.
 
@@ -439,16 +348,16 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
         made.append(module := LayerRoute(_load(config), config, steps))
         if config.candidates:
             examples, _ = read_examples(config, lambda line: None)
-            module.choose_candidates(_drawn(examples, config.seed, MEASURED))
+            module.choose_candidates(drawn(examples, config.seed, MEASURED))
         return module
 
     def finish(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:
         """The routers as they are shipped, so that what is saved decides as what is in memory."""
         if model.bridges is not None and made[0].crossed_from >= made[0].steps:
-            made[0].fit_bridges(_drawn(examples, config.seed, BRIDGED))
+            made[0].fit_bridges(drawn(examples, config.seed, BRIDGED))
         if config.leave == "neurons" and made[0].crossed_from >= made[0].steps:
             notify("choosing the neurons that closed gates leave out")
-            made[0].choose_neurons(_drawn(examples, config.seed, THINNED))
+            made[0].choose_neurons(drawn(examples, config.seed, THINNED))
             kept = made[0].model.thin.kept.values()
             notify(f"{len(kept)} layers have thin MLPs, of {sum(map(len, kept)) / len(kept):.0f} neurons on average")
         if config.precision != "float32":  # as the LoRA
@@ -457,7 +366,7 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
                     fitted.to(torch.bfloat16)
         if config.fits:  # once more to the finished LoRA
             notify("fitting routers to what examples lose")
-            gap, bearing = made[0].fit_gates(_drawn(examples, config.seed, LAST_FITTED), PRUDENCE)
+            gap, bearing = made[0].fit_gates(drawn(examples, config.seed, LAST_FITTED), PRUDENCE)
             notify(f"routers fitted: {bearing:.0%} of the examples bear every skip, which costs {gap:.3f} on average")
         if isinstance(model.policy, GatedPolicy):
             model.policy = model.policy.rounded()
@@ -476,10 +385,6 @@ def _check(recipe: LayerRouteRecipe, layers: int, keep: Sequence[int], closed: S
         raise ValueError(f"fits skip all of the candidates, and {recipe.candidates} are all layers: take fewer")
     if not recipe.fits and ceil(recipe.hold * steps) >= recipe.settle * steps:
         raise ValueError(f"gates are held in all of the {steps} steps, and learn in none: lower hold, or train longer")
-
-
-def _drawn(examples: Sequence[Tokens], seed: int, most: int) -> list[Tokens]:
-    return random.Random(seed).sample(examples, min(most, len(examples)))
 
 
 def _load(config: LayerRouteConfig) -> LayerwiseForCausalLM:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from math import ceil
 from pathlib import Path
 from time import perf_counter
@@ -381,9 +381,7 @@ def run_training(
         module.eval()
         model = trainer.layerwise
         if config.precision != "float32" and hasattr(model.base, "peft_config"):
-            for parameter in model.base.parameters():
-                if parameter.requires_grad:  # the LoRA: saved at half the size, unless asked for otherwise
-                    parameter.data = parameter.data.to(torch.bfloat16)
+            _halve(parameter for parameter in model.base.parameters() if parameter.requires_grad)
         if finish is not None:
             finish(model, examples, pad)
         save_adapter(model, out)
@@ -409,9 +407,17 @@ def run_fits(
     notify(f"{len(examples)} examples, no steps")
     out.mkdir(parents=True, exist_ok=True)
     _record(out, config, [])
+    if config.precision != "float32":
+        _halve(parameter for name, parameter in module.model.base.named_parameters() if ".lora_" in name)
     finish(module.model, examples, pad)
     save_adapter(module.model, out)
     return out
+
+
+def _halve(lora: Iterable[nn.Parameter]) -> None:
+    """A LoRA is saved at half the size, unless asked for otherwise."""
+    for parameter in lora:
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def starting_point(config: TrainingConfig, out: Path, resume: bool) -> Path | None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from safetensors import safe_open
 from test_bridges import _base
 from test_cost import counted, embedded
 from test_layerroute_training import answered, config, module
@@ -41,6 +42,7 @@ from layerwise.training.neuron_fits import (
     moments,
 )
 
+LORA = "adapter_model.safetensors"
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 KEPT = {1: [40, 3, 5, 7, 11], 2: list(range(0, 48, 3)), 4: [0]}
 
@@ -311,6 +313,8 @@ def test_an_adapter_is_routed_as_it_is(files: Path, tmp_path: Path) -> None:  # 
     full = routed(ids, plans=[Plan.full(LAYERS)] * 2).logits
     assert torch.equal(full, from_pretrained(plain, engine="eager")(ids).logits)
     assert routed.policy.weight.any() and routed.thin.mends["1"].out.weight.any()
+    with safe_open(train(replace(chosen, out=str(tmp_path / "half"), precision="bfloat16")) / LORA, "pt") as lora:
+        assert {lora.get_tensor(name).dtype for name in lora.keys()} == {torch.bfloat16}  # noqa: SIM118
     one_line(lambda: train(chosen, resume=True), "nothing to resume")
     one_line(
         lambda: train(replace(chosen, out=str(tmp_path / "few"), keep="0-4", neurons=0.5)), "1 layers cannot leave"

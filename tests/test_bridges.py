@@ -113,18 +113,7 @@ def test_a_bridge_takes_the_place_of_its_layer() -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_cached_equals_uncached_and_batches_equal_rows(name: str) -> None:
-    model, rng = bridged(name), random.Random(name)
-    for _ in range(4):
-        plans, lengths = [with_bridges(rng) for _ in range(3)], [11, 7, 4]
-        ids, mask = tiny.padded(11, lengths, "left", seed=rng.randrange(99))
-        whole = model(ids, attention_mask=mask, plans=plans).logits
-        for row, length in enumerate(lengths):
-            own = ids[row : row + 1, 11 - length :]
-            alone = model(own, plans=[plans[row]]).logits
-            torch.testing.assert_close(whole[row : row + 1, 11 - length :], alone, **CLOSE)
-            first = model(own[:, :-2], plans=[plans[row]], use_cache=True)
-            rest = model(own[:, -2:], plans=[plans[row]], past_key_values=first.past_key_values, use_cache=True)
-            torch.testing.assert_close(rest.logits, alone[:, -2:], **CLOSE)
+    tiny.assert_rows_and_caches_agree(bridged(name), with_bridges, random.Random(name))
 
 
 @torch.no_grad()

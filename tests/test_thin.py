@@ -87,18 +87,7 @@ def test_a_thin_mlp_is_the_whole_one_without_some_neurons(name: str) -> None:
 @pytest.mark.parametrize("name", ARCHITECTURES)
 @torch.no_grad()
 def test_cached_equals_uncached_and_batches_equal_rows(name: str) -> None:
-    model, rng = thin(name), random.Random(name)
-    for _ in range(4):
-        plans, lengths = [with_thin(rng) for _ in range(3)], [11, 7, 4]
-        ids, mask = tiny.padded(11, lengths, "left", seed=rng.randrange(99))
-        whole = model(ids, attention_mask=mask, plans=plans).logits
-        for row, length in enumerate(lengths):
-            own = ids[row : row + 1, 11 - length :]
-            alone = model(own, plans=[plans[row]]).logits
-            torch.testing.assert_close(whole[row : row + 1, 11 - length :], alone, **CLOSE)
-            first = model(own[:, :-2], plans=[plans[row]], use_cache=True)
-            rest = model(own[:, -2:], plans=[plans[row]], past_key_values=first.past_key_values, use_cache=True)
-            torch.testing.assert_close(rest.logits, alone[:, -2:], **CLOSE)
+    tiny.assert_rows_and_caches_agree(thin(name), with_thin, random.Random(name))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from transformers import (
     Qwen3Config,
 )
 
+from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.plan import Part, Plan, Visit
 
 LAYERS = 6
@@ -134,3 +135,20 @@ def one_line(function: Callable[[], Any], *mentions: str, error: type[Exception]
     message = str(caught.value)
     assert "\n" not in message
     assert [text for text in mentions if text not in message] == []
+
+
+def assert_rows_and_caches_agree(
+    model: LayerwiseForCausalLM, plan_of: Callable[[random.Random], Plan], rng: random.Random
+) -> None:
+    """Rows of a padded batch, each with a plan of its own, have the logits they have alone; and those of a cache."""
+    for _ in range(4):
+        plans, lengths = [plan_of(rng) for _ in range(3)], [11, 7, 4]
+        ids, mask = padded(11, lengths, "left", seed=rng.randrange(99))
+        whole = model(ids, attention_mask=mask, plans=plans).logits
+        for row, length in enumerate(lengths):
+            own = ids[row : row + 1, 11 - length :]
+            alone = model(own, plans=[plans[row]]).logits
+            torch.testing.assert_close(whole[row : row + 1, 11 - length :], alone, rtol=1e-4, atol=1e-4)
+            first = model(own[:, :-2], plans=[plans[row]], use_cache=True)
+            rest = model(own[:, -2:], plans=[plans[row]], past_key_values=first.past_key_values, use_cache=True)
+            torch.testing.assert_close(rest.logits, alone[:, -2:], rtol=1e-4, atol=1e-4)

@@ -43,8 +43,6 @@ OBJECTIVES_OF: dict[str, tuple[str, ...]] = {
             "neurons",
             "mend_rank",
             "adapter",
-            "mend_rank",
-            "adapter",
         ),
         ROUTED,
     ),

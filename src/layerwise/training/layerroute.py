@@ -388,17 +388,16 @@ def _check(recipe: LayerRouteRecipe, layers: int, keep: Sequence[int], closed: S
 
 
 def _load(config: LayerRouteConfig) -> LayerwiseForCausalLM:
-    """The base model, attached, with a new LoRA on the projections of attention."""
+    """The base model, attached, with a new LoRA on the projections of attention, or that of the adapter to route."""
     from peft import LoraConfig, get_peft_model
 
     from layerwise.sources import load_base
 
     # Frozen weights are only read: in bfloat16 they need not be converted in every pass. PEFT keeps LoRA in float32.
+    dtype = computed_in(config.precision)
     if config.adapter is not None:
-        return from_pretrained(
-            config.model, adapter=config.adapter, dtype=computed_in(config.precision), engine="eager"
-        )
-    base = load_base(config.model, computed_in(config.precision))
+        return from_pretrained(config.model, adapter=config.adapter, dtype=dtype, engine="eager")
+    base = load_base(config.model, dtype)
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.rank,

@@ -65,10 +65,12 @@ from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.bridge_fit import fit_bridges
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, computed_in, layers_of
 from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, parting, row_losses
-from layerwise.training.layerroute_trainer import BRIDGED, THINNED, LayerRouteTrainer, drawn
+from layerwise.training.layerroute_trainer import LayerRouteTrainer, drawn
 from layerwise.training.neuron_fits import choose_neurons
 from layerwise.training.trainer import read_examples, run_fits, run_training
 
+BRIDGED = 384  # examples, of which half fit the bridges
+THINNED = 256  # examples, of which half choose and mend thin MLPs
 SCORED = 96  # of the examples for thin MLPs say which neurons all kinds can do without
 LAST_FITTED = 384  # examples that routers are fitted to at last
 PRUDENCE = 3.0  # at last, when no training follows: an input that skips what it cannot bear loses most
@@ -167,6 +169,18 @@ class LayerRoute(nn.Module):
         bearing = [examples[at] for at in gaps.argsort()[: max(1, len(examples) // 2)].tolist()]
         choose_neurons(self.model, bearing, self.recipe.neurons, self.recipe.mend_rank, keep)
         self.may_thin()
+
+    def fit_crossings(
+        self, examples: Sequence[Tokens], seed: int, notify: Callable[[str], None] = lambda line: None
+    ) -> None:
+        """Fit to some of these examples what closed gates leave, if the recipe has bridges or thin MLPs."""
+        if self.model.bridges is not None:
+            self.fit_bridges(drawn(examples, seed, BRIDGED))
+        if self.recipe.leave == "neurons":
+            notify("choosing the neurons that closed gates leave out")
+            self.choose_neurons(drawn(examples, seed, THINNED))
+            kept = self.model.thin.kept.values()
+            notify(f"{len(kept)} layers have thin MLPs, of {sum(map(len, kept)) / len(kept):.0f} neurons on average")
 
     @property
     def crossed_from(self) -> int:
@@ -353,13 +367,8 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
 
     def finish(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int) -> None:
         """The routers as they are shipped, so that what is saved decides as what is in memory."""
-        if model.bridges is not None and made[0].crossed_from >= made[0].steps:
-            made[0].fit_bridges(drawn(examples, config.seed, BRIDGED))
-        if config.leave == "neurons" and made[0].crossed_from >= made[0].steps:
-            notify("choosing the neurons that closed gates leave out")
-            made[0].choose_neurons(drawn(examples, config.seed, THINNED))
-            kept = made[0].model.thin.kept.values()
-            notify(f"{len(kept)} layers have thin MLPs, of {sum(map(len, kept)) / len(kept):.0f} neurons on average")
+        if made[0].crossed_from >= made[0].steps:
+            made[0].fit_crossings(examples, config.seed, notify)
         if config.precision != "float32":  # as the LoRA
             for fitted in (model.bridges, None if model.thin is None else model.thin.mends):
                 if fitted is not None:

@@ -27,8 +27,6 @@ if TYPE_CHECKING:
 
 STATE = "layerroute.json"  # of a checkpoint: what is neither in the adapter nor in the optimizer
 PROMPTS = 64  # in whose states the directions are found that routers see
-BRIDGED = 384  # examples, of which half fit the bridges
-THINNED = 256  # examples, of which half choose and mend thin MLPs
 FITTED = 192  # examples that routers are fitted to while the LoRA learns
 
 
@@ -96,10 +94,8 @@ class _BetweenSteps(TrainerCallback):
         recipe = module.recipe
         if not isinstance(module.model.policy, GatedPolicy) or module.model.policy.reads != "last":
             return
-        if module.model.bridges is not None and state.global_step == module.crossed_from:
-            module.fit_bridges(drawn(examples, args.seed, BRIDGED))
-        if recipe.leave == "neurons" and state.global_step == module.crossed_from:
-            module.choose_neurons(drawn(examples, args.seed, THINNED))
+        if state.global_step == module.crossed_from:
+            module.fit_crossings(examples, args.seed)
         times = [recipe.hold + (1 - recipe.hold) * fit / max(1, recipe.fits) for fit in range(max(1, recipe.fits))]
         if state.global_step not in [ceil(time * module.steps) for time in times]:
             return

@@ -95,7 +95,7 @@ def test_controls_leave_out_as_many_weights_where_layers_differ(model: Any) -> N
     run = sum(layers_run(shape, plan) for plan in plans)
     for name, those in suite.control_plans(plans, policy, shape, seed=1).items():
         assert sum(layers_run(shape, plan) for plan in those) == pytest.approx(run, abs=0.5), name
-    assert suite.layer_use(asked(4), plans[:4], shape)["tools"][0] == 1.0
+    assert suite.layer_use(asked(4), plans[:4], shape)["layer_use"]["tools"][0] == 1.0
 
 
 @pytest.mark.parametrize(

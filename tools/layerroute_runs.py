@@ -66,6 +66,18 @@ RECIPES: dict[str, dict[str, Any]] = {
         "hold_full": 1.0,
         "adapter": "none",
     },
+    "head": BY_FITS
+    | {
+        "leave": "neurons",
+        "neurons": 0.08,
+        "keep": "0-3",
+        "mend_rank": 96,
+        "head_rank": 128,
+        "tolerance": 0.04,
+        "hold": 1.0,
+        "hold_full": 1.0,
+        "adapter": "none",
+    },
     "none": {"objective": "none", "learning_rate": 1e-3, "lora_dropout": 0.0},
     "paper": {"objective": "paper", "penalty": 1.0, "learning_rate": 2e-4},  # all as published, but for the steps
 }
@@ -142,14 +154,20 @@ def generated(run: dict[str, Any], work: Path, prompts: int, answers: int) -> di
 
 def recipe(run: dict[str, Any]) -> tuple[Any, ...]:
     """What a run is of: a run in the results is replaced by one of the same."""
-    return run["objective"], run["seed"], run.get("bridge_rank") or 0, run.get("leave") or "nothing"
+    return (
+        run["objective"],
+        run["seed"],
+        run.get("bridge_rank") or 0,
+        run.get("leave") or "nothing",
+        run.get("head_rank") or 0,
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Make results/layerroute.json again.")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "layerroute", help="folder for adapters")
     parser.add_argument("--seeds", default="0,1,2,3,4", help="seeds, separated by commas")
-    parser.add_argument("--recipes", default="neurons,quality,bridges,paper", help=f"of {', '.join(RECIPES)}")
+    parser.add_argument("--recipes", default="head,neurons,quality,bridges,paper", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--samples", type=int, default=60, help="held-out examples of each kind")
     parser.add_argument("--timed", type=int, default=0, help="also answer prompts, and time decoding on so many")
     chosen = parser.parse_args()

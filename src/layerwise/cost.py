@@ -39,6 +39,14 @@ class ModelShape:
     hidden: int
     vocabulary: int
     value_bytes: int
+    thin_head_weights: int | None = None  # of the thin head, if there is one
+
+    def head_weights(self, plan: Plan) -> int:
+        """Entries of the matrices that a plan's logits of one position are made by."""
+        if not plan.thin_head:
+            return self.hidden * self.vocabulary
+        assert self.thin_head_weights is not None, "there is no thin head"
+        return self.thin_head_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +93,7 @@ def pass_cost(
         if visit.attends:
             attention += 2 * 2 * layer.query_width * tokens * keys  # scores, then the weighted sum of values
             cached += 2 * layer.key_width * (keys + tokens)  # all keys and values read, the new ones written
-    head = shape.hidden * shape.vocabulary if head_tokens else 0
+    head = shape.head_weights(plan) if head_tokens else 0
     embedding = shape.hidden * tokens
     return Cost(
         flops=rows * (2 * multiplied * tokens + attention + 2 * head * head_tokens),
@@ -103,6 +111,11 @@ def layers_run(shape: ModelShape, plan: Plan, layer: int | None = None) -> float
             one = shape.layers[visit.layer]
             found += _multiplied(one, visit) / (one.attention_weights + one.mlp_weights)
     return found
+
+
+def head_run(shape: ModelShape, plan: Plan) -> float:
+    """How much of the LM head's weights a plan multiplies by for one token: 1, or less with a thin head."""
+    return shape.head_weights(plan) / (shape.hidden * shape.vocabulary)
 
 
 def _multiplied(layer: LayerShape, visit: Visit) -> int:

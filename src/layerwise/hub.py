@@ -27,6 +27,7 @@ from layerwise.model.exit_head import ExitHead
 from layerwise.model.fingerprint import fingerprint, is_adapted, is_changed
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.model.thin import ThinMlps
+from layerwise.model.thin_head import ThinHead
 from layerwise.plan import Plan
 from layerwise.policies.fixed import RoutingPolicy, policy_from_dict
 from layerwise.sources import load_base
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 FILE = "layerwise.json"
 FORMAT = 1
 # Entries of FILE for what a model may have besides.
-PARTS = ("exits", "exit_head", "ngrams", "routed_layers", "bridges", "thin")
+PARTS = ("exits", "exit_head", "ngrams", "routed_layers", "bridges", "thin", "thin_head")
 
 
 def save_adapter(model: LayerwiseForCausalLM, directory: str | Path) -> None:
@@ -137,6 +138,9 @@ def _save_parts(model: LayerwiseForCausalLM, folder: Path, about: dict[str, Any]
     if model.thin is not None:
         about["thin"] = list(model.thin.numbers)
         model.thin.save(folder)
+    if model.thin_head is not None:
+        about["thin_head"] = {"rank": model.thin_head.rank, "candidates": model.thin_head.candidates}
+        model.thin_head.save(folder)
 
 
 def _save_merged(model: LayerwiseForCausalLM, folder: Path) -> None:
@@ -236,6 +240,8 @@ def from_pretrained(
         model.cross_by(Bridges.load(adapter, model.runtime.backbone).to(model.dtype))
     if about.get("thin"):
         model.thin_by(ThinMlps.load(adapter, model.runtime.backbone).fold())
+    if about.get("thin_head"):
+        model.thin_head_by(ThinHead.load(adapter, model.runtime.backbone))
     if plan is None:
         model.policy = policy_from_dict(about["policy"], model.depth, adapter)
     else:

@@ -13,6 +13,7 @@ Plans are values: frozen, hashable, compared by content, and written as text tha
     0-22 23-29t     with thin MLPs in layers 23 to 29
     0-3 4-6b 7-29   bridges in place of layers 4 to 6
     0-3 4-6b2 7-29  those of set 2: a layer may have several, fitted to different plans
+    0-29 ht         with a thin LM head, which finds the likely tokens cheaply and computes the logits of those
 
 Each visit that attends owns one slot of the KV cache, keyed (layer, how often the layer attended before): the
 second visit of a layer sees other hidden states than the first, so it must not share its keys.
@@ -75,13 +76,16 @@ _ITEM = re.compile(r"(\d{1,6})(?:-(\d{1,6}))?(?:([amt])|(b)([1-9]\d{0,5})?)?(?:\
 _GRAMMAR = 'write layers and ranges such as "0-5 7*2 8-29"'
 MAX_REPEATS = 64  # more in one item is a slip of the keyboard, and would exhaust the cache
 MAX_LAYERS = 10_000
+THIN_HEAD = "ht"  # the last item of the text of a plan with a thin head
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The ordered layer visits of one forward pass; `visits` must not be empty."""
+    """The ordered layer visits of one forward pass; `visits` must not be empty. `thin_head`: whether logits are those
+    of the model's thin head (`model.thin_head`)."""
 
     visits: tuple[Visit, ...]
+    thin_head: bool = False
 
     def __post_init__(self) -> None:
         if not self.visits:
@@ -107,7 +111,9 @@ class Plan:
             ValueError: the text is not a plan, or names a layer that a model of that depth lacks.
         """
         visits: list[Visit] = []
-        for item in text.replace(",", " ").split():
+        items = text.replace(",", " ").split()
+        thin_head = items[-1:] == [THIN_HEAD]
+        for item in items[:-1] if thin_head else items:
             match = _ITEM.fullmatch(item)
             if not match:
                 raise ValueError(f"'{item}' is not part of a plan: {_GRAMMAR}")
@@ -126,12 +132,12 @@ class Plan:
                 raise ValueError(f"'{item}' names {stop - start + 1} layers, more than any model has: {_GRAMMAR}")
             part = Part(branch or bridge or "")
             visits += [Visit(layer, part, int(number or 0)) for layer in range(start, stop + 1)] * count
-        return cls(tuple(visits))
+        return cls(tuple(visits), thin_head)
 
     def check(self, layers: int) -> Plan:
         """Return the plan itself if it names layers of a model with `layers` layers only, else raise ValueError.
 
-        Whether the model has the bridges and thin MLPs that it names is for `Backbone.check` to say.
+        Whether the model has the bridges, thin MLPs and thin head that it names is for `Backbone.check` to say.
         """
         for visit in self.visits:
             if not 0 <= visit.layer < layers:
@@ -142,7 +148,7 @@ class Plan:
 
     def skip(self, *layers: int) -> Plan:
         """Without any visit of `layers`."""
-        return Plan(tuple(visit for visit in self.visits if visit.layer not in layers))
+        return self._visiting(visit for visit in self.visits if visit.layer not in layers)
 
     def repeat(self, first: int, last: int | None = None, times: int = 2) -> Plan:
         """With the consecutive whole visits `first`..`last` (one layer if `last` is None) run `times` times."""
@@ -152,12 +158,12 @@ class Plan:
         block = tuple(Visit(layer) for layer in range(first, last + 1))
         for at in range(len(self.visits) - len(block) + 1):
             if block and self.visits[at : at + len(block)] == block:
-                return Plan(self.visits[:at] + block * times + self.visits[at + len(block) :])
+                return self._visiting(self.visits[:at] + block * times + self.visits[at + len(block) :])
         raise ValueError(f"plan '{self}' does not visit the block {first}-{last} as a whole")
 
     def only(self, part: Part, *layers: int) -> Plan:
         """With just the attention, the MLP or the bridge of `layers` run, or with their thin MLPs."""
-        return Plan(tuple(Visit(v.layer, part) if v.layer in layers else v for v in self.visits))
+        return self._visiting(Visit(v.layer, part) if v.layer in layers else v for v in self.visits)
 
     def crossed(self, layers: Iterable[int]) -> Plan:
         """With bridges in place of those of `layers` that it does not visit.
@@ -169,20 +175,25 @@ class Plan:
         bridges = [Visit(layer, Part.BRIDGE) for layer in layers if layer not in order]
         if bridges and order != sorted(order):
             raise ValueError(f"plan '{self}' goes back to earlier layers: it cannot be given bridges")
-        return Plan(tuple(sorted((*self.visits, *bridges), key=lambda visit: visit.layer))) if bridges else self
+        return self._visiting(sorted((*self.visits, *bridges), key=lambda visit: visit.layer)) if bridges else self
 
     def crossed_by(self, number: int) -> Plan:
         """With the bridges of set `number` wherever it crosses a layer."""
-        return Plan(tuple(replace(v, set=number) if v.part is Part.BRIDGE else v for v in self.visits))
+        return self._visiting(replace(v, set=number) if v.part is Part.BRIDGE else v for v in self.visits)
+
+    def _visiting(self, visits: Iterable[Visit]) -> Plan:
+        """Other visits, and the same head."""
+        return Plan(tuple(visits), self.thin_head)
 
     def __add__(self, other: Plan) -> Plan:
-        return Plan(self.visits + other.visits)
+        """The visits of both, and the head of the second."""
+        return other._visiting(self.visits + other.visits)
 
     def __getitem__(self, where: slice) -> Plan:
         """The visits of a slice, as a plan: `plan[:8]` exits after eight visits."""
         if not isinstance(where, slice):
             raise TypeError("a plan is cut by slices, such as plan[:8]; for one visit see plan.visits")
-        return Plan(self.visits[where])
+        return self._visiting(self.visits[where])
 
     # -- what a plan says --------------------------------------------------------------------------------
 
@@ -239,7 +250,7 @@ class Plan:
                 close()
             run.append(visit)
         close()
-        return " ".join(items)
+        return " ".join([*items, THIN_HEAD] if self.thin_head else items)
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,7 +101,7 @@ def decode(
         trace.targets = list(row_plans)
     hidden = last_of(hidden, prompt.counts)
     while True:
-        tokens = chooser.choose(sequence.so_far, runtime.engine.logits(hidden)[:, -1].float())
+        tokens = chooser.choose(sequence.so_far, runtime.logits(hidden, row_plans)[:, -1].float())
         sequence.append(tokens)
         if streamer is not None:
             streamer.put(tokens.cpu())

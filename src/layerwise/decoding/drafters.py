@@ -134,7 +134,7 @@ class PlanDrafter:
     target: Target
     plans: list[Plan]
     choose: Choose
-    logits: Callable[[Tensor], Tensor]
+    logits: Callable[[Tensor, Sequence[Plan]], Tensor]
     vocabulary: Tensor | None = None
     share: bool = True  # whether what is common with the target is to be walked once
     floor: float = 0.0  # propose nothing less probable
@@ -165,7 +165,7 @@ class PlanDrafter:
             hidden = self.target.prefix(token, self.shared)
             if self.own is not None:
                 hidden = self._catch_up(hidden) if number == 0 else self._walk(hidden, [1] * len(token))
-            return self.logits(hidden)[:, -1].float(), self.vocabulary
+            return self.logits(hidden, self.plans)[:, -1].float(), self.vocabulary
 
         return _drafted(last, most, worth, self.choose, step, self.target.numbers, self.floor)
 

@@ -90,7 +90,7 @@ class Crew:
             self._add("head", HeadDrafter("head", target, head, runtime, judge.pick), HEAD_LAYERS + head.exit)
         for plans in _plans(model, draft, target.plans):
             name = f"plan:{plans[0]}"
-            logits, vocabulary = model.draft_logits() if draft.trust is None else (model.runtime.engine.logits, None)
+            logits, vocabulary = model.draft_logits() if draft.trust is None else (model.runtime.logits, None)
             drafter = PlanDrafter(
                 name, target, plans, judge.pick, logits, vocabulary, not draft.lookup, draft.trust or 0.0
             )
@@ -235,7 +235,7 @@ def speculate(
         read = target.read(ids, counts, embedded) if read is None else read
         crew.begin(read)
         texts.ahead = [width + 1 - length for length in cache.lengths]
-        logits = model.runtime.engine.logits(last_of(read.deep, counts)).float()
+        logits = model.runtime.logits(last_of(read.deep, counts), target.plans).float()
         chosen = [([], token) for _, token in _choices(judge, logits, Proposal([[]] * rows), texts)]
         del read, logits  # the states of the whole prompt, which can be those of every layer
         _emit(texts, judge, chosen, padding, streamer, trace, [Source.DECODED] * rows)
@@ -298,7 +298,7 @@ def _round(
         tokens[row, 1 : counts[row]] = torch.tensor(proposed, dtype=tokens.dtype, device=tokens.device)
     parents = [[-1, *(at + 1 for at in proposal.parents_of(row))] for row in range(len(drafted))]  # by columns
     read = target.verify(tokens, counts, parents if proposal.branching else None)
-    logits = model.runtime.engine.logits(read.deep).float()
+    logits = model.runtime.logits(read.deep, target.plans).float()
     chosen = _choices(judge, logits, proposal, texts)
     columns = [[0, *(number + 1 for number in stand)] for stand, _ in chosen]
     target.cache.retain(counts, columns)

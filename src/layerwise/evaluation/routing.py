@@ -7,9 +7,9 @@ function fits; questions about functions. What is reported of each kind:
   tells lengths apart is not one that tells kinds apart;
 - exp(CE) of the reference answers, never with a penalty in it: routed, by the same adapter with every layer run, by the
   base model, and by a LoRA trained alike without routing (`reference`);
-- what other ways to skip as much would cost, as many weights left out over the same prompts: `static`, in the layers
-  where gates close most often, the same for all prompts; `random`, in layers drawn for each prompt, of those that have
-  gates; `shuffled`, each prompt by the route of another. Intervals are of the difference of the mean CE, by
+- what other ways to skip as much would cost, as many weights left out over the same prompts: `static`, where gates
+  close most often, the same for all prompts; `random`, by gates drawn for each prompt; `shuffled`, each prompt by the
+  route of another. Intervals are of the difference of the mean CE, by
   bootstrap over prompts.
 
 And what comes of it when text is generated: right tool calls, right results, lengths, reasons to stop, time.
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from layerwise.benchmarks.environment import environment
-from layerwise.cost import Cost, ModelShape, decode_cost, layers_run
+from layerwise.cost import Cost, ModelShape, decode_cost, head_run, layers_run
 from layerwise.data import collate, length_sorted_batches, load, tokenize
 from layerwise.data.routing import side
 from layerwise.evaluation.intervals import interval
@@ -85,9 +85,9 @@ def answer_losses(
         hidden = model.runtime.forward(model.embed(batch["input_ids"]), walked, counts)
         for row, at in enumerate(group):
             where, targets = labelled(batch["labels"][row : row + 1].to(hidden.device), [counts[row]])
-            logits = backbone.logits(hidden[row, where]).float()
-            losses[at] = torch.nn.functional.cross_entropy(logits, targets).item()
             ran[at] = walked[row] if isinstance(walked, Sequence) else walked.plans[row]
+            logits = backbone.logits(hidden[row, where], ran[at].thin_head).float()
+            losses[at] = torch.nn.functional.cross_entropy(logits, targets).item()
     return losses, ran
 
 
@@ -108,16 +108,16 @@ def perplexity(losses: Sequence[float], chosen: Sequence[int]) -> float:
 
 def control_plans(plans: Sequence[Plan], policy: GatedPolicy, shape: ModelShape, seed: int) -> dict[str, list[Plan]]:
     """For each control a plan for each prompt; each control leaves out as many weights over all prompts as `plans` do,
-    give or take a layer's, and leaves of a layer what the policy does.
+    give or take those of a layer or the head, and leaves of it what the policy does.
 
-    Static and random leave out as much for every prompt, give or take one layer: that a prompt bears more is what
+    Static and random leave out as much for every prompt, give or take one gate: that a prompt bears more is what
     routers have to find out.
     """
-    chance, layers = random.Random(seed), policy.layers
-    skipped = [[layer for layer in range(layers) if Visit(layer) not in plan.visits] for plan in plans]
-    times = [sum(layer in those for those in skipped) for layer in range(layers)]
-    free = sorted((layer for layer in range(layers) if layer not in policy.keep), key=lambda layer: -times[layer])
-    saved = {layer: 1 - layers_run(shape, policy.plan([layer]), layer) for layer in free}
+    chance = random.Random(seed)
+    skipped = [_closed(plan, policy) for plan in plans]
+    free = sorted(policy.free, key=lambda gate: -sum(gate in those for those in skipped))
+    full = _weights_run(shape, Plan.full(policy.layers))
+    saved = {gate: full - _weights_run(shape, policy.plan([gate])) for gate in free}
 
     def closed(order: Sequence[int], due: float) -> tuple[Plan, float]:
         """The plan that closes gates in this order until less is owed than half of the next one would save."""
@@ -141,6 +141,18 @@ def control_plans(plans: Sequence[Plan], policy: GatedPolicy, shape: ModelShape,
     return made | {"shuffled": [plans[at] for at in order]}
 
 
+def _closed(plan: Plan, policy: GatedPolicy) -> list[int]:
+    """The gates that were closed where this plan came out; that of the head is the one after the last layer's."""
+    layers = [layer for layer in range(policy.layers) if Visit(layer) not in plan.visits]
+    return [*layers, policy.layers] if plan.thin_head else layers
+
+
+def _weights_run(shape: ModelShape, plan: Plan) -> float:
+    """What a plan multiplies by for one token, head included, in layers' worth of weights."""
+    layer = shape.layers[0].attention_weights + shape.layers[0].mlp_weights
+    return layers_run(shape, plan) + shape.head_weights(plan) / layer
+
+
 def controls(
     model: LayerwiseForCausalLM,
     asked: Sequence[Asked],
@@ -160,6 +172,7 @@ def controls(
         worse = [their - losses[at] for their, at in zip(theirs, chosen, strict=True)]
         found[name] = {
             "layers_run": sum(layers_run(shape, plan) for plan in other) / len(other),
+            "head_run": sum(head_run(shape, plan) for plan in other) / len(other),
             "ppl": math.exp(sum(theirs) / len(theirs)),
             "ce_above_routed": sum(worse) / len(worse),
             "interval": interval(worse),
@@ -223,7 +236,7 @@ def routing_suite(
         **_trained_as(adapter),
         **_skips(routed, asked, plans, by),
         "controls": controls(routed, asked, pad, losses, plans, seed),
-        "layer_use": layer_use(asked, plans, routed.runtime.backbone.shape),
+        **layer_use(asked, plans, routed.runtime.backbone.shape),
     }
     notify("controls: done")
     if answers:
@@ -249,7 +262,8 @@ def _trained_as(adapter: str | Path) -> dict[str, Any]:
         config = json.loads((Path(adapter) / RECORD).read_text(encoding="utf-8"))["config"]
     except (OSError, ValueError, KeyError):
         config = {}
-    return {name: config.get(name) for name in ("objective", "seed", "bridge_rank", "leave", "neurons", "mend_rank")}
+    named = ("objective", "seed", "bridge_rank", "leave", "neurons", "mend_rank", "head_rank")
+    return {name: config.get(name) for name in named}
 
 
 def _skips(
@@ -266,6 +280,7 @@ def _skips(
             "n": len(chosen),
             "layers_run": layers,
             "layer_skip": 100 * (1 - layers / model.depth),
+            "head_skip": 100 * (1 - sum(head_run(shape, plans[at]) for at in chosen) / len(chosen)),
             "flop_skip": 100 * (1 - sum(ran[at] for at in chosen) / sum(whole[at] for at in chosen)),
             "ppl": {name: perplexity(losses, chosen) for name, losses in by.items()},
         }
@@ -296,12 +311,14 @@ def _skips(
     }
 
 
-def layer_use(asked: Sequence[Asked], plans: Sequence[Plan], shape: ModelShape) -> dict[str, list[float]]:
-    """Of each kind, the share of prompts that run each layer; one that runs in part counts by its share of weights."""
-    use = {}
+def layer_use(asked: Sequence[Asked], plans: Sequence[Plan], shape: ModelShape) -> dict[str, dict[str, Any]]:
+    """Of each kind, the share of prompts that run each layer (`layer_use`), and the LM head (`head_use`); one that runs
+    in part counts by its share of weights."""
+    layers, head = {}, {}
     for name in SIDES:
         those = [plan for plan, one in zip(plans, asked, strict=True) if one.side == name]
         if those:
-            layers = range(len(shape.layers))
-            use[name] = [sum(layers_run(shape, plan, layer) for plan in those) / len(those) for layer in layers]
-    return use
+            each = range(len(shape.layers))
+            layers[name] = [sum(layers_run(shape, plan, layer) for plan in those) / len(those) for layer in each]
+            head[name] = sum(head_run(shape, plan) for plan in those) / len(those)
+    return {"layer_use": layers, "head_use": head}

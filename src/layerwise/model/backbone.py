@@ -13,7 +13,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from transformers import PreTrainedModel
 
 from layerwise.cost import LayerShape, ModelShape
 from layerwise.plan import Part, Plan, Visit
+
+if TYPE_CHECKING:
+    from layerwise.model.thin_head import ThinHead
 
 TESTED = "Llama, Qwen2, Qwen3, Mistral and Gemma3 text models are tested"
 _LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "past_key_values", "position_embeddings")
@@ -86,6 +89,7 @@ class Backbone:
         self.attention: dict[int, nn.Module] = {}  # run in place of a layer's own attention
         self.bridges: dict[Visit, nn.Module] = {}  # run in place of a layer, where a plan says so
         self.thin: dict[int, nn.Module] = {}  # run in place of a layer's MLP, where a plan says so
+        self.thin_head: ThinHead | None = None  # and of the head
         self._tables: dict[Any, tuple[Tensor, Tensor]] = {}
 
     # -- the parts ---------------------------------------------------------------------------------------
@@ -107,6 +111,8 @@ class Backbone:
         """A copy that takes `norm` or `head` from `own`, and all the rest from where this one does."""
         made = copy.copy(self)
         made.own = self.own | own
+        if "head" in own:
+            made.thin_head = None
         return made
 
     @property
@@ -157,6 +163,8 @@ class Backbone:
                 self._bridge(visit)
             elif visit.part is Part.THIN:
                 self._thin(visit)
+        if plan.thin_head and self.thin_head is None:
+            raise ValueError("a plan has a thin head, but the model has none: load an adapter that brings it")
         return plan
 
     def _thin(self, visit: Visit) -> nn.Module:
@@ -194,9 +202,14 @@ class Backbone:
         cosine, sine = table
         return cosine[positions], sine[positions]
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and LM head: (..., hidden size) to (..., vocabulary)."""
-        logits = self.head(self.norm(hidden))
+    def logits(self, hidden: Tensor, thin: bool = False) -> Tensor:
+        """Final norm and LM head, or the thin one: (..., hidden size) to (..., vocabulary)."""
+        normed = self.norm(hidden)
+        logits = self.thin_head(normed, self.head) if thin else self.head(normed)
+        return self.capped(logits)
+
+    def capped(self, logits: Tensor) -> Tensor:
+        """What the model makes of the head's outputs."""
         cap = getattr(self.config, "final_logit_softcapping", None)
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -216,7 +229,8 @@ class Backbone:
             others = everything - attention - mlp
             layers.append(LayerShape(attention, mlp, others, queries, keys, tuple(bridges[number]), thin))
         vocabulary, hidden = self.head.weight.shape
-        return ModelShape(tuple(layers), hidden, vocabulary, self.head.weight.element_size())
+        thin_head = None if self.thin_head is None else self.thin_head.weights
+        return ModelShape(tuple(layers), hidden, vocabulary, self.head.weight.element_size(), thin_head)
 
     # -- what fits ---------------------------------------------------------------------------------------
 

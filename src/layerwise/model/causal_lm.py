@@ -32,6 +32,7 @@ from layerwise.model.packing import Packing, check_positions, lengths_of_prompts
 from layerwise.model.routed_layers import RoutedLayers
 from layerwise.model.runtime import EagerEngine, Engine, Runtime, check_fit
 from layerwise.model.thin import ThinMlps
+from layerwise.model.thin_head import ThinHead
 from layerwise.plan import Part, Plan, Route, Visit
 from layerwise.policies import FixedPolicy, Policy, RoutingPolicy
 from layerwise.trace import Phase, Trace
@@ -76,6 +77,7 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.routed_layers: RoutedLayers | None = None  # layers whose attention is routed
         self.bridges: Bridges | None = None  # what stands in for layers, where a plan says so
         self.thin: ThinMlps | None = None  # and for their MLPs
+        self.thin_head: ThinHead | None = None  # and for the LM head
         self.exits: tuple[int, ...] = ()  # exits that were trained: drafts that `auto` tries
         self._draft = Draft("off")
         self._tuners: dict[str, Tuner] = {}
@@ -167,6 +169,10 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         self.thin = thin
         self.runtime.backbone.thin = {} if thin is None else {layer: thin[layer] for layer in thin.numbers}
 
+    def thin_head_by(self, head: ThinHead | None) -> None:
+        """Have this where a plan names it (`ht`), in place of any that was there; or none."""
+        self.thin_head = self.runtime.backbone.thin_head = head
+
     def tuner(self, draft: Draft, rows: int, temperature: float = 0.0, depth: int | None = None) -> Tuner:
         """What was measured of `draft` for batches of so many rows at a temperature; kept from answer to answer.
 
@@ -207,15 +213,17 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
             and runtime.engine.name == self.runtime.engine.name
         )
 
-    def draft_logits(self) -> tuple[Callable[[Tensor], Tensor], Tensor | None]:
-        """The logits a plan drafts with, and of which tokens: those of the exit head's vocabulary, if there is one."""
+    def draft_logits(self) -> tuple[Callable[[Tensor, Sequence[Plan]], Tensor], Tensor | None]:
+        """The logits that plans draft with, and of which tokens: those of the exit head's vocabulary, if there is one.
+        That is shorter than any other head."""
         if self.exit_head is None:
-            return self.runtime.engine.logits, None
+            return self.runtime.logits, None
         if not self._serves(self._cut_runtime):
             cut = self.runtime.backbone.over(head=self.exit_head.head)
             self._cut_runtime = Runtime(cut, self._engine_for(cut))
             self._cut_runtime.engine.prepare([], few=True)
-        return self._cut_runtime.engine.logits, self.exit_head.vocabulary
+        cut_engine = self._cut_runtime.engine
+        return lambda hidden, _: cut_engine.logits(hidden), self.exit_head.vocabulary
 
     def prepare(self, plans: Sequence[Plan | str] | None = None, draft: Draft | None = None, few: bool = False) -> None:
         """Compile, or find, what decoding with `plans` and `draft` needs, so that nobody waits for it later.
@@ -227,8 +235,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         # What a policy that decides at the prompt may choose from.
         routes = [Plan.full(self.depth)]
         others = [*backbone.bridges, *(Visit(layer, Part.THIN) for layer in backbone.thin)]
-        if others:
-            routes.append(Plan(tuple(others)))
+        if others or backbone.thin_head is not None:
+            routes.append(Plan(tuple(others) or routes[0].visits, backbone.thin_head is not None))
         everything = list(routes) if whole else self.row_plans(1 if plans is None else len(plans), plans)
         if draft is not None and draft.kind == "policy":
             everything += routes if isinstance(self.policy, RoutingPolicy) else self.policy.plans(1)
@@ -316,7 +324,8 @@ class LayerwiseForCausalLM(PreTrainedModel, GenerationMixin):
         )
         hidden = packing.unpack(hidden)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.runtime.backbone.logits(hidden[:, keep])
+        plans = walked if isinstance(walked, Sequence) else walked.plans
+        logits = Runtime(self.runtime.backbone).logits(hidden[:, keep], plans)
         loss = None
         if labels is not None:
             loss = self.runtime.backbone.model.loss_function(

@@ -4,7 +4,8 @@ A decoding step of one token reads every weight once and does almost nothing wit
 reading the weights. Eager PyTorch misses that twice: each layer is some forty operations of which most time is
 call overhead, and a matrix-vector product done by a matrix-matrix routine streams memory at a third of the speed.
 So a layer is compiled, by torch.export and Inductor, into a single kernel (`tracing.py`), in two forms: for one token
-of one row, and for a few tokens, where a draft is verified or a batch decoded.
+of one row, and for a few tokens, where a draft is verified or a batch decoded. For one token the commonest kind of
+layer has an operator instead (`token_layers.py`), which takes all layers of a pass in one call.
 
 Every other call (prefill, a cache with holes, training) runs on the eager engine, which the kernel of each layer is
 compared with before it is used; the head's, a norm and one product, is not.
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,11 @@ from torch import Tensor, nn
 
 from layerwise.model.backbone import Backbone
 from layerwise.model.cache import Cache
-from layerwise.model.few_tokens import compiler, load_operators
+from layerwise.model.few_tokens import compiler, load_operator, load_operators
 from layerwise.model.frame import Frame
 from layerwise.model.runtime import EagerEngine
+from layerwise.model.token_layers import TokenHead, TokenLayer
+from layerwise.model.token_layers import run as run_token_layers
 from layerwise.model.tracing import FEW, ONE, HeadSource, LayerSource, package
 from layerwise.paths import kernel_dir
 from layerwise.plan import Part, Plan, Step, Visit
@@ -52,9 +55,11 @@ class CompiledEngine:
         self.eager = EagerEngine(backbone)
         self.notify = notify
         self.compile_seconds = 0.0
-        self._layers: dict[tuple[Visit, str], _Kernel | None] = {}
-        self._checked: dict[tuple[Visit, str], _Kernel | None] = {}  # of parameters the layers still have
-        self._heads: dict[str, _Kernel | None] = {}
+        self._layers: dict[tuple[Visit, str], _Kernel | _TokenKernel | None] = {}
+        self._checked: dict[
+            tuple[Visit, str], _Kernel | _TokenKernel | None
+        ] = {}  # of parameters the layers still have
+        self._heads: dict[str, _Kernel | _TokenHeadKernel | None] = {}
         self._index = torch.arange(0)
 
     @torch.no_grad()
@@ -71,7 +76,7 @@ class CompiledEngine:
         visits = dict.fromkeys(replace(one, part=Part.MLP) if self._is_replaced(one) else one for one in asked)
         for form in (ONE, FEW) if few else (ONE,):
             if form not in self._heads:
-                self._heads[form] = self._load(HeadSource(self.backbone, form))
+                self._heads[form] = self._head(form)
             for visit in visits:
                 self._layer(visit, form)
         for number, attention in self.backbone.attention.items():
@@ -88,7 +93,7 @@ class CompiledEngine:
             if kernel is not None and kernel.made_for != head:
                 del self._heads[form]
 
-    def _layer(self, visit: Visit, form: str) -> _Kernel | None:
+    def _layer(self, visit: Visit, form: str) -> _Kernel | _TokenKernel | None:
         """The kernel of `visit`, made if there is none for its parameters; None if it cannot be compiled."""
         kernel = self._checked.get((visit, form), _UNKNOWN)
         if kernel is _UNKNOWN:
@@ -105,6 +110,11 @@ class CompiledEngine:
             return self._in_parts(step, hidden, frame)
         if kernel is None:
             return self.eager.visit(step, hidden, frame)
+        if isinstance(kernel, _TokenKernel):
+            return self._walked([(step, kernel)], hidden, frame)
+        if step.slot is None:
+            return kernel.run([hidden.contiguous(), *kernel.weights])[0]
+        store, layer = frame.cache.slots[step.slot], step.visit.layer
         if step.slot is None:
             return kernel.run([hidden.contiguous(), *kernel.weights])[0]
         store, layer = frame.cache.slots[step.slot], step.visit.layer
@@ -117,7 +127,32 @@ class CompiledEngine:
         store.ends = [start + count for start, count in zip(frame.starts, frame.counts, strict=True)]
         return hidden
 
-    def _kernel(self, step: Step, hidden: Tensor, frame: Frame) -> _Kernel | None:
+    def walk(self, steps: Sequence[Step], hidden: Tensor, frame: Frame) -> tuple[Tensor, int]:
+        if hidden.shape[:2].numel() != 1:
+            return hidden, 0
+        taken: list[tuple[Step, _TokenKernel]] = []
+        for step in steps:
+            kernel = self._kernel(step, hidden, frame)
+            if not isinstance(kernel, _TokenKernel) or (taken and kernel.with_others != taken[0][1].with_others):
+                break
+            taken.append((step, kernel))
+        return (self._walked(taken, hidden, frame) if taken else hidden), len(taken)
+
+    def _walked(self, taken: Sequence[tuple[Step, _TokenKernel]], hidden: Tensor, frame: Frame) -> Tensor:
+        """One token after these steps, all alike."""
+        none = hidden[..., :0]
+        stores = [None if step.slot is None else frame.cache.slots[step.slot] for step, _ in taken]
+        keys = [none if store is None else store.keys for store in stores]
+        values = [none if store is None else store.values for store in stores]
+        rotary = frame.rotary(taken[0][0].visit.layer, None)
+        layers = [kernel.layer for _, kernel in taken]
+        hidden = run_token_layers(layers, hidden, keys, values, frame.starts[0], rotary)
+        for store in stores:
+            if store is not None:
+                store.ends = [frame.stop]
+        return hidden
+
+    def _kernel(self, step: Step, hidden: Tensor, frame: Frame) -> _Kernel | _TokenKernel | None:
         """The kernel that can do this call, if there is one."""
         rows, width = hidden.shape[:2]
         if self._is_replaced(step.visit) or rows * width > FEW_TOKENS or not self._goes_on(step, frame):
@@ -164,15 +199,20 @@ class CompiledEngine:
             store.ends = [frame.stop]
         return mixed
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, thin: bool = False) -> Tensor:
         """As `Engine.logits`; of few tokens in float32, which is what their sums are made in."""
         tokens = hidden.shape[:-1].numel()
         form = ONE if tokens == 1 else FEW
         kernel = self._heads.get(form)
+        if thin and (not isinstance(kernel, _TokenHeadKernel) or self.backbone.thin_head.center.dtype != kernel.dtype):
+            return self.eager.logits(hidden, thin)
         if kernel is None or tokens > FEW_TOKENS or hidden.ndim != 3 or torch.is_grad_enabled():
-            return self.eager.logits(hidden)
+            return self.eager.logits(hidden, thin)
         if hidden.device.type != "cpu" or kernel.dtype != hidden.dtype:
-            return self.eager.logits(hidden)
+            return self.eager.logits(hidden, thin)
+        if isinstance(kernel, _TokenHeadKernel):
+            hidden = hidden.contiguous()
+            return kernel.head.run_thin(hidden, self.backbone.thin_head) if thin else kernel.head.run(hidden)
         return kernel.run([hidden.contiguous(), *kernel.weights])[0]
 
     def _upto(self, stop: int) -> Tensor:
@@ -184,19 +224,51 @@ class CompiledEngine:
 
     # -- building ----------------------------------------------------------------------------------------
 
-    def _build(self, visit: Visit, form: str) -> _Kernel | None:
+    def _build(self, visit: Visit, form: str) -> _Kernel | _TokenKernel | None:
         """Make, or find, the kernel of `visit`; None (with a warning) if the layer cannot be compiled."""
-        kernel = self._load(LayerSource(self.backbone, visit, form))
-        self._checked[visit, form] = kernel  # in use from here on, for the trial below
-        try:
-            if kernel is not None and not self._agrees(visit, form):
+        kernel = self._tried(self._token_kernel(visit), visit, form) if form == ONE else None
+        if kernel is None:
+            compiled = self._load(LayerSource(self.backbone, visit, form))
+            kernel = self._tried(compiled, visit, form)
+            if kernel is not compiled:
                 log.warning("layerwise: the kernel for layer %s differs from eager and is not used", visit)
-                kernel = None
+        self._layers[visit, form] = self._checked[visit, form] = kernel
+        return kernel
+
+    def _tried(self, kernel: Any, visit: Visit, form: str) -> Any:
+        """The kernel, if what it gives is what the layer gives; else None."""
+        self._checked[visit, form] = kernel  # in use from here on, for the trial
+        try:
+            return kernel if kernel is not None and self._agrees(visit, form) else None
         except BaseException:  # Ctrl-C too: it was not tried out
             del self._checked[visit, form]
             raise
-        self._layers[visit, form] = self._checked[visit, form] = kernel
-        return kernel
+
+    def _token_kernel(self, visit: Visit) -> _TokenKernel | None:
+        """The operator for one token, if the layer is of the kind that it does."""
+        layer = TokenLayer.of(self.backbone, visit)
+        return None if layer is None or not self._has_operator() else _TokenKernel(self.backbone, visit, layer)
+
+    def _head(self, form: str) -> _Kernel | _TokenHeadKernel | None:
+        """The head for one token or a few; None if it cannot be compiled."""
+        head = TokenHead.of(self.backbone) if form == ONE else None
+        if head is not None and self._has_operator():
+            state = torch.randn(1, 1, self.backbone.shape.hidden, generator=torch.Generator().manual_seed(0))
+            found, expected = (one(state.to(self.backbone.dtype)) for one in (head.run, self.backbone.logits))
+            if _close(found, expected, expected):
+                return _TokenHeadKernel(self.backbone, head)
+        return self._load(HeadSource(self.backbone, form))
+
+    def _has_operator(self) -> bool:
+        """Whether there is the operator for single tokens; compiled if need be."""
+        if _TOKEN_LAYERS not in _failed:
+            try:
+                load_operator(_TOKEN_LAYERS, self.notify)
+            except Exception as error:  # as in `_load`
+                _failed.add(_TOKEN_LAYERS)
+                reason = str(error).strip().splitlines()[:1]
+                log.warning("layerwise: no operator for single tokens (%s)", *reason or ["no reason"])
+        return _TOKEN_LAYERS not in _failed
 
     def _load(self, source: LayerSource | HeadSource) -> _Kernel | None:
         key = source.key
@@ -237,9 +309,7 @@ class CompiledEngine:
             cache.advance([3] * rows)
             frame = Frame(self.backbone, [width] * rows, width, states.device, states.dtype, cache)
             results.append(engine.visit(step, states[:, 3:], frame).float())
-        change = (results[0] - states[:, 3:].float()).abs().max()
-        tolerance = 1e-3 if self.backbone.dtype == torch.float32 else 5e-2
-        return bool((results[0] - results[1]).abs().max() <= tolerance * change.clamp(min=1.0))
+        return _close(results[1].to(states.dtype), results[0].to(states.dtype), results[0] - states[:, 3:].float())
 
 
 class _Kernel:
@@ -251,6 +321,36 @@ class _Kernel:
         self.weights = source.weights
         self.dtype = source.weights[0].dtype
         self.made_for = _identity(*source.modules)
+
+
+def _close(found: Tensor, expected: Tensor, change: Tensor) -> bool:
+    """Whether two ways differ by rounding alone; `change` is what they add."""
+    tolerance = 1e-3 if expected.dtype == torch.float32 else 5e-2
+    gap = (found.float() - expected.float()).abs().max()
+    return bool(gap <= tolerance * change.float().abs().max().clamp(min=1.0))
+
+
+class _TokenKernel:
+    """The operator for single tokens, bound to one layer."""
+
+    form = ONE
+
+    def __init__(self, backbone: Backbone, visit: Visit, layer: TokenLayer) -> None:
+        self.layer = layer
+        self.dtype = layer.weights[0].dtype
+        self.made_for = _identity(backbone.module(visit))
+        self.with_others = (*layer.alike, backbone.kinds[visit.layer].rotary)  # those of one call have the same
+
+
+class _TokenHeadKernel:
+    """The same, bound to the head."""
+
+    form = ONE
+
+    def __init__(self, backbone: Backbone, head: TokenHead) -> None:
+        self.head = head
+        self.dtype = head.weight.dtype
+        self.made_for = _identity(backbone.norm, backbone.head)
 
 
 def _identity(*modules: nn.Module) -> list[Any]:
@@ -271,6 +371,7 @@ def _identity(*modules: nn.Module) -> list[Any]:
     return found
 
 
+_TOKEN_LAYERS = "token_layers"
 _failed: set[str] = set()  # keys of what could not be compiled or loaded in this process
 _packages: dict[Path, Callable[[list[Tensor]], list[Tensor]]] = {}
 

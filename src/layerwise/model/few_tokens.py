@@ -22,7 +22,7 @@ from torch import Tensor
 from layerwise.paths import kernel_dir
 
 SOURCE = Path(__file__).with_name("few_tokens.cpp")
-HEADER = SOURCE.with_name("vectors.h")
+HEADERS = [SOURCE.with_name(name) for name in ("vectors.h", "attention.h", "one_token.h")]
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
 
 
@@ -33,7 +33,7 @@ def compiler() -> str | None:
 
 def source_text() -> str:
     """What is compiled: whoever keeps a result of it keeps it under this."""
-    return _text(HEADER, SOURCE)
+    return _text(*HEADERS, SOURCE)
 
 
 def load_operators(notify: Callable[[str], None]) -> None:
@@ -63,13 +63,13 @@ def load_operators(notify: Callable[[str], None]) -> None:
         return query.new_empty((rows, tokens, heads, size))
 
 
-def load_routed_operator(name: str, notify: Callable[[str], None]) -> None:
-    """Make `torch.ops.layerwise` ready for one token of a routed layer, by the operators of the file `name`:
-    "routed_token" or "routed_layer". Errors as in `load_operators`, whose operators they call."""
+def load_operator(name: str, notify: Callable[[str], None]) -> None:
+    """Make `torch.ops.layerwise` ready for one token of one row, by an operator that has a file of its own:
+    "routed_token", "routed_layer" or "token_layers". Errors as in `load_operators`, whose operators some call."""
     load_operators(notify)
     if not hasattr(torch.ops.layerwise, name):
         source = SOURCE.with_name(f"{name}.cpp")
-        _load(source, _text(HEADER, SOURCE.with_name("one_token.h"), source), notify)
+        _load(source, _text(*HEADERS, source), notify)
 
 
 def _text(*files: Path) -> str:

@@ -65,8 +65,8 @@ inline void dots(const T* w, const T* x, int64_t k, Floats* sums) {
 }
 
 // y = W x for `n` rows of W, each of `k` numbers; `back`: the last rows first.
-template <int rows, typename T>
-void product(const T* w, const T* x, T* y, int64_t n, int64_t k, bool back = false) {
+template <int rows, typename T, typename Y = T>
+void product(const T* w, const T* x, Y* y, int64_t n, int64_t k, bool back = false) {
   const int64_t whole = k / STEP<T> * STEP<T>;
   const auto rest = [&](int64_t row) {
     float sum = 0.f;
@@ -79,12 +79,12 @@ void product(const T* w, const T* x, T* y, int64_t n, int64_t k, bool back = fal
     Floats sums[LANES];
     for (int at = 0; at < LANES; at += rows) dots<rows>(w + (row + at) * k, x, k, sums + at);
     const Floats found = totals(sums);
-    for (int lane = 0; lane < LANES; ++lane) y[row + lane] = static_cast<T>(found[lane] + rest(row + lane));
+    for (int lane = 0; lane < LANES; ++lane) y[row + lane] = static_cast<Y>(found[lane] + rest(row + lane));
   }
   for (int64_t row = blocks * LANES; row < n; ++row) {
     Floats sum;
     dots<1>(w + row * k, x, k, &sum);
-    y[row] = static_cast<T>(total(sum) + rest(row));
+    y[row] = static_cast<Y>(total(sum) + rest(row));
   }
 }
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layerwise.model.few_tokens import load_routed_operator
+from layerwise.model.few_tokens import load_operator
 from layerwise.model.filters import causal_filter
 from layerwise.model.position_router import Router, Routing, gumbel_sigmoid
 from layerwise.model.scoring import rotate, score, score_sorted
@@ -118,7 +118,7 @@ class RoutedAttention(nn.Module):
         self.prepared = False
         if all(one.bias is None for one in (self.q_proj, self.k_proj, self.v_proj)):
             try:
-                load_routed_operator("routed_token", notify)
+                load_operator("routed_token", notify)
                 maps, last = self.router.inputs, self.router.out
                 # Looking these up at each token takes a tenth of its time.
                 router = [maps.weight, maps.bias, last.weight, last.bias]

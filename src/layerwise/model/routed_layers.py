@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layerwise.model.backbone import Backbone
-from layerwise.model.few_tokens import load_routed_operator
+from layerwise.model.few_tokens import load_operator
 from layerwise.model.filters import causal_filter
 from layerwise.model.position_router import Routing, gumbel_sigmoid
 from layerwise.model.routed_attention import CHUNK, Mixing
@@ -109,7 +109,7 @@ class RoutedSelfAttention(nn.Module):
         self._local += [] if self.correction is None else self.correction.parameters()
         if all(one.dtype == norm.weight.dtype and one.is_contiguous() and one.is_cpu for one in self._maps):
             try:
-                load_routed_operator("routed_layer", notify)
+                load_operator("routed_layer", notify)
                 self.prepared = True
             except (OSError, CalledProcessError) as error:
                 notify(f"routed layers run without an operator of their own ({type(error).__name__})")

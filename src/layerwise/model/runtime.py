@@ -44,8 +44,12 @@ class Engine(Protocol):
         """Run the visit on the rows of `step`: (rows, width, hidden size) to the same shape."""
         ...
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Final norm and head: (..., hidden size) to (..., vocabulary)."""
+    def walk(self, steps: Sequence[Step], hidden: Tensor, frame: Frame) -> tuple[Tensor, int]:
+        """Run as many of the first of these steps as one call can take; the states, and how many those are, maybe 0."""
+        ...
+
+    def logits(self, hidden: Tensor, thin: bool = False) -> Tensor:
+        """Final norm and head, or thin head: (..., hidden size) to (..., vocabulary)."""
         ...
 
 
@@ -78,8 +82,11 @@ class EagerEngine:
             position_embeddings=frame.rotary(layer, step.rows),
         )
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self.backbone.logits(hidden)
+    def walk(self, steps: Sequence[Step], hidden: Tensor, frame: Frame) -> tuple[Tensor, int]:
+        return hidden, 0
+
+    def logits(self, hidden: Tensor, thin: bool = False) -> Tensor:
+        return self.backbone.logits(hidden, thin)
 
 
 class Runtime:
@@ -102,18 +109,27 @@ class Runtime:
         `observe` gets each step with the hidden states of all rows after it, before the next step is asked for.
         """
         calls = 0
-        for step in steps:
-            if step.rows is None:
-                hidden = self.engine.visit(step, hidden, frame)
-            else:
-                index = frame.index(step.rows)
-                hidden = hidden.index_copy(0, index, self.engine.visit(step, hidden[index], frame))
-            calls += 1
-            if observe is not None:
+        if observe is None:  # nobody looks in between
+            steps = tuple(steps)
+            while calls < len(steps):
+                hidden, walked = self.engine.walk(steps[calls:], hidden, frame)
+                if not walked:
+                    hidden = self._after(steps[calls], hidden, frame)
+                calls += max(walked, 1)
+        else:
+            for step in steps:
+                hidden = self._after(step, hidden, frame)
+                calls += 1
                 observe(step, hidden)
         if trace is not None:
             trace.calls += calls
         return hidden
+
+    def _after(self, step: Step, hidden: Tensor, frame: Frame) -> Tensor:
+        if step.rows is None:
+            return self.engine.visit(step, hidden, frame)
+        index = frame.index(step.rows)
+        return hidden.index_copy(0, index, self.engine.visit(step, hidden[index], frame))
 
     def forward(
         self,
@@ -172,6 +188,16 @@ class Runtime:
                 if ran:
                     trace.record(row, plan if visits is None else Plan(ran), phase, count)
         return hidden
+
+    def logits(self, hidden: Tensor, plans: Sequence[Plan]) -> Tensor:
+        """The logits of each row (rows, ..., hidden size) by the head of its plan: (rows, ..., vocabulary)."""
+        thin = [plan.thin_head for plan in plans]
+        if len(set(thin)) == 1:
+            return self.engine.logits(hidden, thin[0])
+        rows = {which: [row for row, other in enumerate(thin) if other == which] for which in (False, True)}
+        parts = [self.engine.logits(hidden[those], which) for which, those in rows.items()]
+        order = torch.tensor([*rows[False], *rows[True]], device=hidden.device).argsort()
+        return torch.cat([part.to(parts[0].dtype) for part in parts])[order]
 
 
 def _without(steps: Iterable[Step], idle: set[int], rows: int) -> list[Step]:

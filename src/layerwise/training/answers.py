@@ -40,7 +40,7 @@ def greedy_answers(
     hidden = runtime.forward(model.embed(tokens), [plan] * len(live), counts, cache)
     hidden = last_of(hidden, counts)
     while True:
-        chosen = runtime.engine.logits(hidden)[:, -1].argmax(-1).tolist()
+        chosen = runtime.logits(hidden, [plan] * len(live))[:, -1].argmax(-1).tolist()
         for row, token in zip(live, chosen, strict=True):
             answers[row].append(token)
         going = [at for at, token in enumerate(chosen) if token not in ends]

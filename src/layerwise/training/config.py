@@ -254,6 +254,10 @@ class LayerRouteRecipe:
     mend_rank: int = field(
         default=0, metadata=_help("Leave neurons: rank of what mends the MLPs that lost some; 0 for nothing.")
     )
+    head_rank: int = field(
+        default=0,
+        metadata=_help("With fits: the LM head has a gate too, closed for one that looks at so many numbers; 0: none."),
+    )
     start_bias: float = field(default=1.0, metadata=_help("Bias of gates that begin open; closed ones have its minus."))
     reads: Reads | None = field(
         default=None, metadata=_help("What a router sees: mean, or last token, of the prompt; paper: mean, else last.")
@@ -274,7 +278,16 @@ class LayerRouteRecipe:
         for name in ("tolerance", "start_bias"):
             value = getattr(self, name)
             _require(value > 0, f"{name.replace('_', '-')} must be above 0, not {value}")
-        for name in ("penalty", "dual_rate", "weight_decay", "candidates", "fits", "bridge_rank", "mend_rank"):
+        for name in (
+            "penalty",
+            "dual_rate",
+            "weight_decay",
+            "candidates",
+            "fits",
+            "bridge_rank",
+            "mend_rank",
+            "head_rank",
+        ):
             value = getattr(self, name)
             _require(value >= 0, f"{name.replace('_', '-')} must be 0 or more, not {value}")
         _require(
@@ -296,6 +309,10 @@ class LayerRouteRecipe:
         _require(
             self.leave != "neurons" or not self.bridge_rank,
             "bridges stand in for layers or MLPs left out as a whole: leave out bridge-rank, or leave neurons",
+        )
+        _require(
+            not self.head_rank or (self.fits > 0 and self.hold == 1 == self.hold_full),
+            "a thin head is fitted when the LoRA has learnt: give fits, hold 1 and hold-full 1 too",
         )
         rate = self.router_learning_rate
         _require(rate is None or rate > 0, f"router-learning-rate must be above 0, not {rate}")

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,12 +37,15 @@ FLOOR = 1 / 64
 RIDGE = 1e-2  # of the squared weights: as many examples as are measured would else be learnt by heart
 
 
-def row_losses(backbone: Backbone, deep: Tensor, labels: Tensor, counts: Sequence[int]) -> tuple[Tensor, Tensor]:
+def row_losses(
+    backbone: Backbone, deep: Tensor, labels: Tensor, counts: Sequence[int], plans: Sequence[Plan] | None = None
+) -> tuple[Tensor, Tensor]:
     """Cross entropy (rows,) summed over the labelled positions of each row, and how many there are (rows,).
 
     Args:
         deep: (rows, width, hidden size) before the final norm, packed to the left.
         labels: (rows, width) packed likewise.
+        plans: what each row ran by, if any has a thin head.
     """
     chunk = max(1, LOGITS_AT_ONCE // backbone.head.weight.shape[0])
     head = {id(p): p for part in (backbone.norm, backbone.head) for p in part.parameters() if p.requires_grad}
@@ -49,7 +53,8 @@ def row_losses(backbone: Backbone, deep: Tensor, labels: Tensor, counts: Sequenc
     for row, count in enumerate(counts):
         at, targets = labelled(labels[row : row + 1], [count])
         picked = deep[row].index_select(0, at)[None]
-        total, _ = exit_losses(backbone.logits, list(head.values()), picked, targets, [1.0], chunk)
+        logits = partial(backbone.logits, thin=plans is not None and plans[row].thin_head)
+        total, _ = exit_losses(logits, list(head.values()), picked, targets, [1.0], chunk)
         sums.append(total)
         positions.append(len(targets))
     return torch.stack(sums), torch.tensor(positions, device=deep.device)
@@ -87,7 +92,7 @@ def lost(model: LayerwiseForCausalLM, examples: Sequence[Tokens], plan: Plan) ->
             counts, means = [len(examples[at].input_ids) for at in group], []
             for one in (plan, Plan.full(model.depth)):
                 deep = Runtime(backbone).forward(hidden, [one] * len(group), counts)
-                sums, positions = row_losses(backbone, deep, labels, counts)
+                sums, positions = row_losses(backbone, deep, labels, counts, [one] * len(group))
                 means.append(sums / positions.clamp(min=1))
             found[group] = (means[0] - means[1]).float().cpu()
     return found
@@ -130,14 +135,14 @@ def choose_basis(model: LayerwiseForCausalLM, examples: Sequence[Tokens], bears:
             hidden = model.embed(nn.utils.rnn.pad_sequence(ids, batch_first=True))
             walks.append((hidden, Gates(policy, [len(prompt) for prompt in prompts])))
         needs = None if bears is None else -bears[[at for group in groups for at in group]].to(model.device)
-        for layer in range(model.depth):
+        for layer in range(len(policy.weight)):  # and the head, if it has a gate
             states = torch.cat([summary(hidden, gates.lengths, policy.reads) for hidden, gates in walks])
             policy.center[layer] = states.mean(0)
             policy.basis[layer] = _components(states - policy.center[layer])
             if needs is not None and layer not in policy.keep:
                 seen = (states - policy.center[layer]) @ policy.basis[layer].T
                 policy.weight[layer], policy.bias[layer] = _fitted(seen, needs)
-            for hidden, gates in walks:
+            for hidden, gates in walks if layer < model.depth else ():
                 run = gates.decide(layer, hidden)[1]
                 for rows, visits in (
                     (run.nonzero()[:, 0], (Visit(layer),)),

@@ -36,7 +36,11 @@ closed gate leaves out the MLP of its layer alone, and the bridge stands in for 
 
 With `leave` neurons a closed gate leaves out a part of the MLP (`model.thin`): at the end of the held steps the neurons
 are chosen that matter least to the half of some examples that bear it best (`neuron_fits`), over all layers alike; the
-layers that lose some are those that have gates.
+layers that lose some are those that have gates. Which examples bear it best is told by leaving out many, PROBE of all
+at least: what costs nobody much cannot be ranked.
+
+With `head_rank` the LM head has a gate, and closed it leaves a thin one (`model.thin_head`), fitted at the end to the
+answers of all these examples (`head_fits`): those that bear it best are the easy ones, and the others need it more.
 
 Means of gates are over rows and all layers. No objective knows of what kind an input is.
 """
@@ -65,13 +69,16 @@ from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.bridge_fit import fit_bridges
 from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, computed_in, layers_of
 from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, parting, row_losses
+from layerwise.training.head_fits import fit_thin_head
 from layerwise.training.layerroute_trainer import LayerRouteTrainer, drawn
 from layerwise.training.neuron_fits import choose_neurons
 from layerwise.training.trainer import read_examples, run_fits, run_training
 
 BRIDGED = 384  # examples, of which half fit the bridges
-THINNED = 256  # examples, of which half choose and mend thin MLPs
+THINNED = 256  # examples, of which half choose and mend thin MLPs, and all fit the thin head
 SCORED = 96  # of the examples for thin MLPs say which neurons all kinds can do without
+PROBE = 0.3  # of the neurons that are left out to see which examples bear that best
+CANDIDATES = 1024  # of a thin head: tokens whose logits are computed in full
 LAST_FITTED = 384  # examples that routers are fitted to at last
 PRUDENCE = 3.0  # at last, when no training follows: an input that skips what it cannot bear loses most
 MEASURED = 8  # examples that are answered without each layer in turn
@@ -112,21 +119,25 @@ class LayerRoute(nn.Module):
         self.bias: nn.Parameter | None = None
         if recipe.objective != "none":
             layers, hidden = model.depth, model.runtime.backbone.shape.hidden
+            if recipe.head_rank >= hidden:
+                raise ValueError(f"head-rank must be below the hidden size {hidden}, not {recipe.head_rank}")
             closed = layers_of(recipe.start_closed, layers) if recipe.start_closed is not None else None
             if closed is None:
                 closed = tuple(range(layers // 3, 2 * layers // 3)) if recipe.objective == "paper" else ()
-            bias = [-recipe.start_bias if layer in closed else recipe.start_bias for layer in range(layers)]
+            gates = layers + (recipe.head_rank > 0)
+            bias = [-recipe.start_bias if layer in closed else recipe.start_bias for layer in range(gates)]
             device = model.runtime.backbone.device
             self.bias = nn.Parameter(torch.tensor(bias, device=device))
             keep = layers_of(recipe.keep, layers)
             _check(recipe, layers, keep, closed, steps)
             reads = recipe.reads or ("mean" if recipe.objective == "paper" else "last")
             directions = hidden if reads == "mean" else DIRECTIONS
-            self.weight = nn.Parameter(torch.zeros(layers, directions, device=device))
+            self.weight = nn.Parameter(torch.zeros(gates, directions, device=device))
             # Until a basis is chosen a router sees nothing, and its bias decides.
-            basis = None if reads == "mean" else torch.zeros(layers, directions, hidden, device=device)
-            center = None if reads == "mean" else torch.zeros(layers, hidden, device=device)
-            model.policy = GatedPolicy(self.weight, self.bias, keep, reads, center, basis)
+            basis = None if reads == "mean" else torch.zeros(gates, directions, hidden, device=device)
+            center = None if reads == "mean" else torch.zeros(gates, hidden, device=device)
+            given = {"center": center, "basis": basis, "thin_head": recipe.head_rank > 0}
+            model.policy = GatedPolicy(self.weight, self.bias, keep, reads, **given)
             if not recipe.candidates:
                 self._leave()
 
@@ -156,24 +167,27 @@ class LayerRoute(nn.Module):
 
     def fit_bridges(self, examples: Sequence[Tokens]) -> None:
         """Fit the bridges to the half of these examples that lose least without the layers that may be skipped."""
-        gaps = lost(self.model, examples, self._short())
-        bearing = gaps.argsort()[: max(1, len(examples) // 2)].tolist()
-        fit_bridges(self.model, [examples[at].input_ids for at in bearing], self._short())
+        bearing, short = self._bearing(examples), Plan(self._short().visits)
+        fit_bridges(self.model, [one.input_ids for one in bearing], short)
 
     def choose_neurons(self, examples: Sequence[Tokens]) -> None:
         """Choose thin MLPs, first by some of these examples, then anew by the half of all that lose least by those."""
         keep = layers_of(self.recipe.keep, self.model.depth)
-        choose_neurons(self.model, examples[:SCORED], self.recipe.neurons, keep=keep)
+        choose_neurons(self.model, examples[:SCORED], max(PROBE, self.recipe.neurons), keep=keep)
         self.may_thin()
-        gaps = lost(self.model, examples, self._short())
-        bearing = [examples[at] for at in gaps.argsort()[: max(1, len(examples) // 2)].tolist()]
+        bearing = self._bearing(examples)
         choose_neurons(self.model, bearing, self.recipe.neurons, self.recipe.mend_rank, keep)
         self.may_thin()
+
+    def _bearing(self, examples: Sequence[Tokens]) -> list[Tokens]:
+        """The half of these examples that lose least by all skips but that of the head."""
+        gaps = lost(self.model, examples, Plan(self._short().visits))
+        return [examples[at] for at in gaps.argsort()[: max(1, len(examples) // 2)].tolist()]
 
     def fit_crossings(
         self, examples: Sequence[Tokens], seed: int, notify: Callable[[str], None] = lambda line: None
     ) -> None:
-        """Fit to some of these examples what closed gates leave, if the recipe has bridges or thin MLPs."""
+        """Fit to some of these examples what closed gates leave: bridges, thin MLPs, a thin head."""
         if self.model.bridges is not None:
             self.fit_bridges(drawn(examples, seed, BRIDGED))
         if self.recipe.leave == "neurons":
@@ -181,6 +195,15 @@ class LayerRoute(nn.Module):
             self.choose_neurons(drawn(examples, seed, THINNED))
             kept = self.model.thin.kept.values()
             notify(f"{len(kept)} layers have thin MLPs, of {sum(map(len, kept)) / len(kept):.0f} neurons on average")
+        if self.recipe.head_rank:
+            notify("fitting the thin head")
+            fit_thin_head(
+                self.model, drawn(examples, seed, THINNED), self._short(), self.recipe.head_rank, self._candidates
+            )
+
+    @property
+    def _candidates(self) -> int:
+        return min(CANDIDATES, self.model.runtime.backbone.shape.vocabulary)
 
     @property
     def crossed_from(self) -> int:
@@ -190,8 +213,7 @@ class LayerRoute(nn.Module):
 
     def _short(self) -> Plan:
         """The plan of a prompt that skips all it may."""
-        policy = self.model.policy
-        return policy.plan([layer for layer in range(self.model.depth) if layer not in policy.keep])
+        return self.model.policy.plan(self.model.policy.free)
 
     def may_thin(self) -> None:
         """Have gates close where there are thin MLPs, and nowhere else."""
@@ -264,7 +286,7 @@ class LayerRoute(nn.Module):
             deep = Runtime(runtime.backbone).forward(hidden, walked, counts)
             plans = walked if isinstance(walked, Sequence) else walked.plans
             run = torch.tensor([plan.depth for plan in plans], device=hidden.device)
-            losses, positions = row_losses(runtime.backbone, deep, packed, counts)
+            losses, positions = row_losses(runtime.backbone, deep, packed, counts, plans)
             return self._report(losses.sum(), losses, positions, run, real)
         engine = _Mixed(runtime.backbone, Gates(self.model.policy, lengths))
         frame = Frame(runtime.backbone, counts, width, hidden.device, hidden.dtype)

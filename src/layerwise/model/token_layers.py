@@ -1,0 +1,149 @@
+"""Layers of Llama and its kin for one token of one row, by one operator (`token_layers.cpp`).
+
+A kernel that a compiler makes of any layer spends as long on calls and on threads waiting for each other as on reading
+the weights. For the commonest kind of layer there is an operator that does not: it runs any number of layers in a row.
+Whether a layer is of that kind is read from its modules, and what it gives is compared with the layer's own by
+the engine before it is used, as with every kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from layerwise.model.backbone import Backbone
+from layerwise.model.thin_head import ThinHead
+from layerwise.plan import Part, Visit
+
+LANES = 16  # numbers of a vector: heads are a multiple of it
+_MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+_CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_SILU = ("SiLU", "SiLUActivation")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLayer:
+    """What the operator is told of a visit: as in its file, `weights` are empty where there is none."""
+
+    weights: list[Tensor]
+    epsilon: float
+    scale: float
+
+    @classmethod
+    def of(cls, backbone: Backbone, visit: Visit) -> TokenLayer | None:
+        """None if the layer is of another kind."""
+        if visit.part is Part.BRIDGE or backbone.kinds[visit.layer].window is not None:
+            return None
+        layer = backbone.module(visit)
+        norms = layer.input_layernorm, getattr(layer, "post_attention_layernorm", None)
+        if {name for name, _ in layer.named_children()} != _CHILDREN or not all(map(_is_rms_norm, norms)):
+            return None
+        none = norms[0].weight.new_empty(0)
+        halves = [none] * 9, [none] * 5
+        attends, maps = visit.attends, visit.part is not Part.ATTENTION
+        if attends:
+            attention = layer.self_attn
+            if not _is_of(attention, _MAPS) or attention.head_dim % LANES:
+                return None
+            linear = [getattr(attention, name) for name in _MAPS]
+            halves[0][:] = [norms[0].weight, *(one.weight for one in linear), *(_or(one.bias, none) for one in linear)]
+        if maps:
+            mlp = layer.mlp
+            if not _is_of(mlp, _MLP, "act_fn") or type(mlp.act_fn).__name__ not in _SILU:
+                return None
+            gate, up, down = (getattr(mlp, name) for name in _MLP)
+            if gate.bias is not None or up.bias is not None:
+                return None
+            halves[1][:] = [norms[1].weight, gate.weight, up.weight, down.weight, _or(down.bias, none)]
+        weights = [weight for half in halves for weight in half]
+        epsilons = {norm.variance_epsilon for norm in norms}
+        if not _usable(weights) or len(epsilons) > 1:
+            return None
+        return cls(weights, epsilons.pop(), backbone.layers[visit.layer].self_attn.scaling)
+
+    @property
+    def alike(self) -> tuple[object, ...]:
+        """Layers that can run in one call have the same."""
+        return self.epsilon, self.scale, self.weights[0].dtype
+
+
+@dataclass(frozen=True, slots=True)
+class TokenHead:
+    """The same for the final norm and the LM head; `bias` is empty if there is none."""
+
+    norm: Tensor
+    epsilon: float
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    def of(cls, backbone: Backbone) -> TokenHead | None:
+        """None if they are of another kind."""
+        norm, head = backbone.norm, backbone.head
+        if not _is_rms_norm(norm) or type(head) is not nn.Linear:
+            return None
+        if getattr(backbone.config, "final_logit_softcapping", None) is not None:
+            return None
+        found = [norm.weight, head.weight, _or(head.bias, norm.weight.new_empty(0))]
+        if not _usable(found):
+            return None
+        return cls(found[0], norm.variance_epsilon, *found[1:])
+
+    def run(self, hidden: Tensor) -> Tensor:
+        """Logits (1, 1, vocabulary) in float32 of a state (1, 1, hidden size)."""
+        return torch.ops.layerwise.token_head.default(hidden, self.norm, self.epsilon, self.weight, self.bias)
+
+    def run_thin(self, hidden: Tensor, thin: ThinHead) -> Tensor:
+        """The same by a thin head."""
+        preview = [thin.center, thin.down, thin.sketch, thin.offset.float()]
+        return torch.ops.layerwise.token_thin_head.default(
+            hidden, self.norm, self.epsilon, self.weight, self.bias, preview, thin.candidates
+        )
+
+
+def _usable(weights: Sequence[Tensor]) -> bool:
+    """Whether the operator can read these: all of one dtype that it knows, as they lie in memory."""
+    dtype = weights[0].dtype
+    alike = all(one.dtype == dtype and one.is_contiguous() and one.is_cpu for one in weights)
+    return alike and dtype in (torch.float32, torch.bfloat16)
+
+
+def _is_rms_norm(norm: nn.Module | None) -> bool:
+    return norm is not None and type(norm).__name__.endswith("RMSNorm") and hasattr(norm, "variance_epsilon")
+
+
+def _is_of(module: nn.Module, maps: Sequence[str], *others: str) -> bool:
+    """Whether these maps, plain ones, and the others are all that it has."""
+    children = dict(module.named_children())
+    plain = all(type(children.get(name)) is nn.Linear for name in maps)
+    return plain and set(children) <= {*maps, *others}
+
+
+def _or(bias: Tensor | None, none: Tensor) -> Tensor:
+    return none if bias is None else bias
+
+
+def run(
+    layers: Sequence[TokenLayer],
+    hidden: Tensor,
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    place: int,
+    rotary: tuple[Tensor, Tensor],
+) -> Tensor:
+    """One token (1, 1, hidden size) through layers that are alike, to the same shape.
+
+    Args:
+        keys, values: (1, kv heads, capacity, head size) of each layer, where the token's are put at `place`; empty for
+            layers whose attention is left out.
+        rotary: cosines and sines (1, 1, head size).
+    """
+    weights = [weight for layer in layers for weight in layer.weights]
+    first = layers[0]
+    return torch.ops.layerwise.token_layers.default(
+        hidden, weights, keys, values, place, *rotary, first.epsilon, first.scale
+    )

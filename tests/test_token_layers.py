@@ -1,0 +1,200 @@
+"""The operator for single tokens equals the layers that it stands for, and declines what it does not know."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from test_compiled import no_eager_calls, stepwise_logits
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
+
+from layerwise.model import compiled
+from layerwise.model.backbone import Backbone
+from layerwise.model.cache import Cache
+from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
+from layerwise.model.compiled import compiler_available
+from layerwise.model.few_tokens import load_operator
+from layerwise.model.runtime import Runtime
+from layerwise.model.thin import ThinMlps
+from layerwise.model.token_layers import TokenHead, TokenLayer
+from layerwise.model.tracing import ONE
+from layerwise.plan import Part, Plan, Visit
+
+pytestmark = pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
+
+# Wide enough for rows to be read in several places at once, by each of two threads; and sizes that fill no vector.
+WIDE: dict[str, Any] = {
+    "hidden_size": 238,
+    "intermediate_size": 437,
+    "num_attention_heads": 14,
+    "num_key_value_heads": 7,
+    "head_dim": 16,
+    "vocab_size": 509,
+}
+KINDS = {
+    "llama": (LlamaConfig, {"attention_bias": True, "mlp_bias": False}),
+    "qwen2": (Qwen2Config, {"hidden_size": 224}),
+    "mistral": (MistralConfig, {"sliding_window": None}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _kernel_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
+
+
+def wide(kind: str, seed: int = 0) -> PreTrainedModel:
+    """A random model whose layers are of a kind that the operator knows."""
+    config, special = KINDS[kind]
+    sizes = tiny.COMMON | WIDE | special
+    if kind == "qwen2":
+        del sizes["head_dim"]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        made = AutoModelForCausalLM.from_config(config(**sizes)).eval()
+        with torch.no_grad():
+            for parameter in made.parameters():
+                parameter += 0.03 * torch.randn_like(parameter)
+    return made
+
+
+def with_thin_mlps(model: LayerwiseForCausalLM) -> None:
+    """Thin MLPs in layers 1 and 4, mended, so that their map down has a bias."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        thin = ThinMlps(model.runtime.backbone, {1: torch.arange(0, 400, 2), 4: torch.arange(37)}, rank=2)
+        for mend in thin.mends.values():
+            torch.nn.init.normal_(mend.out.weight, std=0.1)
+            torch.nn.init.normal_(mend.out.bias)
+    model.thin_by(thin.fold())
+
+
+def kernels(model: LayerwiseForCausalLM) -> set[type]:
+    """What runs single tokens of its layers."""
+    return {type(one) for (_, form), one in model.runtime.engine._layers.items() if form == ONE}
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_by_the_operator_equal_eager(kind: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan.parse("0 1t 2*2 3a 4t 5m 0-1")
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        results = []
+        for engine in ("eager", "compiled"):
+            model = attach(wide(kind), engine=engine)
+            with_thin_mlps(model)
+            fallen = no_eager_calls(model, monkeypatch) if engine == "compiled" else []
+            model.runtime.engine.prepare([plan])
+            fallen.clear()  # eager layers are what kernels are tried against
+            results.append(stepwise_logits(model, plan))
+        kinds = kernels(model)
+    finally:
+        torch.set_num_threads(before)
+    assert kinds == {compiled._TokenKernel} and fallen == []
+    assert torch.allclose(*results, atol=2e-4), (results[0] - results[1]).abs().max()
+
+
+def test_bfloat16_tokens_are_as_near_to_float32_as_eager_ones() -> None:
+    plan = Plan.full(6)
+    reference = stepwise_logits(attach(wide("llama"), engine="eager"), plan)
+    eager, found = (
+        stepwise_logits(attach(wide("llama").bfloat16(), engine=one), plan) for one in ("eager", "compiled")
+    )
+    assert (found - reference).abs().mean() <= 1.2 * (eager - reference).abs().mean()
+
+
+@torch.no_grad()
+def test_all_layers_of_a_pass_are_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = attach(wide("llama"), engine="compiled")
+    model.prepare()
+    calls, run = [], compiled.run_token_layers
+    monkeypatch.setattr(
+        compiled, "run_token_layers", lambda layers, *rest: calls.append(len(layers)) or run(layers, *rest)
+    )
+    model.generate(tiny.tokens(1, 5), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert calls == [6] * 3
+
+
+def test_replaced_weights_are_noticed() -> None:
+    prompt, options = tiny.tokens(1, 7), {"max_new_tokens": 12, "do_sample": False}
+    base = wide("llama")
+    model = attach(base, engine="compiled")
+    model.generate(prompt, **options)
+    with torch.no_grad():
+        for parameter in base.parameters():
+            parameter.data = parameter.data + 0.1 * torch.randn_like(parameter)
+    assert torch.equal(model.generate(prompt, **options), base.generate(prompt, **options))
+    base.bfloat16()
+    assert attach(base).generate(prompt, **options).shape == model.generate(prompt, **options).shape
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen3", "mistral-window", "llama"])
+def test_layers_of_other_kinds_are_declined(name: str) -> None:
+    """Norms per head or around branches, a window, heads that fill no vector."""
+    assert TokenLayer.of(Backbone(tiny.model(name)), Visit(0)) is None
+
+
+def test_bridges_biased_maps_and_adapters_are_declined() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    backbone = Backbone(wide("llama"))
+    assert TokenLayer.of(backbone, Visit(0)) is not None and TokenHead.of(backbone) is not None
+    assert TokenLayer.of(backbone, Visit(0, Part.BRIDGE)) is None
+    backbone.layers[1].mlp.up_proj = torch.nn.Linear(238, 437)
+    backbone.layers[2].self_attn.q_proj.to(torch.bfloat16)
+    assert [TokenLayer.of(backbone, Visit(at)) for at in (1, 2)] == [None, None]
+    adapted = Backbone(get_peft_model(wide("llama"), LoraConfig(r=2, target_modules=["q_proj"])).get_base_model())
+    assert TokenLayer.of(adapted, Visit(0)) is None and TokenLayer.of(adapted, Visit(0, Part.MLP)) is not None
+
+
+def test_a_layer_that_only_looks_known_gets_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Granite's, whose branches are scaled before they are added."""
+    plan, layer = Plan.full(6), type(wide("llama").model.layers[0])
+    forward = layer.forward
+    halved = functools.wraps(forward)(lambda *given, **named: 0.5 * forward(*given, **named))
+    monkeypatch.setattr(layer, "forward", halved)
+    model = attach(wide("llama"), engine="compiled")
+    model.runtime.engine.prepare([plan])
+    assert kernels(model) == {compiled._Kernel}
+    assert torch.allclose(stepwise_logits(model, plan), stepwise_logits(attach(wide("llama")), plan), atol=2e-4)
+
+
+def test_without_the_operator_everything_is_as_it_was(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: Any) -> None:
+        raise OSError("no compiler today")
+
+    monkeypatch.setattr(compiled, "load_operator", fails)
+    monkeypatch.setattr(compiled, "_failed", set())
+    plan = Plan.full(6)
+    with caplog.at_level(logging.WARNING):
+        model = attach(wide("llama"), engine="compiled")
+        found = stepwise_logits(model, plan)
+    assert caplog.text.count("no compiler today") == 1
+    assert torch.allclose(found, stepwise_logits(attach(wide("llama")), plan), atol=2e-4)
+
+
+@torch.no_grad()
+def test_what_does_not_fit_is_refused_and_not_read(tmp_path: Path) -> None:
+    """Kernels that trust their sizes would read beyond the end."""
+    load_operator("token_layers", lambda line: None)
+    model = attach(wide("llama"))
+    backbone, cache = model.runtime.backbone, Cache(1, 8)
+    Runtime(backbone).forward(model.embed(tiny.tokens(1, 3)), [Plan.full(6)], None, cache)
+    layer, hidden = TokenLayer.of(backbone, Visit(0)), torch.zeros(1, 1, 238)
+    store = cache.slots[Plan.full(6).slots[0]]
+    rotary = torch.ones(1, 1, 16), torch.ones(1, 1, 16)
+    call = torch.ops.layerwise.token_layers.default
+    for place, weights in ((store.keys.shape[2], layer.weights), (3, layer.weights[:-1])):
+        with pytest.raises(RuntimeError, match="do not fit"):
+            call(hidden, weights, [store.keys], [store.values], place, *rotary, 1e-6, 0.25)
+    with pytest.raises(RuntimeError):
+        call(hidden.bfloat16(), layer.weights, [store.keys], [store.values], 3, *rotary, 1e-6, 0.25)

@@ -13,7 +13,7 @@ import torch
 from test_compiled import no_eager_calls, stepwise_logits
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
 
-from layerwise.model import compiled
+from layerwise.model import compiled, token_layers
 from layerwise.model.backbone import Backbone
 from layerwise.model.cache import Cache
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
@@ -21,7 +21,7 @@ from layerwise.model.compiled import compiler_available
 from layerwise.model.few_tokens import load_operator
 from layerwise.model.runtime import Runtime
 from layerwise.model.thin import ThinMlps
-from layerwise.model.token_layers import TokenHead, TokenLayer
+from layerwise.model.token_layers import STREAMS, TokenHead, TokenLayer, faster_streams, run
 from layerwise.model.tracing import ONE
 from layerwise.plan import Part, Plan, Visit
 
@@ -182,6 +182,29 @@ def test_without_the_operator_everything_is_as_it_was(
     assert torch.allclose(found, stepwise_logits(attach(wide("llama")), plan), atol=2e-4)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_in_however_many_places_memory_is_read_the_sums_are_the_same(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_operator("token_layers", lambda line: None)
+    backbone, found = Backbone(wide("llama").to(dtype)), []
+    layers, hidden = [TokenLayer.of(backbone, Visit(at)) for at in range(6)], torch.ones(1, 1, 238).to(dtype)
+    for streams in STREAMS:
+        keys, values = ([torch.zeros(1, 7, 4, 16).to(dtype) for _ in layers] for _ in "kv")
+        rotary = torch.ones(1, 1, 16).to(dtype), torch.zeros(1, 1, 16).to(dtype)
+        found.append((run(layers, hidden, keys, values, 0, rotary, streams), keys[5], values[5]))
+        head = TokenHead.of(backbone)
+        assert head is not None
+        found[-1] += (head.run(hidden, streams),)
+    for one, other in zip(*found, strict=True):
+        tolerance = 1e-4 if dtype == torch.float32 else 0.1
+        assert one.abs().max() > 0 and torch.allclose(one.float(), other.float(), atol=tolerance)
+    assert faster_streams(layers) is None
+    monkeypatch.setattr(token_layers, "ENOUGH", 0)
+    assert faster_streams(layers) in STREAMS
+
+
 @torch.no_grad()
 def test_what_does_not_fit_is_refused_and_not_read(tmp_path: Path) -> None:
     """Kernels that trust their sizes would read beyond the end."""
@@ -195,6 +218,6 @@ def test_what_does_not_fit_is_refused_and_not_read(tmp_path: Path) -> None:
     call = torch.ops.layerwise.token_layers.default
     for place, weights in ((store.keys.shape[2], layer.weights), (3, layer.weights[:-1])):
         with pytest.raises(RuntimeError, match="do not fit"):
-            call(hidden, weights, [store.keys], [store.values], place, *rotary, 1e-6, 0.25)
+            call(hidden, weights, [store.keys], [store.values], place, *rotary, 1e-6, 0.25, 6)
     with pytest.raises(RuntimeError):
-        call(hidden.bfloat16(), layer.weights, [store.keys], [store.values], 3, *rotary, 1e-6, 0.25)
+        call(hidden.bfloat16(), layer.weights, [store.keys], [store.values], 3, *rotary, 1e-6, 0.25, 6)

@@ -159,10 +159,10 @@ def count_ngrams(out: Path, answers: Path, asked: list[Example]) -> Path:
 
 
 def gated(work: Path) -> Path:
-    """Gates that leave out neurons of a LoRA trained without: the run of results/layerroute.json with seed 0."""
+    """Gates for neurons and the head of a LoRA trained without: the run of results/layerroute.json with seed 0."""
     data = work / "routing.jsonl"
     write_jsonl(data, load("routing", "train"))
-    return trained("neurons", 0, work, data)
+    return trained("head", 0, work, data)
 
 
 def routed(work: Path) -> Path:

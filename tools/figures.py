@@ -30,8 +30,8 @@ def ablation(result: dict[str, Any], path: Path) -> None:
 
 
 def heat(result: dict[str, Any], path: Path) -> None:
-    """`{"runs": [...]}` of tools/layerroute_runs.py; the first that leaves out neurons, as the adapter."""
-    layer_use_figure(next(run for run in result["runs"] if run.get("leave") == "neurons"), path)
+    """`{"runs": [...]}` of tools/layerroute_runs.py; the first with a thin head, as the adapter."""
+    layer_use_figure(next(run for run in result["runs"] if run.get("head_rank")), path)
 
 
 def recall(result: dict[str, Any], path: Path) -> None:

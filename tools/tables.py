@@ -156,28 +156,31 @@ def layerroute_table(result: dict[str, Any]) -> str:
         tools, planning = (run["kinds"][kind]["ppl"]["routed"] for kind in ("tools", "planning"))
         lines.append(
             f"| {_route_name(run)} | **{run['tool_skip']:.1f}%** | {run['planning_skip']:.1f}% "
-            f"| {run['differential']:.1f} | {tools:.2f}, x{run['tool_ppl_ratio']:.2f} "
-            f"| {planning:.2f}, x{run['planning_ppl_ratio']:.2f} | {' | '.join(controls)} |"
+            f"| {run['differential']:.1f} | {tools:.2f}, x{run['tool_ppl_ratio']:.3f} "
+            f"| {planning:.2f}, x{run['planning_ppl_ratio']:.3f} | {' | '.join(controls)} |"
         )
     kinds = runs[0]["kinds"]
     commits = ", ".join(dict.fromkeys(run["environment"]["commit"] for run in runs))
     lines += [
         "",
-        "Shares are of all decode FLOPs, LM head and attention counted; controls leave out as much, by bridges and "
-        "thin MLPs where the routes do, their cost is in nats a token above the routes', with 95% intervals. "
+        "Shares are of all decode FLOPs, LM head and attention counted; controls leave out as much, by bridges, thin "
+        "MLPs and the thin head where the routes do, their cost is in nats a token above the routes', with 95% "
+        "intervals. "
         f"{kinds['tools']['n']} and {kinds['planning']['n']} held-out prompts; commits {commits}."
         f"{''.join(map(_route_answers, runs))} "
-        "Again: `python tools/layerroute_runs.py --recipes neurons,quality,bridges,paper --seeds 0,1,2,3,4`.",
+        "Again: `python tools/layerroute_runs.py --recipes head,neurons,quality,bridges,paper --seeds 0,1,2,3,4`.",
     ]
     return "\n".join(lines)
 
 
 def _route_order(run: dict[str, Any]) -> tuple[Any, ...]:
-    return run["objective"] != "quality", run["objective"], _leaves(run), run.get("bridge_rank") or 0, run["seed"]
+    headless, rank = not run.get("head_rank"), run.get("bridge_rank") or 0
+    return run["objective"] != "quality", run["objective"], headless, _leaves(run), rank, run["seed"]
 
 
 def _route_name(run: dict[str, Any]) -> str:
-    what = {"attention": ", MLPs alone", "neurons": ", neurons alone"}.get(_leaves(run), "")
+    neurons = ", neurons and head" if run.get("head_rank") else ", neurons alone"
+    what = {"attention": ", MLPs alone", "neurons": neurons}.get(_leaves(run), "")
     return f"{run['objective']}{what}{', with bridges' if run.get('bridge_rank') else ''}, {run['seed']}"
 
 

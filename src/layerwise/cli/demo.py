@@ -124,7 +124,7 @@ def _routed(
     console: Any, engine: options.EngineChoice, dtype: options.DtypeChoice, max_new_tokens: int
 ) -> list[dict[str, Any]]:
     """The same model with routers: a tool call and a worked problem, each by the layers its prompt was given."""
-    from layerwise.cost import layers_run
+    from layerwise.cost import head_run, layers_run
     from layerwise.data.bfcl import SYSTEM
     from layerwise.decoding.text import answer
     from layerwise.paths import bundled_adapter
@@ -150,7 +150,9 @@ def _routed(
             on_text=lambda piece: print(piece, end="", flush=True),
         )
         print()
-        run = layers_run(loaded.runtime.backbone.shape, result.plans[-1])
-        console.print(f"\n[dim]weights of {run:.1f} of {loaded.depth} layers: {result.plans[-1]}[/dim]\n")
+        shape, plan = loaded.runtime.backbone.shape, result.plans[-1]
+        run, head = layers_run(shape, plan), head_run(shape, plan)
+        of = f"weights of {run:.1f} of {loaded.depth} layers and {head:.0%} of the LM head"
+        console.print(f"\n[dim]{of}: {plan}[/dim]\n")
         rows.append({"prompt": kind, **result.to_dict(), "plan": str(result.plans[-1])})
     return rows

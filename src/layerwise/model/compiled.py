@@ -28,7 +28,7 @@ from layerwise.model.cache import Cache
 from layerwise.model.few_tokens import compiler, load_operator, load_operators
 from layerwise.model.frame import Frame
 from layerwise.model.runtime import EagerEngine
-from layerwise.model.token_layers import TokenHead, TokenLayer
+from layerwise.model.token_layers import STREAMS, TokenHead, TokenLayer, faster_streams
 from layerwise.model.token_layers import run as run_token_layers
 from layerwise.model.tracing import FEW, ONE, HeadSource, LayerSource, package
 from layerwise.paths import kernel_dir
@@ -61,6 +61,7 @@ class CompiledEngine:
         ] = {}  # of parameters the layers still have
         self._heads: dict[str, _Kernel | _TokenHeadKernel | None] = {}
         self._index = torch.arange(0)
+        self._streams = STREAMS[0]
 
     @torch.no_grad()
     def prepare(self, plans: Iterable[Plan], few: bool = False) -> None:
@@ -79,10 +80,23 @@ class CompiledEngine:
                 self._heads[form] = self._head(form)
             for visit in visits:
                 self._layer(visit, form)
+        self._choose_streams()
         for number, attention in self.backbone.attention.items():
             prepare = getattr(attention, "prepare", None)
             if prepare is not None:
                 prepare(self.backbone.layers[number].input_layernorm, self.notify)
+
+    def _choose_streams(self) -> None:
+        """Have operators for single tokens read memory as this machine does it faster; tried out once."""
+        known = [kernel for (_, form), kernel in self._layers.items() if form == ONE]
+        layers = [kernel.layer for kernel in known if isinstance(kernel, _TokenKernel)]
+        alike = [layer for layer in layers if layer.alike == layers[0].alike and layer.weights[9].numel()]
+        if not alike:
+            return
+        use = (torch.get_num_threads(), *alike[0].alike)
+        if use not in _streams and (found := faster_streams(alike)) is not None:
+            _streams[use] = found
+        self._streams = _streams.get(use, STREAMS[0])
 
     def refresh(self) -> None:
         """Compare each kernel with its layer before it is used again, and the head's now: parameters may be others by
@@ -146,7 +160,7 @@ class CompiledEngine:
         values = [none if store is None else store.values for store in stores]
         rotary = frame.rotary(taken[0][0].visit.layer, None)
         layers = [kernel.layer for _, kernel in taken]
-        hidden = run_token_layers(layers, hidden, keys, values, frame.starts[0], rotary)
+        hidden = run_token_layers(layers, hidden, keys, values, frame.starts[0], rotary, self._streams)
         for store in stores:
             if store is not None:
                 store.ends = [frame.stop]
@@ -212,7 +226,9 @@ class CompiledEngine:
             return self.eager.logits(hidden, thin)
         if isinstance(kernel, _TokenHeadKernel):
             hidden = hidden.contiguous()
-            return kernel.head.run_thin(hidden, self.backbone.thin_head) if thin else kernel.head.run(hidden)
+            if thin:
+                return kernel.head.run_thin(hidden, self.backbone.thin_head, self._streams)
+            return kernel.head.run(hidden, self._streams)
         return kernel.run([hidden.contiguous(), *kernel.weights])[0]
 
     def _upto(self, stop: int) -> Tensor:
@@ -372,6 +388,7 @@ def _identity(*modules: nn.Module) -> list[Any]:
 
 
 _TOKEN_LAYERS = "token_layers"
+_streams: dict[tuple[Any, ...], int] = {}  # by threads and kind of layer, see `_choose_streams`
 _failed: set[str] = set()  # keys of what could not be compiled or loaded in this process
 _packages: dict[Path, Callable[[list[Tensor]], list[Tensor]]] = {}
 

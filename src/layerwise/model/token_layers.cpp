@@ -58,32 +58,38 @@ void normalised(const T* x, const T* scale, T* out, int64_t size, float epsilon)
     out[i] = static_cast<T>(static_cast<float>(scale[i]) * static_cast<float>(static_cast<T>(x[i] * factor)));
 }
 
-// Memory is read fastest in several places at once and with a hint some lines ahead: one row after the other, a thread
-// gets half of what it can.
-constexpr int STREAMS = 6;
-constexpr int64_t AHEAD_BYTES = 2048;
+constexpr int64_t AHEAD_BYTES = 2048;  // that are fetched beforehand, in each place that is read
 
-// y = W x for `n` rows of W of `k` numbers.
-template <typename T, typename Y>
+// y = W x for `n` rows of W of `k` numbers. Some machines read memory fastest in several places at once, others in one:
+// there are `streams`.
+template <int streams, typename T, typename Y>
 void streamed(const T* w, const T* x, Y* y, int64_t n, int64_t k) {
-  constexpr int step = STEP<T>;
+  constexpr int step = STEP<T>, wide = streams == 1 ? 4 : 1;  // enough sums that none waits for its last product
   constexpr int64_t ahead = AHEAD_BYTES / sizeof(T);
-  const int64_t each = n / STREAMS / LANES * LANES, whole = k / step * step;
+  const int64_t each = n / streams / LANES * LANES, whole = k / step * step;
   for (int64_t row = 0; row < each; row += LANES) {
-    Floats sums[STREAMS][LANES];
+    Floats sums[streams][LANES];
     for (int lane = 0; lane < LANES; ++lane) {
       const T* const from = w + (row + lane) * k;
-      Floats found[STREAMS] = {};
-      for (int64_t i = 0; i < whole; i += step)
+      Floats found[streams][wide] = {};
+      int64_t i = 0;
+      for (; i + wide * step <= whole; i += wide * step)
 #pragma GCC unroll 6
-        for (int s = 0; s < STREAMS; ++s) {
-          const T* const at = from + s * each * k + i;
-          __builtin_prefetch(at + ahead, 0, 2);
-          found[s] = plus_product(found[s], at, x + i);
-        }
-      for (int s = 0; s < STREAMS; ++s) sums[s][lane] = found[s];
+        for (int s = 0; s < streams; ++s)
+#pragma GCC unroll 4
+          for (int j = 0; j < wide; ++j) {
+            const T* const at = from + s * each * k + i + j * step;
+            __builtin_prefetch(at + ahead, 0, 2);
+            found[s][j] = plus_product(found[s][j], at, x + i + j * step);
+          }
+      for (; i < whole; i += step)
+        for (int s = 0; s < streams; ++s) found[s][0] = plus_product(found[s][0], from + s * each * k + i, x + i);
+      for (int s = 0; s < streams; ++s) {
+        sums[s][lane] = found[s][0];
+        for (int j = 1; j < wide; ++j) sums[s][lane] += found[s][j];
+      }
     }
-    for (int s = 0; s < STREAMS; ++s) {
+    for (int s = 0; s < streams; ++s) {
       const Floats found = totals(sums[s]);
       for (int lane = 0; lane < LANES; ++lane) {
         const int64_t at = s * each + row + lane;
@@ -93,14 +99,22 @@ void streamed(const T* w, const T* x, Y* y, int64_t n, int64_t k) {
       }
     }
   }
-  const int64_t done = STREAMS * each;
+  const int64_t done = streams * each;
   product<STREAMED>(w + done * k, x, y + done, n - done, k);
+}
+
+template <typename T, typename Y>
+void streamed(int64_t streams, const T* w, const T* x, Y* y, int64_t n, int64_t k) {
+  if (streams > 1)
+    streamed<6>(w, x, y, n, k);
+  else
+    streamed<1>(w, x, y, n, k);
 }
 
 // Rows of y = W x + bias.
 template <typename T>
-void rows_of(const T* w, const T* bias, const T* x, T* y, const Share& share, int64_t k) {
-  streamed(w + share.first * k, x, y + share.first, share.last - share.first, k);
+void rows_of(int64_t streams, const T* w, const T* bias, const T* x, T* y, const Share& share, int64_t k) {
+  streamed(streams, w + share.first * k, x, y + share.first, share.last - share.first, k);
   if (bias)
     for (int64_t i = share.first; i < share.last; ++i) y[i] = static_cast<T>(y[i] + bias[i]);
 }
@@ -130,7 +144,7 @@ void activate(T* gate, const T* up, int64_t count) {
 
 template <typename T>
 void run(std::vector<Layer<T>>& layers, T* hidden, int64_t size, int64_t inner, int64_t groups, int64_t each,
-         int64_t place, const T* cosine, const T* sine, float epsilon, float scale) {
+         int64_t place, const T* cosine, const T* sine, float epsilon, float scale, int64_t streams) {
   const int64_t heads = inner / each, rows = groups * each, shared = groups ? heads / groups : 0;
   int64_t neurons = 0;
   for (const auto& layer : layers) neurons = std::max(neurons, layer.neurons);
@@ -147,11 +161,11 @@ void run(std::vector<Layer<T>>& layers, T* hidden, int64_t size, int64_t inner, 
     for (const auto& layer : layers) {
       if (layer.of[QUERY]) {
         normalised(hidden, layer.of[NORM], x.data(), size, epsilon);
-        rows_of(layer.of[QUERY], layer.of[QUERY_BIAS], x.data(), query.data(), Share(inner, number, count), size);
+        rows_of(streams, layer.of[QUERY], layer.of[QUERY_BIAS], x.data(), query.data(), Share(inner, number, count), size);
         // From the other end, so that shares that cannot be equal even out.
         const Share of_keys(rows, count - 1 - number, count);
-        rows_of(layer.of[KEY], layer.of[KEY_BIAS], x.data(), key.data(), of_keys, size);
-        rows_of(layer.of[VALUE], layer.of[VALUE_BIAS], x.data(), value.data(), of_keys, size);
+        rows_of(streams, layer.of[KEY], layer.of[KEY_BIAS], x.data(), key.data(), of_keys, size);
+        rows_of(streams, layer.of[VALUE], layer.of[VALUE_BIAS], x.data(), value.data(), of_keys, size);
 #pragma omp barrier
         for (int64_t group = number; group < groups; group += count) {
           const int64_t to = (group * layer.capacity + place) * each;
@@ -169,18 +183,18 @@ void run(std::vector<Layer<T>>& layers, T* hidden, int64_t size, int64_t inner, 
                          place + 1, each, each, scale, scores, spare);
         }
 #pragma omp barrier
-        rows_of(layer.of[OUTPUT], layer.of[OUTPUT_BIAS], mixed.data(), out.data(), of_hidden, inner);
+        rows_of(streams, layer.of[OUTPUT], layer.of[OUTPUT_BIAS], mixed.data(), out.data(), of_hidden, inner);
         add();
 #pragma omp barrier
       }
       if (layer.of[GATE]) {
         normalised(hidden, layer.of[MLP_NORM], x.data(), size, epsilon);
         const Share own(layer.neurons, number, count);
-        rows_of<T>(layer.of[GATE], nullptr, x.data(), gate.data(), own, size);
-        rows_of<T>(layer.of[UP], nullptr, x.data(), up.data(), own, size);
+        rows_of<T>(streams, layer.of[GATE], nullptr, x.data(), gate.data(), own, size);
+        rows_of<T>(streams, layer.of[UP], nullptr, x.data(), up.data(), own, size);
         activate(gate.data() + own.first, up.data() + own.first, own.last - own.first);
 #pragma omp barrier
-        rows_of(layer.of[DOWN], layer.of[DOWN_BIAS], gate.data(), out.data(), of_hidden, layer.neurons);
+        rows_of(streams, layer.of[DOWN], layer.of[DOWN_BIAS], gate.data(), out.data(), of_hidden, layer.neurons);
         add();
 #pragma omp barrier
       }
@@ -195,7 +209,8 @@ void run(std::vector<Layer<T>>& layers, T* hidden, int64_t size, int64_t inner, 
 //                 empty where the attention is left out
 //   cosine, sine  (1, 1, head size)
 at::Tensor token_layers(const at::Tensor& hidden, at::TensorList weights, at::TensorList keys, at::TensorList values,
-                        int64_t place, const at::Tensor& cosine, const at::Tensor& sine, double epsilon, double scale) {
+                        int64_t place, const at::Tensor& cosine, const at::Tensor& sine, double epsilon, double scale,
+                        int64_t streams) {
   const int64_t size = hidden.size(2), each = cosine.size(2);
   TORCH_CHECK(weights.size() == WEIGHTS * keys.size() && keys.size() == values.size(), "token_layers: sizes do not fit");
   auto output = hidden.clone(at::MemoryFormat::Contiguous);
@@ -220,14 +235,14 @@ at::Tensor token_layers(const at::Tensor& hidden, at::TensorList weights, at::Te
       layer.values = values[at].template mutable_data_ptr<T>();
     }
     run<T>(layers, output.template mutable_data_ptr<T>(), size, inner, groups, each, place, weight<T>(cosine),
-           weight<T>(sine), static_cast<float>(epsilon), static_cast<float>(scale));
+           weight<T>(sine), static_cast<float>(epsilon), static_cast<float>(scale), streams);
   });
   return output;
 }
 
 // Logits (1, 1, vocabulary), in float32, of a hidden state (1, 1, size): norm, head and its bias, which may be empty.
 at::Tensor token_head(const at::Tensor& hidden, const at::Tensor& norm, double epsilon, const at::Tensor& head,
-                      const at::Tensor& bias) {
+                      const at::Tensor& bias, int64_t streams) {
   const int64_t size = hidden.size(2), vocabulary = head.size(0);
   TORCH_CHECK(head.size(1) == size && norm.numel() == size, "token_head: sizes do not fit");
   auto logits = at::empty({1, 1, vocabulary}, hidden.options().dtype(at::kFloat));
@@ -240,7 +255,7 @@ at::Tensor token_head(const at::Tensor& hidden, const at::Tensor& norm, double e
 #pragma omp parallel num_threads(at::get_num_threads())
     {
       const Share own(vocabulary, omp_get_thread_num(), omp_get_num_threads());
-      streamed(w + own.first * size, x.data(), to + own.first, own.last - own.first, size);
+      streamed(streams, w + own.first * size, x.data(), to + own.first, own.last - own.first, size);
       for (int64_t i = own.first; b && i < own.last; ++i) to[i] += static_cast<float>(b[i]);
     }
   });
@@ -276,7 +291,8 @@ std::vector<int64_t> largest(const float* values, int64_t size, int64_t count) {
 // The same by a thin head: see thin_head.py. `preview` are center, down, sketch (all of the head's type) and offset
 // (float32).
 at::Tensor token_thin_head(const at::Tensor& hidden, const at::Tensor& norm, double epsilon, const at::Tensor& head,
-                           const at::Tensor& bias, at::TensorList preview, int64_t candidates) {
+                           const at::Tensor& bias, at::TensorList preview, int64_t candidates,
+                           int64_t streams) {
   const int64_t size = hidden.size(2), vocabulary = head.size(0), rank = preview[1].size(0);
   TORCH_CHECK(head.size(1) == size && norm.numel() == size && preview[0].numel() == size && preview[1].size(1) == size &&
                   preview[2].size(0) == vocabulary && preview[2].size(1) == rank && preview[3].numel() == vocabulary &&
@@ -298,7 +314,7 @@ at::Tensor token_thin_head(const at::Tensor& hidden, const at::Tensor& norm, dou
     {
       const int number = omp_get_thread_num(), count = omp_get_num_threads();
       const Share own(vocabulary, number, count);
-      streamed(sketch + own.first * rank, z.data(), to + own.first, own.last - own.first, rank);
+      streamed(streams, sketch + own.first * rank, z.data(), to + own.first, own.last - own.first, rank);
       for (int64_t i = own.first; i < own.last; ++i) to[i] += offset[i];
 #pragma omp barrier
 #pragma omp single
@@ -320,11 +336,11 @@ at::Tensor token_thin_head(const at::Tensor& hidden, const at::Tensor& norm, dou
 TORCH_LIBRARY_FRAGMENT(layerwise, library) {
   library.def(
       "token_thin_head(Tensor hidden, Tensor norm, float epsilon, Tensor head, Tensor bias, Tensor[] preview,"
-      " int candidates) -> Tensor");
-  library.def("token_head(Tensor hidden, Tensor norm, float epsilon, Tensor head, Tensor bias) -> Tensor");
+      " int candidates, int streams) -> Tensor");
+  library.def("token_head(Tensor hidden, Tensor norm, float epsilon, Tensor head, Tensor bias, int streams) -> Tensor");
   library.def(
       "token_layers(Tensor hidden, Tensor[] weights, Tensor(a!)[] keys, Tensor(b!)[] values, int place, Tensor cosine,"
-      " Tensor sine, float epsilon, float scale) -> Tensor");
+      " Tensor sine, float epsilon, float scale, int streams) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(layerwise, CPU, library) { 
   library.impl("token_layers", token_layers);

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from time import perf_counter
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,8 @@ from layerwise.model.backbone import Backbone
 from layerwise.model.thin_head import ThinHead
 from layerwise.plan import Part, Visit
 
+STREAMS = (6, 1)  # places that a thread can read at once
+ENOUGH = 32 * 2**20  # bytes of weights, by reading which it is told which of these is faster
 LANES = 16  # numbers of a vector: heads are a multiple of it
 _MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -93,15 +96,15 @@ class TokenHead:
             return None
         return cls(found[0], norm.variance_epsilon, *found[1:])
 
-    def run(self, hidden: Tensor) -> Tensor:
+    def run(self, hidden: Tensor, streams: int = STREAMS[0]) -> Tensor:
         """Logits (1, 1, vocabulary) in float32 of a state (1, 1, hidden size)."""
-        return torch.ops.layerwise.token_head.default(hidden, self.norm, self.epsilon, self.weight, self.bias)
+        return torch.ops.layerwise.token_head.default(hidden, self.norm, self.epsilon, self.weight, self.bias, streams)
 
-    def run_thin(self, hidden: Tensor, thin: ThinHead) -> Tensor:
+    def run_thin(self, hidden: Tensor, thin: ThinHead, streams: int = STREAMS[0]) -> Tensor:
         """The same by a thin head."""
         preview = [thin.center, thin.down, thin.sketch, thin.offset.float()]
         return torch.ops.layerwise.token_thin_head.default(
-            hidden, self.norm, self.epsilon, self.weight, self.bias, preview, thin.candidates
+            hidden, self.norm, self.epsilon, self.weight, self.bias, preview, thin.candidates, streams
         )
 
 
@@ -134,6 +137,7 @@ def run(
     values: Sequence[Tensor],
     place: int,
     rotary: tuple[Tensor, Tensor],
+    streams: int = STREAMS[0],
 ) -> Tensor:
     """One token (1, 1, hidden size) through layers that are alike, to the same shape.
 
@@ -141,9 +145,27 @@ def run(
         keys, values: (1, kv heads, capacity, head size) of each layer, where the token's are put at `place`; empty for
             layers whose attention is left out.
         rotary: cosines and sines (1, 1, head size).
+        streams: of STREAMS, in how many places a thread reads at once.
     """
     weights = [weight for layer in layers for weight in layer.weights]
     first = layers[0]
     return torch.ops.layerwise.token_layers.default(
-        hidden, weights, keys, values, place, *rotary, first.epsilon, first.scale
+        hidden, weights, keys, values, place, *rotary, first.epsilon, first.scale, streams
     )
+
+
+@torch.no_grad()
+def faster_streams(layers: Sequence[TokenLayer]) -> int | None:
+    """Of STREAMS the one by which this machine reads the MLPs of these layers faster; None if that is too little."""
+    none = layers[0].weights[0][:0]
+    mlps = [TokenLayer([none] * 9 + layer.weights[9:], layer.epsilon, layer.scale) for layer in layers]
+    if sum(one.nbytes for layer in mlps for one in layer.weights) < ENOUGH:
+        return None
+    hidden, empty = layers[0].weights[9].new_ones(1, 1, len(layers[0].weights[9])), [none] * len(mlps)
+    taken: dict[int, list[float]] = {streams: [] for streams in STREAMS}
+    for _ in range(3):
+        for streams in STREAMS:
+            began = perf_counter()
+            run(mlps, hidden, empty, empty, 0, (hidden[..., :LANES],) * 2, streams)
+            taken[streams].append(perf_counter() - began)
+    return min(STREAMS, key=lambda streams: min(taken[streams]))

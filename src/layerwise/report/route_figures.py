@@ -47,22 +47,25 @@ def path_figure(result: Mapping[str, Any], path: str | Path) -> None:
 
 
 def layer_use_figure(result: Mapping[str, Any], path: str | Path) -> None:
-    """Draw which layers prompts of each kind run: a heat map, layer by kind.
+    """Draw which layers prompts of each kind run, and how much of the LM head: a heat map, layer by kind.
 
     Args:
         result: of the suite `tools-vs-planning`.
         path: as in `exit_figure`.
     """
-    use = result["layer_use"]
+    use, head = result["layer_use"], result.get("head_use", {})
     layers = len(next(iter(use.values())))
+    rows = [[*shares, head[name]] if head else shares for name, shares in use.items()]
     figure = new_figure(0.26 * layers + 2.2, 0.5 * len(use) + 1.3)
     panel = figure.subplots()
-    image = panel.imshow(list(use.values()), cmap="Blues", vmin=0, vmax=1, aspect="auto")
+    image = panel.imshow(rows, cmap="Blues", vmin=0, vmax=1, aspect="auto")
     labels = [f"{name}, {result['kinds'][name]['flop_skip']:.0f}% saved" for name in use]
     panel.set_yticks(range(len(use)), labels, color=INK, fontsize=9)
-    panel.set_xticks(range(0, layers, 2), [str(layer) for layer in range(0, layers, 2)], color=SOFT, fontsize=8)
+    places = [*range(0, layers, 2), *([layers] if head else [])]
+    names = [str(place) if place < layers else "LM head" for place in places]
+    panel.set_xticks(places, names, color=SOFT, fontsize=8)
     panel.set_xlabel("layer", color=SOFT, fontsize=9)
-    panel.set_xticks([layer - 0.5 for layer in range(1, layers)], minor=True)
+    panel.set_xticks([place - 0.5 for place in range(1, len(rows[0]))], minor=True)
     panel.set_yticks([row - 0.5 for row in range(1, len(use))], minor=True)
     panel.grid(which="minor", color="white", linewidth=1.5)
     panel.tick_params(which="both", length=0)

@@ -101,6 +101,32 @@ def test_tokens_by_the_operator_equal_eager(kind: str, threads: int, monkeypatch
     assert torch.allclose(*results, atol=2e-4), (results[0] - results[1]).abs().max()
 
 
+@pytest.mark.parametrize("width", [2, 5, 7, 8, 9])
+@torch.no_grad()
+def test_a_few_tokens_of_a_row_equal_eager_ones(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chain and a tree, after a prompt, and a token after them."""
+    plan, found = Plan.parse("0 1t 2*2 3-5"), []
+    ids = torch.randint(3, 97, (1, 7 + 2 * width), generator=torch.Generator().manual_seed(1))
+    tree = [[-1, *(at // 2 for at in range(width - 1))]]
+    calls, run_all = [], compiled.run_token_layers
+    monkeypatch.setattr(compiled, "run_token_layers", lambda *given: calls.append(given[1].shape[1]) or run_all(*given))
+    for engine in ("eager", "compiled"):
+        model = attach(wide("llama"), engine=engine)
+        with_thin_mlps(model)
+        model.runtime.engine.prepare([plan], few=width > 8)  # up to eight it has the operator
+        calls.clear()
+        cache, forward = Cache(1, 8), model.runtime.forward
+        forward(model.embed(ids[:, :6]), [plan], None, cache)
+        chain = forward(model.embed(ids[:, 6 : 6 + width]), [plan], None, cache)
+        branches = forward(model.embed(ids[:, 6 + width : -1]), [plan], None, cache, parents=tree)
+        cache.retain([width], [[0, 1]])
+        last = forward(model.embed(ids[:, -1:]), [plan], None, cache)
+        found.append([model.runtime.engine.logits(one).float() for one in (chain, branches, last)])
+    assert calls == ([width, width, 1] if width <= 8 else [1])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+
+
 def test_bfloat16_tokens_are_as_near_to_float32_as_eager_ones() -> None:
     plan = Plan.full(6)
     reference = stepwise_logits(attach(wide("llama"), engine="eager"), plan)
@@ -193,7 +219,7 @@ def test_in_however_many_places_memory_is_read_the_sums_are_the_same(
     for streams in STREAMS:
         keys, values = ([torch.zeros(1, 7, 4, 16).to(dtype) for _ in layers] for _ in "kv")
         rotary = torch.ones(1, 1, 16).to(dtype), torch.zeros(1, 1, 16).to(dtype)
-        found.append((run(layers, hidden, keys, values, 0, rotary, streams), keys[5], values[5]))
+        found.append((run(layers, hidden, keys, values, 0, rotary, None, streams), keys[5], values[5]))
         head = TokenHead.of(backbone)
         assert head is not None
         found[-1] += (head.run(hidden, streams),)
@@ -218,6 +244,6 @@ def test_what_does_not_fit_is_refused_and_not_read(tmp_path: Path) -> None:
     call = torch.ops.layerwise.token_layers.default
     for place, weights in ((store.keys.shape[2], layer.weights), (3, layer.weights[:-1])):
         with pytest.raises(RuntimeError, match="do not fit"):
-            call(hidden, weights, [store.keys], [store.values], place, *rotary, 1e-6, 0.25, 6)
+            call(hidden, weights, [store.keys], [store.values], place, *rotary, rotary[0][:0], 1e-6, 0.25, 6)
     with pytest.raises(RuntimeError):
-        call(hidden.bfloat16(), layer.weights, [store.keys], [store.values], 3, *rotary, 1e-6, 0.25, 6)
+        call(hidden.bfloat16(), layer.weights, [store.keys], [store.values], 3, *rotary, rotary[0][:0], 1e-6, 0.25, 6)

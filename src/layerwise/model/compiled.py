@@ -28,7 +28,7 @@ from layerwise.model.cache import Cache
 from layerwise.model.few_tokens import compiler, load_operator, load_operators
 from layerwise.model.frame import Frame
 from layerwise.model.runtime import EagerEngine
-from layerwise.model.token_layers import STREAMS, TokenHead, TokenLayer, faster_streams
+from layerwise.model.token_layers import MOST, STREAMS, TokenHead, TokenLayer, faster_streams
 from layerwise.model.token_layers import run as run_token_layers
 from layerwise.model.tracing import FEW, ONE, HeadSource, LayerSource, package
 from layerwise.paths import kernel_dir
@@ -142,7 +142,7 @@ class CompiledEngine:
         return hidden
 
     def walk(self, steps: Sequence[Step], hidden: Tensor, frame: Frame) -> tuple[Tensor, int]:
-        if hidden.shape[:2].numel() != 1:
+        if hidden.shape[0] > 1 or hidden.shape[1] > MOST:
             return hidden, 0
         taken: list[tuple[Step, _TokenKernel]] = []
         for step in steps:
@@ -153,17 +153,19 @@ class CompiledEngine:
         return (self._walked(taken, hidden, frame) if taken else hidden), len(taken)
 
     def _walked(self, taken: Sequence[tuple[Step, _TokenKernel]], hidden: Tensor, frame: Frame) -> Tensor:
-        """One token after these steps, all alike."""
-        none = hidden[..., :0]
+        """The tokens of one row after these steps, all alike."""
+        none, layer = hidden[..., :0], taken[0][0].visit.layer
         stores = [None if step.slot is None else frame.cache.slots[step.slot] for step, _ in taken]
         keys = [none if store is None else store.keys for store in stores]
         values = [none if store is None else store.values for store in stores]
-        rotary = frame.rotary(taken[0][0].visit.layer, None)
+        mask, rotary = None, frame.rotary(layer, None)
+        if hidden.shape[1] > 1:
+            _, mask, *rotary = frame.few(layer)
         layers = [kernel.layer for _, kernel in taken]
-        hidden = run_token_layers(layers, hidden, keys, values, frame.starts[0], rotary, self._streams)
+        hidden = run_token_layers(layers, hidden, keys, values, frame.starts[0], rotary, mask, self._streams)
         for store in stores:
             if store is not None:
-                store.ends = [frame.stop]
+                store.ends = [frame.starts[0] + frame.counts[0]]
         return hidden
 
     def _kernel(self, step: Step, hidden: Tensor, frame: Frame) -> _Kernel | _TokenKernel | None:
@@ -171,10 +173,17 @@ class CompiledEngine:
         rows, width = hidden.shape[:2]
         if self._is_replaced(step.visit) or rows * width > FEW_TOKENS or not self._goes_on(step, frame):
             return None
-        form = ONE if rows == width == 1 else FEW
-        known = self._layer(step.visit, form)
+        known = self._of_tokens(step.visit) if rows == 1 < width <= MOST else None
+        if known is None:
+            known = self._layer(step.visit, ONE if rows == width == 1 else FEW)
         # Kernels do not look at what they are given: of another dtype they would read beyond its end.
         return known if known is not None and known.dtype == hidden.dtype else None
+
+    def _of_tokens(self, visit: Visit) -> _TokenKernel | None:
+        """The operator for single tokens, which takes a few of one row too, if it is in use for this visit."""
+        used = (visit, ONE) in self._checked or (visit, ONE) in self._layers
+        known = self._layer(visit, ONE) if used else None
+        return known if isinstance(known, _TokenKernel) else None
 
     def _goes_on(self, step: Step, frame: Frame) -> bool:
         """Whether this is inference on all rows, on the CPU, and the cache holds every token before these."""
@@ -216,8 +225,9 @@ class CompiledEngine:
     def logits(self, hidden: Tensor, thin: bool = False) -> Tensor:
         """As `Engine.logits`; of few tokens in float32, which is what their sums are made in."""
         tokens = hidden.shape[:-1].numel()
-        form = ONE if tokens == 1 else FEW
-        kernel = self._heads.get(form)
+        kernel = self._heads.get(ONE)
+        if tokens > (1 if thin or len(hidden) > 1 or not isinstance(kernel, _TokenHeadKernel) else MOST):
+            kernel = self._heads.get(FEW)
         if thin and (not isinstance(kernel, _TokenHeadKernel) or self.backbone.thin_head.center.dtype != kernel.dtype):
             return self.eager.logits(hidden, thin)
         if kernel is None or tokens > FEW_TOKENS or hidden.ndim != 3 or torch.is_grad_enabled():
@@ -255,7 +265,9 @@ class CompiledEngine:
         """The kernel, if what it gives is what the layer gives; else None."""
         self._checked[visit, form] = kernel  # in use from here on, for the trial
         try:
-            return kernel if kernel is not None and self._agrees(visit, form) else None
+            sizes = [(1, 1), (1, 3)] if isinstance(kernel, _TokenKernel) else [(1, 1) if form == ONE else (2, 3)]
+            fits = kernel is not None and all(self._agrees(visit, *size) for size in sizes)
+            return kernel if fits else None
         except BaseException:  # Ctrl-C too: it was not tried out
             del self._checked[visit, form]
             raise
@@ -309,10 +321,9 @@ class CompiledEngine:
             return None
 
     @torch.no_grad()
-    def _agrees(self, visit: Visit, form: str) -> bool:
+    def _agrees(self, visit: Visit, rows: int, width: int) -> bool:
         """Compare the kernel with the eager layer on a few tokens after a few others."""
         generator = torch.Generator().manual_seed(0)
-        rows, width = (1, 1) if form == ONE else (2, 3)
         size = (rows, 3 + width, self.backbone.shape.hidden)
         states = torch.randn(size, generator=generator).to(self.backbone.device, self.backbone.dtype)
         (slot,) = Plan((visit,)).slots

@@ -1,4 +1,4 @@
-// Decoder layers for one token of one row, one after another in a single parallel region.
+// Decoder layers for one token of one row, or a few to verify, one after another in a single parallel region.
 //
 // A token meets every weight once, so a layer should take as long as reading its weights: 150 us of one of 7 MB. What is
 // added by calls, and by threads that start and wait for each other a dozen times a layer, is as much again. Here threads
@@ -59,64 +59,81 @@ void normalised(const T* x, const T* scale, T* out, int64_t size, float epsilon)
 }
 
 constexpr int64_t AHEAD_BYTES = 2048;  // that are fetched beforehand, in each place that is read
+constexpr int MOST = 8;                // tokens at once
 
-// y = W x for `n` rows of W of `k` numbers. Some machines read memory fastest in several places at once, others in one:
-// there are `streams`.
-template <int streams, typename T, typename Y>
-void streamed(const T* w, const T* x, Y* y, int64_t n, int64_t k) {
-  constexpr int step = STEP<T>, wide = streams == 1 ? 4 : 1;  // enough sums that none waits for its last product
+// y = W x for `n` rows of W of `k` numbers and `tokens` vectors x; y has `stride` numbers a token. W is read in `streams`
+// places at once: as often as sums fit into registers.
+template <int streams, int tokens, typename T, typename Y>
+void streamed(const T* w, const T* x, Y* y, int64_t n, int64_t k, int64_t stride) {
+  constexpr int step = STEP<T>, wide = streams * tokens < 4 ? 4 : 1;  // enough sums that none waits for its last product
   constexpr int64_t ahead = AHEAD_BYTES / sizeof(T);
   const int64_t each = n / streams / LANES * LANES, whole = k / step * step;
   for (int64_t row = 0; row < each; row += LANES) {
-    Floats sums[streams][LANES];
+    Floats sums[streams][tokens][LANES];
     for (int lane = 0; lane < LANES; ++lane) {
       const T* const from = w + (row + lane) * k;
-      Floats found[streams][wide] = {};
+      Floats found[streams][tokens][wide] = {};
+      const auto add = [&](int64_t i, int j) {
+#pragma GCC unroll 6
+        for (int s = 0; s < streams; ++s) {
+          const T* const at = from + s * each * k + i;
+          __builtin_prefetch(at + ahead, 0, 2);
+#pragma GCC unroll 8
+          for (int t = 0; t < tokens; ++t) found[s][t][j] = plus_product(found[s][t][j], at, x + t * k + i);
+        }
+      };
       int64_t i = 0;
       for (; i + wide * step <= whole; i += wide * step)
-#pragma GCC unroll 6
-        for (int s = 0; s < streams; ++s)
 #pragma GCC unroll 4
-          for (int j = 0; j < wide; ++j) {
-            const T* const at = from + s * each * k + i + j * step;
-            __builtin_prefetch(at + ahead, 0, 2);
-            found[s][j] = plus_product(found[s][j], at, x + i + j * step);
-          }
-      for (; i < whole; i += step)
-        for (int s = 0; s < streams; ++s) found[s][0] = plus_product(found[s][0], from + s * each * k + i, x + i);
-      for (int s = 0; s < streams; ++s) {
-        sums[s][lane] = found[s][0];
-        for (int j = 1; j < wide; ++j) sums[s][lane] += found[s][j];
-      }
+        for (int j = 0; j < wide; ++j) add(i + j * step, j);
+      for (; i < whole; i += step) add(i, 0);
+      for (int s = 0; s < streams; ++s)
+        for (int t = 0; t < tokens; ++t) {
+          sums[s][t][lane] = found[s][t][0];
+          for (int j = 1; j < wide; ++j) sums[s][t][lane] += found[s][t][j];
+        }
     }
-    for (int s = 0; s < streams; ++s) {
-      const Floats found = totals(sums[s]);
-      for (int lane = 0; lane < LANES; ++lane) {
-        const int64_t at = s * each + row + lane;
-        float sum = found[lane];
-        for (int64_t i = whole; i < k; ++i) sum += static_cast<float>(w[at * k + i]) * static_cast<float>(x[i]);
-        y[at] = static_cast<Y>(sum);
+    for (int s = 0; s < streams; ++s)
+      for (int t = 0; t < tokens; ++t) {
+        const Floats found = totals(sums[s][t]);
+        for (int lane = 0; lane < LANES; ++lane) {
+          const int64_t at = s * each + row + lane;
+          float sum = found[lane];
+          for (int64_t i = whole; i < k; ++i) sum += static_cast<float>(w[at * k + i]) * static_cast<float>(x[t * k + i]);
+          y[t * stride + at] = static_cast<Y>(sum);
+        }
       }
-    }
   }
   const int64_t done = streams * each;
-  product<STREAMED>(w + done * k, x, y + done, n - done, k);
+  for (int t = 0; t < tokens; ++t) product<STREAMED>(w + done * k, x + t * k, y + t * stride + done, n - done, k);
 }
+
+// How many tokens there are, and whether this machine reads memory fastest in several places at once, or in one.
+struct Pass {
+  int64_t tokens;
+  bool several;
+};
 
 template <typename T, typename Y>
-void streamed(int64_t streams, const T* w, const T* x, Y* y, int64_t n, int64_t k) {
-  if (streams > 1)
-    streamed<6>(w, x, y, n, k);
-  else
-    streamed<1>(w, x, y, n, k);
+void streamed(const Pass& pass, const T* w, const T* x, Y* y, int64_t n, int64_t k, int64_t stride) {
+  switch (pass.tokens) {
+    case 1: return pass.several ? streamed<6, 1>(w, x, y, n, k, stride) : streamed<1, 1>(w, x, y, n, k, stride);
+    case 2: return streamed<6, 2>(w, x, y, n, k, stride);
+    case 3: return streamed<6, 3>(w, x, y, n, k, stride);
+    case 4: return streamed<6, 4>(w, x, y, n, k, stride);
+    case 5: return streamed<4, 5>(w, x, y, n, k, stride);
+    case 6: return streamed<4, 6>(w, x, y, n, k, stride);
+    case 7: return streamed<3, 7>(w, x, y, n, k, stride);
+    default: return streamed<3, 8>(w, x, y, n, k, stride);
+  }
 }
 
-// Rows of y = W x + bias.
+// Rows of y = W x + bias, of a map with `rows` rows.
 template <typename T>
-void rows_of(int64_t streams, const T* w, const T* bias, const T* x, T* y, const Share& share, int64_t k) {
-  streamed(streams, w + share.first * k, x, y + share.first, share.last - share.first, k);
-  if (bias)
-    for (int64_t i = share.first; i < share.last; ++i) y[i] = static_cast<T>(y[i] + bias[i]);
+void rows_of(const Pass& pass, const T* w, const T* bias, const T* x, T* y, const Share& share, int64_t k, int64_t rows) {
+  streamed(pass, w + share.first * k, x, y + share.first, share.last - share.first, k, rows);
+  for (int64_t t = 0; bias && t < pass.tokens; ++t)
+    for (int64_t i = share.first; i < share.last; ++i) y[t * rows + i] = static_cast<T>(y[t * rows + i] + bias[i]);
 }
 
 // Rotary positions in the rotate-half form, of one head.
@@ -143,58 +160,72 @@ void activate(T* gate, const T* up, int64_t count) {
 }
 
 template <typename T>
-void run(std::vector<Layer<T>>& layers, T* hidden, int64_t size, int64_t inner, int64_t groups, int64_t each,
-         int64_t place, const T* cosine, const T* sine, float epsilon, float scale, int64_t streams) {
-  const int64_t heads = inner / each, rows = groups * each, shared = groups ? heads / groups : 0;
+void run(const Pass& pass, std::vector<Layer<T>>& layers, T* hidden, int64_t size, int64_t inner, int64_t groups,
+         int64_t each, int64_t place, const T* cosine, const T* sine, const float* mask, float epsilon, float scale) {
+  const int64_t tokens = pass.tokens, heads = inner / each, rows = groups * each, shared = groups ? heads / groups : 0;
   int64_t neurons = 0;
   for (const auto& layer : layers) neurons = std::max(neurons, layer.neurons);
-  std::vector<T> query(inner), key(rows), value(rows), mixed(inner), gate(neurons), up(neurons), out(size);
+  std::vector<T> query(tokens * inner), key(tokens * rows), value(tokens * rows), mixed(tokens * inner);
+  std::vector<T> gate(tokens * neurons), up(tokens * neurons), out(tokens * size);
 #pragma omp parallel num_threads(at::get_num_threads())
   {
     const int number = omp_get_thread_num(), count = omp_get_num_threads();
     const Share of_hidden(size, number, count);
-    std::vector<T> x(size);
-    std::vector<float> asked(each), scores, spare;
+    std::vector<T> x(tokens * size);
+    std::vector<float> asked(tokens * each), scores, spare;
+    const auto norm = [&](const T* weight) {
+      for (int64_t t = 0; t < tokens; ++t) normalised(hidden + t * size, weight, x.data() + t * size, size, epsilon);
+    };
     const auto add = [&] {
-      for (int64_t i = of_hidden.first; i < of_hidden.last; ++i) hidden[i] = static_cast<T>(hidden[i] + out[i]);
+      for (int64_t t = 0; t < tokens; ++t)
+        for (int64_t i = t * size + of_hidden.first; i < t * size + of_hidden.last; ++i)
+          hidden[i] = static_cast<T>(hidden[i] + out[i]);
     };
     for (const auto& layer : layers) {
+      const auto map = [&](Weight which, const T* bias, const T* from, T* to, const Share& share, int64_t k, int64_t n) {
+        rows_of(pass, layer.of[which], bias, from, to, share, k, n);
+      };
       if (layer.of[QUERY]) {
-        normalised(hidden, layer.of[NORM], x.data(), size, epsilon);
-        rows_of(streams, layer.of[QUERY], layer.of[QUERY_BIAS], x.data(), query.data(), Share(inner, number, count), size);
+        norm(layer.of[NORM]);
+        map(QUERY, layer.of[QUERY_BIAS], x.data(), query.data(), Share(inner, number, count), size, inner);
         // From the other end, so that shares that cannot be equal even out.
         const Share of_keys(rows, count - 1 - number, count);
-        rows_of(streams, layer.of[KEY], layer.of[KEY_BIAS], x.data(), key.data(), of_keys, size);
-        rows_of(streams, layer.of[VALUE], layer.of[VALUE_BIAS], x.data(), value.data(), of_keys, size);
+        map(KEY, layer.of[KEY_BIAS], x.data(), key.data(), of_keys, size, rows);
+        map(VALUE, layer.of[VALUE_BIAS], x.data(), value.data(), of_keys, size, rows);
 #pragma omp barrier
-        for (int64_t group = number; group < groups; group += count) {
-          const int64_t to = (group * layer.capacity + place) * each;
-          rotate(key.data() + group * each, each, cosine, sine);
-          std::memcpy(layer.keys + to, key.data() + group * each, each * sizeof(T));
-          std::memcpy(layer.values + to, value.data() + group * each, each * sizeof(T));
+        for (int64_t item = number; item < tokens * groups; item += count) {
+          const int64_t t = item / groups, group = item % groups, from = t * rows + group * each;
+          const int64_t to = (group * layer.capacity + place + t) * each;
+          rotate(key.data() + from, each, cosine + t * each, sine + t * each);
+          std::memcpy(layer.keys + to, key.data() + from, each * sizeof(T));
+          std::memcpy(layer.values + to, value.data() + from, each * sizeof(T));
         }
 #pragma omp barrier
         for (int64_t head = heads * number / count; head < heads * (number + 1) / count; ++head) {
-          T* const own = query.data() + head * each;
-          rotate(own, each, cosine, sine);
-          for (int64_t i = 0; i < each; ++i) asked[i] = own[i];
+          for (int64_t t = 0; t < tokens; ++t) {
+            T* const own = query.data() + t * inner + head * each;
+            rotate(own, each, cosine + t * each, sine + t * each);
+            for (int64_t i = 0; i < each; ++i) asked[t * each + i] = own[i];
+          }
           const int64_t first = head / shared * layer.capacity * each;
-          attend_head<T>(asked.data(), layer.keys + first, layer.values + first, nullptr, mixed.data() + head * each, 1,
-                         place + 1, each, each, scale, scores, spare);
+          attend_head<T>(asked.data(), layer.keys + first, layer.values + first, mask, mixed.data() + head * each, tokens,
+                         place + tokens, each, inner, scale, scores, spare);
         }
 #pragma omp barrier
-        rows_of(streams, layer.of[OUTPUT], layer.of[OUTPUT_BIAS], mixed.data(), out.data(), of_hidden, inner);
+        map(OUTPUT, layer.of[OUTPUT_BIAS], mixed.data(), out.data(), of_hidden, inner, size);
         add();
 #pragma omp barrier
       }
       if (layer.of[GATE]) {
-        normalised(hidden, layer.of[MLP_NORM], x.data(), size, epsilon);
-        const Share own(layer.neurons, number, count);
-        rows_of<T>(streams, layer.of[GATE], nullptr, x.data(), gate.data(), own, size);
-        rows_of<T>(streams, layer.of[UP], nullptr, x.data(), up.data(), own, size);
-        activate(gate.data() + own.first, up.data() + own.first, own.last - own.first);
+        norm(layer.of[MLP_NORM]);
+        const int64_t all = layer.neurons;
+        const Share own(all, number, count);
+        map(GATE, nullptr, x.data(), gate.data(), own, size, all);
+        map(UP, nullptr, x.data(), up.data(), own, size, all);
+        for (int64_t t = 0; t < tokens; ++t)
+          activate(gate.data() + t * all + own.first, up.data() + t * all + own.first, own.last - own.first);
 #pragma omp barrier
-        rows_of(streams, layer.of[DOWN], layer.of[DOWN_BIAS], gate.data(), out.data(), of_hidden, layer.neurons);
+        map(DOWN, layer.of[DOWN_BIAS], gate.data(), out.data(), of_hidden, all, size);
         add();
 #pragma omp barrier
       }
@@ -202,17 +233,20 @@ void run(std::vector<Layer<T>>& layers, T* hidden, int64_t size, int64_t inner, 
   }
 }
 
-// The hidden state (1, 1, size) after the layers.
+// The hidden states (1, tokens, size) after the layers, of MOST tokens at most.
 //
 //   weights       WEIGHTS of each layer, empty where there is none
-//   keys, values  (1, key heads, capacity, head size) of each layer, filled up to `place`, where this token's are put;
-//                 empty where the attention is left out
-//   cosine, sine  (1, 1, head size)
+//   keys, values  (1, key heads, capacity, head size) of each layer, filled up to `place`, from where on these tokens' are
+//                 put; empty where the attention is left out
+//   cosine, sine  (1, tokens, head size)
+//   mask          (1, 1, tokens, place + tokens) added to scores, float32; empty for a single token, which sees all
 at::Tensor token_layers(const at::Tensor& hidden, at::TensorList weights, at::TensorList keys, at::TensorList values,
-                        int64_t place, const at::Tensor& cosine, const at::Tensor& sine, double epsilon, double scale,
-                        int64_t streams) {
-  const int64_t size = hidden.size(2), each = cosine.size(2);
-  TORCH_CHECK(weights.size() == WEIGHTS * keys.size() && keys.size() == values.size(), "token_layers: sizes do not fit");
+                        int64_t place, const at::Tensor& cosine, const at::Tensor& sine, const at::Tensor& mask,
+                        double epsilon, double scale, int64_t streams) {
+  const int64_t tokens = hidden.size(1), size = hidden.size(2), each = cosine.size(2);
+  TORCH_CHECK(weights.size() == WEIGHTS * keys.size() && keys.size() == values.size() && hidden.size(0) == 1 &&
+                  tokens >= 1 && tokens <= MOST && cosine.numel() == tokens * each && sine.numel() == tokens * each &&
+                  (tokens == 1 || mask.numel() == tokens * (place + tokens)), "token_layers: sizes do not fit");
   auto output = hidden.clone(at::MemoryFormat::Contiguous);
   of_type(hidden, [&](auto zero) {
     using T = decltype(zero);
@@ -226,7 +260,7 @@ at::Tensor token_layers(const at::Tensor& hidden, at::TensorList weights, at::Te
       }
       layer.neurons = layer.of[GATE] ? weights[at * WEIGHTS + GATE].size(0) : 0;
       if (!layer.of[QUERY]) continue;
-      TORCH_CHECK(place < keys[at].size(2) && keys[at].is_contiguous() && values[at].is_contiguous() &&
+      TORCH_CHECK(place + tokens <= keys[at].size(2) && keys[at].is_contiguous() && values[at].is_contiguous() &&
                       keys[at].size(3) == each && each % LANES == 0, "token_layers: sizes do not fit");
       inner = weights[at * WEIGHTS + QUERY].size(0);
       groups = keys[at].size(1);
@@ -234,29 +268,35 @@ at::Tensor token_layers(const at::Tensor& hidden, at::TensorList weights, at::Te
       layer.keys = keys[at].template mutable_data_ptr<T>();
       layer.values = values[at].template mutable_data_ptr<T>();
     }
-    run<T>(layers, output.template mutable_data_ptr<T>(), size, inner, groups, each, place, weight<T>(cosine),
-           weight<T>(sine), static_cast<float>(epsilon), static_cast<float>(scale), streams);
+    run<T>({tokens, streams > 1}, layers, output.template mutable_data_ptr<T>(), size, inner, groups, each, place,
+           weight<T>(cosine), weight<T>(sine), tokens > 1 ? weight<float>(mask) : nullptr, static_cast<float>(epsilon),
+           static_cast<float>(scale));
   });
   return output;
 }
 
-// Logits (1, 1, vocabulary), in float32, of a hidden state (1, 1, size): norm, head and its bias, which may be empty.
+// Logits (1, tokens, vocabulary), in float32, of hidden states (1, tokens, size): norm, head and its bias, which may be
+// empty.
 at::Tensor token_head(const at::Tensor& hidden, const at::Tensor& norm, double epsilon, const at::Tensor& head,
                       const at::Tensor& bias, int64_t streams) {
-  const int64_t size = hidden.size(2), vocabulary = head.size(0);
-  TORCH_CHECK(head.size(1) == size && norm.numel() == size, "token_head: sizes do not fit");
-  auto logits = at::empty({1, 1, vocabulary}, hidden.options().dtype(at::kFloat));
+  const int64_t tokens = hidden.size(1), size = hidden.size(2), vocabulary = head.size(0);
+  TORCH_CHECK(head.size(1) == size && norm.numel() == size && hidden.size(0) == 1 && tokens >= 1 && tokens <= MOST,
+              "token_head: sizes do not fit");
+  auto logits = at::empty({1, tokens, vocabulary}, hidden.options().dtype(at::kFloat));
   of_type(hidden, [&](auto zero) {
     using T = decltype(zero);
-    std::vector<T> x(size);
-    normalised(weight<T>(hidden), weight<T>(norm), x.data(), size, static_cast<float>(epsilon));
+    std::vector<T> x(tokens * size);
+    for (int64_t t = 0; t < tokens; ++t)
+      normalised(weight<T>(hidden) + t * size, weight<T>(norm), x.data() + t * size, size, static_cast<float>(epsilon));
     const T *const w = weight<T>(head), *const b = bias.numel() ? weight<T>(bias) : nullptr;
     float* const to = logits.mutable_data_ptr<float>();
 #pragma omp parallel num_threads(at::get_num_threads())
     {
       const Share own(vocabulary, omp_get_thread_num(), omp_get_num_threads());
-      streamed(streams, w + own.first * size, x.data(), to + own.first, own.last - own.first, size);
-      for (int64_t i = own.first; b && i < own.last; ++i) to[i] += static_cast<float>(b[i]);
+      const Pass pass{tokens, streams > 1};
+      streamed(pass, w + own.first * size, x.data(), to + own.first, own.last - own.first, size, vocabulary);
+      for (int64_t t = 0; b && t < tokens; ++t)
+        for (int64_t i = own.first; i < own.last; ++i) to[t * vocabulary + i] += static_cast<float>(b[i]);
     }
   });
   return logits;
@@ -314,7 +354,7 @@ at::Tensor token_thin_head(const at::Tensor& hidden, const at::Tensor& norm, dou
     {
       const int number = omp_get_thread_num(), count = omp_get_num_threads();
       const Share own(vocabulary, number, count);
-      streamed(streams, sketch + own.first * rank, z.data(), to + own.first, own.last - own.first, rank);
+      streamed(Pass{1, streams > 1}, sketch + own.first * rank, z.data(), to + own.first, own.last - own.first, rank, vocabulary);
       for (int64_t i = own.first; i < own.last; ++i) to[i] += offset[i];
 #pragma omp barrier
 #pragma omp single
@@ -340,7 +380,7 @@ TORCH_LIBRARY_FRAGMENT(layerwise, library) {
   library.def("token_head(Tensor hidden, Tensor norm, float epsilon, Tensor head, Tensor bias, int streams) -> Tensor");
   library.def(
       "token_layers(Tensor hidden, Tensor[] weights, Tensor(a!)[] keys, Tensor(b!)[] values, int place, Tensor cosine,"
-      " Tensor sine, float epsilon, float scale, int streams) -> Tensor");
+      " Tensor sine, Tensor mask, float epsilon, float scale, int streams) -> Tensor");
 }
 TORCH_LIBRARY_IMPL(layerwise, CPU, library) { 
   library.impl("token_layers", token_layers);

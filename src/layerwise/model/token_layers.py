@@ -1,4 +1,4 @@
-"""Layers of Llama and its kin for one token of one row, by one operator (`token_layers.cpp`).
+"""Layers of Llama and its kin for one token of one row, or a few, by one operator (`token_layers.cpp`).
 
 A kernel that a compiler makes of any layer spends as long on calls and on threads waiting for each other as on reading
 the weights. For the commonest kind of layer there is an operator that does not: it runs any number of layers in a row.
@@ -20,6 +20,7 @@ from layerwise.model.thin_head import ThinHead
 from layerwise.plan import Part, Visit
 
 STREAMS = (6, 1)  # places that a thread can read at once
+MOST = 8  # tokens at once
 ENOUGH = 32 * 2**20  # bytes of weights, by reading which it is told which of these is faster
 LANES = 16  # numbers of a vector: heads are a multiple of it
 _MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -97,11 +98,11 @@ class TokenHead:
         return cls(found[0], norm.variance_epsilon, *found[1:])
 
     def run(self, hidden: Tensor, streams: int = STREAMS[0]) -> Tensor:
-        """Logits (1, 1, vocabulary) in float32 of a state (1, 1, hidden size)."""
+        """Logits (1, width, vocabulary) in float32 of states (1, width, hidden size), MOST at most."""
         return torch.ops.layerwise.token_head.default(hidden, self.norm, self.epsilon, self.weight, self.bias, streams)
 
     def run_thin(self, hidden: Tensor, thin: ThinHead, streams: int = STREAMS[0]) -> Tensor:
-        """The same by a thin head."""
+        """The same by a thin head, of one state."""
         preview = [thin.center, thin.down, thin.sketch, thin.offset.float()]
         return torch.ops.layerwise.token_thin_head.default(
             hidden, self.norm, self.epsilon, self.weight, self.bias, preview, thin.candidates, streams
@@ -137,20 +138,31 @@ def run(
     values: Sequence[Tensor],
     place: int,
     rotary: tuple[Tensor, Tensor],
+    mask: Tensor | None = None,
     streams: int = STREAMS[0],
 ) -> Tensor:
-    """One token (1, 1, hidden size) through layers that are alike, to the same shape.
+    """Tokens (1, width, hidden size), MOST at most, through layers that are alike, to the same shape.
 
     Args:
-        keys, values: (1, kv heads, capacity, head size) of each layer, where the token's are put at `place`; empty for
-            layers whose attention is left out.
-        rotary: cosines and sines (1, 1, head size).
+        keys, values: (1, kv heads, capacity, head size) of each layer, where the tokens' are put from `place` on; empty
+            for layers whose attention is left out.
+        rotary: cosines and sines (1, width, head size).
+        mask: (1, 1, width, place + width) added to scores, float32; a single token needs none, it sees all.
         streams: of STREAMS, in how many places a thread reads at once.
     """
     weights = [weight for layer in layers for weight in layer.weights]
     first = layers[0]
     return torch.ops.layerwise.token_layers.default(
-        hidden, weights, keys, values, place, *rotary, first.epsilon, first.scale, streams
+        hidden,
+        weights,
+        keys,
+        values,
+        place,
+        *rotary,
+        rotary[0][:0] if mask is None else mask,
+        first.epsilon,
+        first.scale,
+        streams,
     )
 
 
@@ -166,6 +178,6 @@ def faster_streams(layers: Sequence[TokenLayer]) -> int | None:
     for _ in range(3):
         for streams in STREAMS:
             began = perf_counter()
-            run(mlps, hidden, empty, empty, 0, (hidden[..., :LANES],) * 2, streams)
+            run(mlps, hidden, empty, empty, 0, (hidden[..., :LANES],) * 2, None, streams)
             taken[streams].append(perf_counter() - began)
     return min(STREAMS, key=lambda streams: min(taken[streams]))

@@ -22,6 +22,7 @@ DOCUMENTED = {  # every example in the module's docstring, and the visits it sta
     "0-22 23-29t": [*((i, "") for i in range(23)), *((i, "t") for i in range(23, 30))],
     "0-3 4-6b 7-29": [*((i, "") for i in range(4)), *((i, "b") for i in (4, 5, 6)), *((i, "") for i in range(7, 30))],
     "0-3 4-6b2 7-29": [*((i, "") for i in range(4)), *((i, "b2") for i in (4, 5, 6)), *((i, "") for i in range(7, 30))],
+    "0-29 ht": [(i, "") for i in range(30)],
 }
 
 MALFORMED = [  # text, model depth, item that the message must name, what it must say about the way out

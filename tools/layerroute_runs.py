@@ -73,7 +73,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "keep": "0-3",
         "mend_rank": 96,
         "head_rank": 128,
-        "tolerance": 0.04,
+        "tolerance": 0.02,
         "hold": 1.0,
         "hold_full": 1.0,
         "adapter": "none",

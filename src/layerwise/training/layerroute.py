@@ -24,7 +24,8 @@ What keeps gates from all staying open is the objective, beside the cross entrop
 
 With `fits` the objective quality needs no price, and no gradient reaches the routers: they are logistic regressions
 fitted to gaps that are measured, of examples answered with all skips and with none (`gate_fits`): those below the gap
-that parts them best in two (at most their mean, at least the tolerance) should skip, the others run. This is done after
+that parts them best in two (at most their mean, at least the tolerance) should skip, the others run; where the LoRA
+learns no more, those below the tolerance, if a BORNE share of them is. This is done after
 the held steps, `fits` times at even distances, and once more at the end. The LoRA learns by CE along the paths that
 they choose. With `hold` and `hold_full` 1 the LoRA learns as without routing, and all that makes it skip is fitted at
 the end: prompts that run every layer lose nothing then.
@@ -80,6 +81,7 @@ SCORED = 96  # of the examples for thin MLPs say which neurons all kinds can do 
 PROBE = 0.3  # of the neurons that are left out to see which examples bear that best
 CANDIDATES = 1024  # of a thin head: tokens whose logits are computed in full
 LAST_FITTED = 384  # examples that routers are fitted to at last
+BORNE = 0.1  # of the examples have to be within the tolerance, or it is too small to tell examples apart by
 PRUDENCE = 3.0  # at last, when no training follows: an input that skips what it cannot bear loses most
 MEASURED = 8  # examples that are answered without each layer in turn
 SHRINK = 0.8  # of the mean gap is borne while that is above the tolerance
@@ -160,8 +162,10 @@ class LayerRoute(nn.Module):
             the mean gap, nats a token, and the share of examples whose gap is bearable.
         """
         gaps = lost(self.model, examples, self._short())
-        # A few inputs that lose very much draw the parting up, to where those that lose much seem to lose little.
-        bearable = max(self.recipe.tolerance, min(parting(gaps), gaps.mean().item()))
+        bearable = self.recipe.tolerance
+        if self.recipe.hold < 1 or (gaps < bearable).float().mean() < BORNE:
+            # A few inputs that lose very much draw the parting up, to where those that lose much seem to lose little.
+            bearable = max(bearable, min(parting(gaps), gaps.mean().item()))
         choose_basis(self.model, examples, (1 - gaps / bearable).clamp(-prudence, 1))
         return gaps.mean().item(), (gaps < bearable).float().mean().item()
 

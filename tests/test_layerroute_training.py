@@ -166,6 +166,26 @@ def test_routers_are_fitted_to_who_bears_skips(monkeypatch: pytest.MonkeyPatch) 
     assert 0 < share < 1 and share == pytest.approx(sum(gap < bearable for gap in gaps) / len(gaps))
 
 
+@pytest.mark.parametrize(
+    ("hold", "gaps", "bearable"),
+    [
+        (1.0, [-0.1, 0.05, 0.2, 0.3, 0.9], 0.1),
+        (0.0, [-0.1, 0.05, 0.2, 0.3, 0.9], 0.27),  # the mean: the LoRA goes on
+        (1.0, [0.2] * 11 + [0.05], 0.125),  # hardly anything is within it: where they part
+    ],
+)
+def test_the_tolerance_counts_as_it_is_once_nothing_learns(
+    hold: float, gaps: list[float], bearable: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = module(10, objective="quality", fits=1, keep="0-1 5", tolerance=0.1, hold=hold, hold_full=hold)
+    seen: list[Tensor] = []
+    monkeypatch.setattr(layerroute, "choose_basis", lambda model, examples, bears: seen.append(bears))
+    monkeypatch.setattr(layerroute, "lost", lambda *_: torch.tensor(gaps))
+    made.fit_gates([], prudence=3.0)
+    expected = (1 - torch.tensor(gaps) / bearable).clamp(-3, 1)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-3)
+
+
 def test_gates_decide_as_before_once_they_are_rounded_though_prompts_end_alike() -> None:
     prompts = IDS.clone()
     prompts[:, -1] = 7

@@ -56,9 +56,8 @@ class CompiledEngine:
         self.notify = notify
         self.compile_seconds = 0.0
         self._layers: dict[tuple[Visit, str], _Kernel | _TokenKernel | None] = {}
-        self._checked: dict[
-            tuple[Visit, str], _Kernel | _TokenKernel | None
-        ] = {}  # of parameters the layers still have
+        # Those of parameters that the layers still have.
+        self._checked: dict[tuple[Visit, str], _Kernel | _TokenKernel | None] = {}
         self._heads: dict[str, _Kernel | _TokenHeadKernel | None] = {}
         self._index = torch.arange(0)
         self._streams = STREAMS[0]
@@ -126,9 +125,6 @@ class CompiledEngine:
             return self.eager.visit(step, hidden, frame)
         if isinstance(kernel, _TokenKernel):
             return self._walked([(step, kernel)], hidden, frame)
-        if step.slot is None:
-            return kernel.run([hidden.contiguous(), *kernel.weights])[0]
-        store, layer = frame.cache.slots[step.slot], step.visit.layer
         if step.slot is None:
             return kernel.run([hidden.contiguous(), *kernel.weights])[0]
         store, layer = frame.cache.slots[step.slot], step.visit.layer
@@ -268,6 +264,10 @@ class CompiledEngine:
             sizes = [(1, 1), (1, 3)] if isinstance(kernel, _TokenKernel) else [(1, 1) if form == ONE else (2, 3)]
             fits = kernel is not None and all(self._agrees(visit, *size) for size in sizes)
             return kernel if fits else None
+        except RuntimeError:
+            if not isinstance(kernel, _TokenKernel):
+                raise
+            return None  # the operator was shown sizes that it does not know
         except BaseException:  # Ctrl-C too: it was not tried out
             del self._checked[visit, form]
             raise

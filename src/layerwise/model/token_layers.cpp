@@ -31,8 +31,8 @@ enum Weight { NORM, QUERY, KEY, VALUE, OUTPUT, QUERY_BIAS, KEY_BIAS, VALUE_BIAS,
 template <typename T>
 struct Layer {
   const T* of[WEIGHTS];
-  int64_t neurons;
-  T *keys, *values;  // (key heads, capacity, head size)
+  int64_t neurons, inner, groups;  // of the MLP; numbers of all heads, key heads
+  T *keys, *values;                // (key heads, capacity, head size)
   int64_t capacity;
 };
 
@@ -160,12 +160,15 @@ void activate(T* gate, const T* up, int64_t count) {
 }
 
 template <typename T>
-void run(const Pass& pass, std::vector<Layer<T>>& layers, T* hidden, int64_t size, int64_t inner, int64_t groups,
-         int64_t each, int64_t place, const T* cosine, const T* sine, const float* mask, float epsilon, float scale) {
-  const int64_t tokens = pass.tokens, heads = inner / each, rows = groups * each, shared = groups ? heads / groups : 0;
-  int64_t neurons = 0;
-  for (const auto& layer : layers) neurons = std::max(neurons, layer.neurons);
-  std::vector<T> query(tokens * inner), key(tokens * rows), value(tokens * rows), mixed(tokens * inner);
+void run(const Pass& pass, const std::vector<Layer<T>>& layers, T* hidden, int64_t size, int64_t each, int64_t place,
+         const T* cosine, const T* sine, const float* mask, float epsilon, float scale) {
+  const int64_t tokens = pass.tokens;
+  int64_t most = 0, neurons = 0;  // numbers of all heads, neurons
+  for (const auto& layer : layers) {
+    most = std::max(most, layer.inner);
+    neurons = std::max(neurons, layer.neurons);
+  }
+  std::vector<T> query(tokens * most), key(tokens * most), value(tokens * most), mixed(tokens * most);
   std::vector<T> gate(tokens * neurons), up(tokens * neurons), out(tokens * size);
 #pragma omp parallel num_threads(at::get_num_threads())
   {
@@ -186,6 +189,8 @@ void run(const Pass& pass, std::vector<Layer<T>>& layers, T* hidden, int64_t siz
         rows_of(pass, layer.of[which], bias, from, to, share, k, n);
       };
       if (layer.of[QUERY]) {
+        const int64_t inner = layer.inner, groups = layer.groups, rows = groups * each;
+        const int64_t heads = inner / each, shared = heads / groups;
         norm(layer.of[NORM]);
         map(QUERY, layer.of[QUERY_BIAS], x.data(), query.data(), Share(inner, number, count), size, inner);
         // From the other end, so that shares that cannot be equal even out.
@@ -250,7 +255,6 @@ at::Tensor token_layers(const at::Tensor& hidden, at::TensorList weights, at::Te
   auto output = hidden.clone(at::MemoryFormat::Contiguous);
   of_type(hidden, [&](auto zero) {
     using T = decltype(zero);
-    int64_t inner = 0, groups = 0;
     std::vector<Layer<T>> layers(keys.size());
     for (size_t at = 0; at < layers.size(); ++at) {
       auto& layer = layers[at];
@@ -259,16 +263,19 @@ at::Tensor token_layers(const at::Tensor& hidden, at::TensorList weights, at::Te
         layer.of[which] = one.numel() ? weight<T>(one) : nullptr;
       }
       layer.neurons = layer.of[GATE] ? weights[at * WEIGHTS + GATE].size(0) : 0;
+      layer.inner = layer.of[QUERY] ? weights[at * WEIGHTS + QUERY].size(0) : 0;
       if (!layer.of[QUERY]) continue;
       TORCH_CHECK(place + tokens <= keys[at].size(2) && keys[at].is_contiguous() && values[at].is_contiguous() &&
-                      keys[at].size(3) == each && each % LANES == 0, "token_layers: sizes do not fit");
-      inner = weights[at * WEIGHTS + QUERY].size(0);
-      groups = keys[at].size(1);
+                      keys[at].size(3) == each && each % LANES == 0 && layer.inner % (keys[at].size(1) * each) == 0 &&
+                      weights[at * WEIGHTS + KEY].size(0) == keys[at].size(1) * each &&
+                      weights[at * WEIGHTS + QUERY].size(1) == size && keys[at].sizes() == values[at].sizes(),
+                  "token_layers: sizes do not fit");
+      layer.groups = keys[at].size(1);
       layer.capacity = keys[at].size(2);
       layer.keys = keys[at].template mutable_data_ptr<T>();
       layer.values = values[at].template mutable_data_ptr<T>();
     }
-    run<T>({tokens, streams > 1}, layers, output.template mutable_data_ptr<T>(), size, inner, groups, each, place,
+    run<T>({tokens, streams > 1}, layers, output.template mutable_data_ptr<T>(), size, each, place,
            weight<T>(cosine), weight<T>(sine), tokens > 1 ? weight<float>(mask) : nullptr, static_cast<float>(epsilon),
            static_cast<float>(scale));
   });

@@ -43,7 +43,7 @@ class TokenLayer:
         if visit.part is Part.BRIDGE or backbone.kinds[visit.layer].window is not None:
             return None
         layer = backbone.module(visit)
-        norms = layer.input_layernorm, getattr(layer, "post_attention_layernorm", None)
+        norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]
         if {name for name, _ in layer.named_children()} != _CHILDREN or not all(map(_is_rms_norm, norms)):
             return None
         none = norms[0].weight.new_empty(0)
@@ -51,7 +51,7 @@ class TokenLayer:
         attends, maps = visit.attends, visit.part is not Part.ATTENTION
         if attends:
             attention = layer.self_attn
-            if not _is_of(attention, _MAPS) or attention.head_dim % LANES:
+            if not _is_of(attention, _MAPS) or getattr(attention, "head_dim", 1) % LANES:
                 return None
             linear = [getattr(attention, name) for name in _MAPS]
             halves[0][:] = [norms[0].weight, *(one.weight for one in linear), *(_or(one.bias, none) for one in linear)]
@@ -65,9 +65,10 @@ class TokenLayer:
             halves[1][:] = [norms[1].weight, gate.weight, up.weight, down.weight, _or(down.bias, none)]
         weights = [weight for half in halves for weight in half]
         epsilons = {norm.variance_epsilon for norm in norms}
-        if not _usable(weights) or len(epsilons) > 1:
+        scale = getattr(backbone.layers[visit.layer].self_attn, "scaling", None)
+        if not _usable(weights) or len(epsilons) > 1 or scale is None:
             return None
-        return cls(weights, epsilons.pop(), backbone.layers[visit.layer].self_attn.scaling)
+        return cls(weights, epsilons.pop(), scale)
 
     @property
     def alike(self) -> tuple[object, ...]:

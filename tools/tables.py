@@ -159,18 +159,26 @@ def layerroute_table(result: dict[str, Any]) -> str:
             f"| {run['differential']:.1f} | {tools:.2f}, x{run['tool_ppl_ratio']:.3f} "
             f"| {planning:.2f}, x{run['planning_ppl_ratio']:.3f} | {' | '.join(controls)} |"
         )
-    kinds = runs[0]["kinds"]
+    prompts = sorted({run["kinds"]["tools"]["n"] for run in runs})
+    counted = {count: [_route_name(run) for run in runs if run["kinds"]["tools"]["n"] == count] for count in prompts}
     commits = ", ".join(dict.fromkeys(run["environment"]["commit"] for run in runs))
     lines += [
         "",
         "Shares are of all decode FLOPs, LM head and attention counted; controls leave out as much, by bridges, thin "
         "MLPs and the thin head where the routes do, their cost is in nats a token above the routes', with 95% "
         "intervals. "
-        f"{kinds['tools']['n']} and {kinds['planning']['n']} held-out prompts; commits {commits}."
+        f"Held-out prompts of each kind: {_of_each(counted)}; commits {commits}."
         f"{''.join(map(_route_answers, runs))} "
-        "Again: `python tools/layerroute_runs.py --recipes head,neurons,quality,bridges,paper --seeds 0,1,2,3,4`.",
+        "Again: `python tools/layerroute_runs.py --recipes head --samples 150`, of the others "
+        "`python tools/layerroute_runs.py --recipes neurons,quality,bridges,paper`.",
     ]
     return "\n".join(lines)
+
+
+def _of_each(counted: dict[int, list[str]]) -> str:
+    """How many prompts runs were judged on, the commonest number last and without their names."""
+    *rest, common = sorted(counted, key=lambda count: len(counted[count]))
+    return ", ".join([f"{count} ({'; '.join(counted[count])})" for count in rest] + [str(common)])
 
 
 def _route_order(run: dict[str, Any]) -> tuple[Any, ...]:

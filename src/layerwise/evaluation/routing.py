@@ -8,7 +8,7 @@ function fits; questions about functions. What is reported of each kind:
 - exp(CE) of the reference answers, never with a penalty in it: routed, by the same adapter with every layer run, by the
   base model, and by a LoRA trained alike without routing (`reference`);
 - what other ways to skip as much would cost, as many weights left out over the same prompts: `static`, where gates
-  close most often, the same for all prompts; `random`, by gates drawn for each prompt; `shuffled`, each prompt by the
+  close most often, as much for every prompt as can be; `random`, by gates drawn for each prompt; `shuffled`, each prompt by the
   route of another. Intervals are of the difference of the mean CE, by
   bootstrap over prompts.
 
@@ -120,13 +120,12 @@ def control_plans(plans: Sequence[Plan], policy: GatedPolicy, shape: ModelShape,
     saved = {gate: full - _weights_run(shape, policy.plan([gate])) for gate in free}
 
     def closed(order: Sequence[int], due: float) -> tuple[Plan, float]:
-        """The plan that closes gates in this order until less is owed than half of the next one would save."""
+        """The plan that closes gates in this order, but for those that would save more than twice what is owed."""
         those = []
-        for layer in order:
-            if due < saved[layer] / 2:
-                break
-            those.append(layer)
-            due -= saved[layer]
+        for gate in order:
+            if due >= saved[gate] / 2:
+                those.append(gate)
+                due -= saved[gate]
         return policy.plan(those), due
 
     share = sum(saved[layer] for those in skipped for layer in those) / len(plans)

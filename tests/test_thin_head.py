@@ -140,6 +140,13 @@ def test_what_does_not_fit_is_told_in_one_line(tmp_path: Path) -> None:
     one_line(lambda: ThinHead(backbone, torch.ones(31), ones, ones.T, 3), "hidden size 32")
     one_line(lambda: ThinHead(backbone, torch.ones(32), ones, ones, 3), "hidden size 32")
     one_line(lambda: ThinHead(backbone, torch.ones(32), ones, ones.T, VOCABULARY + 1), "1 to 97 candidates")
+    model = thin()
+    model.policy = GatedPolicy(torch.zeros(7, 32), torch.full((7,), -1.0), (0, 1, 2, 3, 4, 5), "last", thin_head=True)
+    model.thin_head_by(None)
+    one_line(lambda: model.generate(tiny.tokens(1, 4), max_new_tokens=2), "the model has none")
+    model = thin()
+    model.base.resize_token_embeddings(VOCABULARY + 3)
+    one_line(lambda: model(tiny.tokens(1, 4), plans=["0-5 ht"]), "the vocabulary is another")
     one_line(lambda: ThinHead.load(tmp_path, backbone), "the thin head", "cannot be loaded")
     one_line(lambda: module(10, fits=1, keep="0-4", head_rank=32, hold=1.0, hold_full=1.0), "head-rank", "32")
 

@@ -127,6 +127,20 @@ def test_a_few_tokens_of_a_row_equal_eager_ones(width: int, monkeypatch: pytest.
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
 
 
+@torch.no_grad()
+def test_a_row_with_padding_runs_as_before() -> None:
+    found = []
+    for engine in ("eager", "compiled"):
+        model = attach(wide("llama"), engine=engine)
+        model.runtime.engine.prepare([Plan.full(6)], few=True)
+        cache = Cache(1, 8)
+        model(tiny.tokens(1, 5), past_key_values=cache)
+        mask = torch.tensor([[1, 1, 1, 1, 0, 0]])
+        found.append(model(tiny.tokens(1, 6, 1), attention_mask=mask, past_key_values=cache).logits[:, :4])
+        found[-1] = torch.cat([found[-1], model(tiny.tokens(1, 1, 2), past_key_values=cache).logits], 1)
+    torch.testing.assert_close(*found, rtol=2e-4, atol=2e-4)
+
+
 def test_bfloat16_tokens_are_as_near_to_float32_as_eager_ones() -> None:
     plan = Plan.full(6)
     reference = stepwise_logits(attach(wide("llama"), engine="eager"), plan)
@@ -165,6 +179,23 @@ def test_replaced_weights_are_noticed() -> None:
 def test_layers_of_other_kinds_are_declined(name: str) -> None:
     """Norms per head or around branches, a window, heads that fill no vector."""
     assert TokenLayer.of(Backbone(tiny.model(name)), Visit(0)) is None
+
+
+def test_layers_of_another_class_are_declined(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some have Llama's parts, and scale queries far into a text or leave positions out in every fourth layer."""
+    backbone = Backbone(wide("llama"))
+    monkeypatch.setattr(token_layers, "_KNOWN", ("MistralDecoderLayer",))
+    assert TokenLayer.of(backbone, Visit(0)) is None
+
+
+def test_a_norm_of_another_dtype_is_left_to_others() -> None:
+    base = wide("llama").bfloat16()
+    base.lm_head.float()
+    base.model.norm.float()
+    model = attach(base, engine="eager")
+    expected = model.generate(tiny.tokens(1, 5), max_new_tokens=3, do_sample=False)
+    model = attach(base, engine="compiled")
+    assert torch.equal(model.generate(tiny.tokens(1, 5), max_new_tokens=3, do_sample=False), expected)
 
 
 def test_bridges_biased_maps_and_adapters_are_declined() -> None:

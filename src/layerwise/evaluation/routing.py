@@ -8,9 +8,8 @@ function fits; questions about functions. What is reported of each kind:
 - exp(CE) of the reference answers, never with a penalty in it: routed, by the same adapter with every layer run, by the
   base model, and by a LoRA trained alike without routing (`reference`);
 - what other ways to skip as much would cost, as many weights left out over the same prompts: `static`, where gates
-  close most often, as much for every prompt as can be; `random`, by gates drawn for each prompt; `shuffled`, each prompt by the
-  route of another. Intervals are of the difference of the mean CE, by
-  bootstrap over prompts.
+  close most often, as much for every prompt as can be; `random`, by gates drawn for each prompt; `shuffled`, each
+  prompt by the route of another. Intervals are of the difference of the mean CE, by bootstrap over prompts.
 
 And what comes of it when text is generated: right tool calls, right results, lengths, reasons to stop, time.
 """

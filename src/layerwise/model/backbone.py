@@ -163,9 +163,17 @@ class Backbone:
                 self._bridge(visit)
             elif visit.part is Part.THIN:
                 self._thin(visit)
-        if plan.thin_head and self.thin_head is None:
-            raise ValueError("a plan has a thin head, but the model has none: load an adapter that brings it")
+        if plan.thin_head:
+            self.known_thin_head()
         return plan
+
+    def known_thin_head(self) -> ThinHead:
+        """The thin head, if there is one for the head that the model has now; else ValueError."""
+        if self.thin_head is None:
+            raise ValueError("a plan has a thin head, but the model has none: load an adapter that brings it")
+        if len(self.thin_head.sketch) != len(self.head.weight):
+            raise ValueError("the vocabulary is another than that of the thin head: fit it anew, or leave 'ht' out")
+        return self.thin_head
 
     def _thin(self, visit: Visit) -> nn.Module:
         if visit.layer not in self.thin:
@@ -205,7 +213,7 @@ class Backbone:
     def logits(self, hidden: Tensor, thin: bool = False) -> Tensor:
         """Final norm and LM head, or the thin one: (..., hidden size) to (..., vocabulary)."""
         normed = self.norm(hidden)
-        logits = self.thin_head(normed, self.head) if thin else self.head(normed)
+        logits = self.known_thin_head()(normed, self.head) if thin else self.head(normed)
         return self.capped(logits)
 
     def capped(self, logits: Tensor) -> Tensor:

@@ -169,7 +169,8 @@ class CompiledEngine:
         rows, width = hidden.shape[:2]
         if self._is_replaced(step.visit) or rows * width > FEW_TOKENS or not self._goes_on(step, frame):
             return None
-        known = self._of_tokens(step.visit) if rows == 1 < width <= MOST else None
+        few = rows == 1 < width <= MOST and frame.counts[0] == width  # without padding
+        known = self._of_tokens(step.visit) if few else None
         if known is None:
             known = self._layer(step.visit, ONE if rows == width == 1 else FEW)
         # Kernels do not look at what they are given: of another dtype they would read beyond its end.
@@ -219,23 +220,30 @@ class CompiledEngine:
         return mixed
 
     def logits(self, hidden: Tensor, thin: bool = False) -> Tensor:
-        """As `Engine.logits`; of few tokens in float32, which is what their sums are made in."""
+        """As `Engine.logits`; of a few tokens of one row in float32, which is what their sums are made in."""
         tokens = hidden.shape[:-1].numel()
         kernel = self._heads.get(ONE)
-        if tokens > (1 if thin or len(hidden) > 1 or not isinstance(kernel, _TokenHeadKernel) else MOST):
+        if thin:
+            return self._thin_logits(hidden, kernel)
+        if tokens > (MOST if len(hidden) == 1 and isinstance(kernel, _TokenHeadKernel) else 1):
             kernel = self._heads.get(FEW)
-        if thin and (not isinstance(kernel, _TokenHeadKernel) or self.backbone.thin_head.center.dtype != kernel.dtype):
-            return self.eager.logits(hidden, thin)
         if kernel is None or tokens > FEW_TOKENS or hidden.ndim != 3 or torch.is_grad_enabled():
-            return self.eager.logits(hidden, thin)
+            return self.eager.logits(hidden)
         if hidden.device.type != "cpu" or kernel.dtype != hidden.dtype:
-            return self.eager.logits(hidden, thin)
+            return self.eager.logits(hidden)
         if isinstance(kernel, _TokenHeadKernel):
-            hidden = hidden.contiguous()
-            if thin:
-                return kernel.head.run_thin(hidden, self.backbone.thin_head, self._streams)
-            return kernel.head.run(hidden, self._streams)
+            return kernel.head.run(hidden.contiguous(), self._streams)
         return kernel.run([hidden.contiguous(), *kernel.weights])[0]
+
+    def _thin_logits(self, hidden: Tensor, kernel: _Kernel | _TokenHeadKernel | None) -> Tensor:
+        """Those of the thin head, one state after another: each has candidates of its own."""
+        tokens, thin = hidden.shape[:-1].numel(), self.backbone.known_thin_head()
+        fits = isinstance(kernel, _TokenHeadKernel) and thin.center.dtype == kernel.dtype == hidden.dtype
+        if not fits or tokens > FEW_TOKENS or torch.is_grad_enabled() or hidden.device.type != "cpu":
+            return self.eager.logits(hidden, thin=True)
+        states = hidden.reshape(-1, 1, 1, hidden.shape[-1]).contiguous()
+        found = torch.cat([kernel.head.run_thin(state, thin, self._streams) for state in states])
+        return found.reshape(*hidden.shape[:-1], -1)
 
     def _upto(self, stop: int) -> Tensor:
         """0 .. stop-1: its length tells the kernel how many keys there are."""
@@ -264,12 +272,10 @@ class CompiledEngine:
             sizes = [(1, 1), (1, 3)] if isinstance(kernel, _TokenKernel) else [(1, 1) if form == ONE else (2, 3)]
             fits = kernel is not None and all(self._agrees(visit, *size) for size in sizes)
             return kernel if fits else None
-        except RuntimeError:
-            if not isinstance(kernel, _TokenKernel):
-                raise
-            return None  # the operator was shown sizes that it does not know
-        except BaseException:  # Ctrl-C too: it was not tried out
+        except BaseException as error:  # Ctrl-C too: it was not tried out
             del self._checked[visit, form]
+            if isinstance(error, RuntimeError) and isinstance(kernel, _TokenKernel):
+                return None  # the operator was shown sizes that it does not know
             raise
 
     def _token_kernel(self, visit: Visit) -> _TokenKernel | None:
@@ -280,7 +286,7 @@ class CompiledEngine:
     def _head(self, form: str) -> _Kernel | _TokenHeadKernel | None:
         """The head for one token or a few; None if it cannot be compiled."""
         head = TokenHead.of(self.backbone) if form == ONE else None
-        if head is not None and self._has_operator():
+        if head is not None and head.weight.dtype == self.backbone.dtype and self._has_operator():
             state = torch.randn(1, 1, self.backbone.shape.hidden, generator=torch.Generator().manual_seed(0))
             found, expected = (one(state.to(self.backbone.dtype)) for one in (head.run, self.backbone.logits))
             if _close(found, expected, expected):

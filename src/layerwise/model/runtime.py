@@ -163,11 +163,11 @@ class Runtime:
         route = None if isinstance(plans, Sequence) else plans
         steps = schedule(tuple(plans)) if route is None else route.steps(embedded)
         if visits is not None:
-            assert len(set(plans)) == 1, "only a plan that all rows share can be cut"
+            assert _same_visits(plans), "only a plan that all rows share can be cut"
             steps = steps[visits]
         if 0 in counts:
             assert route is None, "every row has a prompt"
-            carried = cache is not None and len(set(plans)) == 1 and rows * width <= self.engine.idle_tokens
+            carried = cache is not None and _same_visits(plans) and rows * width <= self.engine.idle_tokens
             if not carried:
                 steps = _without(steps, {row for row, count in enumerate(counts) if count == 0}, rows)
         try:
@@ -186,7 +186,7 @@ class Runtime:
             for row, (plan, count) in enumerate(zip(plans, counts, strict=True)):
                 ran = plan if visits is None else plan.visits[visits]
                 if ran:
-                    trace.record(row, plan if visits is None else Plan(ran), phase, count)
+                    trace.record(row, plan if visits is None else Plan(ran, plan.thin_head), phase, count)
         return hidden
 
     def logits(self, hidden: Tensor, plans: Sequence[Plan]) -> Tensor:
@@ -198,6 +198,11 @@ class Runtime:
         parts = [self.engine.logits(hidden[those], which) for which, those in rows.items()]
         order = torch.tensor([*rows[False], *rows[True]], device=hidden.device).argsort()
         return torch.cat([part.to(parts[0].dtype) for part in parts])[order]
+
+
+def _same_visits(plans: Iterable[Plan]) -> bool:
+    """Whether these plans differ in their heads at most."""
+    return len({plan.visits for plan in plans}) == 1
 
 
 def _without(steps: Iterable[Step], idle: set[int], rows: int) -> list[Step]:

@@ -39,12 +39,14 @@ class ThinHead(nn.Module):
         candidates: tokens of which a position's logits are computed in full.
 
     Raises:
-        ValueError: the sizes do not fit the model.
+        ValueError: the sizes do not fit the model, or its head is no plain map.
     """
 
     def __init__(self, backbone: Backbone, center: Tensor, down: Tensor, up: Tensor, candidates: int) -> None:
         super().__init__()
         head = backbone.head
+        if type(head) is not nn.Linear:
+            raise ValueError(f"a thin head is made of a plain LM head, not of {type(head).__name__}: merge its adapter")
         vocabulary, hidden = head.weight.shape
         if center.shape != (hidden,) or down.shape != (len(down), hidden) or up.shape != (hidden, len(down)):
             raise ValueError(f"a thin head of a model of hidden size {hidden} has other sizes than {tuple(down.shape)}")

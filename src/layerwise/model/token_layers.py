@@ -2,8 +2,8 @@
 
 A kernel that a compiler makes of any layer spends as long on calls and on threads waiting for each other as on reading
 the weights. For the commonest kind of layer there is an operator that does not: it runs any number of layers in a row.
-Whether a layer is of that kind is read from its modules, and what it gives is compared with the layer's own by
-the engine before it is used, as with every kernel.
+Whether a layer is of that kind is read from its class and modules, and what it gives is compared with the layer's own
+by the engine before it is used, as with every kernel.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ STREAMS = (6, 1)  # places that a thread can read at once
 MOST = 8  # tokens at once
 ENOUGH = 32 * 2**20  # bytes of weights, by reading which it is told which of these is faster
 LANES = 16  # numbers of a vector: heads are a multiple of it
+# Layers of other models have the same parts and do more with them, by the position or the layer's number.
+_KNOWN = ("LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer")
 _MAPS = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 _CHILDREN = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
@@ -41,6 +43,8 @@ class TokenLayer:
     def of(cls, backbone: Backbone, visit: Visit) -> TokenLayer | None:
         """None if the layer is of another kind."""
         if visit.part is Part.BRIDGE or backbone.kinds[visit.layer].window is not None:
+            return None
+        if type(backbone.layers[visit.layer]).__name__ not in _KNOWN:
             return None
         layer = backbone.module(visit)
         norms = [getattr(layer, name, None) for name in ("input_layernorm", "post_attention_layernorm")]

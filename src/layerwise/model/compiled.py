@@ -4,11 +4,11 @@ A decoding step of one token reads every weight once and does almost nothing wit
 reading the weights. Eager PyTorch misses that twice: each layer is some forty operations of which most time is
 call overhead, and a matrix-vector product done by a matrix-matrix routine streams memory at a third of the speed.
 So a layer is compiled, by torch.export and Inductor, into a single kernel (`tracing.py`), in two forms: for one token
-of one row, and for a few tokens, where a draft is verified or a batch decoded. For one token the commonest kind of
-layer has an operator instead (`token_layers.py`), which takes all layers of a pass in one call.
+of one row, and for a few tokens, where a draft is verified or a batch decoded. For one token of a row, or up to eight,
+the commonest kind of layer has an operator instead (`token_layers.py`), which takes all layers of a pass in one call.
 
 Every other call (prefill, a cache with holes, training) runs on the eager engine, which the kernel of each layer is
-compared with before it is used; the head's, a norm and one product, is not.
+compared with before it is used; those of the head, a norm and one product, are not if they are compiled.
 """
 
 from __future__ import annotations

@@ -123,12 +123,13 @@ def test_one_compilation_serves_all_layers_and_the_next_process(monkeypatch: pyt
     notes: list[str] = []
     model = attach(tiny.model("llama"), engine="compiled", notify=notes.append)
     model.runtime.engine.prepare([Plan.full(6)])
-    assert len(notes) == 4 and model.runtime.engine.compile_seconds > 0
-    # two kernels, a line before and one after each: the head, and one layer that serves all six
+    assert sum(note.startswith("compiling a kernel") for note in notes) == 1  # one layer that serves all six
+    assert model.runtime.engine.compile_seconds > 0
+    known = len(notes)
     monkeypatch.setattr(compiled, "_packages", {})
     again = attach(tiny.model("llama", seed=1), engine="compiled", notify=notes.append)
     again.runtime.engine.prepare([Plan.full(6)])
-    assert len(notes) == 4 and again.runtime.engine.compile_seconds == 0
+    assert len(notes) == known and again.runtime.engine.compile_seconds == 0
 
 
 def test_random_plans_with_holes_and_rollback_equal_eager() -> None:
@@ -365,7 +366,7 @@ def test_code_made_for_another_cpu_is_not_loaded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(compiled, "_Kernel", lambda *_: None)
     for features in ("flags: avx2", "flags: avx2 avx512f", "flags: avx2"):
         monkeypatch.setattr(paths, "cpu_features", lambda features=features: features)
-        attached("llama").runtime.engine.prepare([])
+        attached("llama").runtime.engine.prepare([Plan.full(6)])
     assert len(made) == len(set(made)) == 2
 
 

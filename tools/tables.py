@@ -169,7 +169,7 @@ def layerroute_table(result: dict[str, Any]) -> str:
         "intervals. "
         f"Held-out prompts of each kind: {_of_each(counted)}; commits {commits}."
         f"{''.join(map(_route_answers, runs))} "
-        "Again: `python tools/layerroute_runs.py --recipes head --seeds 0 --samples 120`, of the others "
+        "Again: `python tools/layerroute_runs.py --recipes head --seeds 0 --timed 12`, of the others "
         "`python tools/layerroute_runs.py --recipes neurons,quality,bridges,paper`.",
     ]
     return "\n".join(lines)

@@ -131,7 +131,7 @@ def test_a_new_exit_head_takes_the_place_of_the_old() -> None:
         assert_same_text(model, ["head", "exit:2"], **one(), **FREE)
         used.append(model.head_runtime.backbone.layers[0] is model.exit_head.layer)
         assert model.draft_logits()[1].tolist() == [3 + seed, 9]
-        assert model.draft_logits()[0].__self__.backbone.head is model.exit_head.head
+        assert model._cut_runtime.backbone.head is model.exit_head.head
     assert used == [True, True]
 
 

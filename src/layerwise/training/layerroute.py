@@ -201,13 +201,9 @@ class LayerRoute(nn.Module):
             notify(f"{len(kept)} layers have thin MLPs, of {sum(map(len, kept)) / len(kept):.0f} neurons on average")
         if self.recipe.head_rank:
             notify("fitting the thin head")
-            fit_thin_head(
-                self.model, drawn(examples, seed, THINNED), self._short(), self.recipe.head_rank, self._candidates
-            )
-
-    @property
-    def _candidates(self) -> int:
-        return min(CANDIDATES, self.model.runtime.backbone.shape.vocabulary)
+            candidates = min(CANDIDATES, len(self.model.runtime.backbone.head.weight))
+            some = drawn(examples, seed, THINNED)
+            fit_thin_head(self.model, some, self._short(), self.recipe.head_rank, candidates)
 
     @property
     def crossed_from(self) -> int:

@@ -122,6 +122,18 @@ def test_kernels_choose_the_largest(candidates: int) -> None:
         torch.testing.assert_close(found, backbone.logits(hidden, thin=True), rtol=1e-4, atol=1e-4 * (1 + scale))
 
 
+@pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
+@torch.no_grad()
+def test_kernels_choose_as_many_when_all_are_alike() -> None:
+    model = with_thin_head(wide("llama"), rank=32, candidates=40, engine="compiled")
+    model.thin_head.sketch.zero_(), model.thin_head.offset.fill_(0.5)
+    model.prepare(["0-5 ht"])
+    found = model.runtime.logits(
+        torch.randn(1, 1, 238, generator=torch.Generator().manual_seed(3)), [Plan.parse("0 ht")]
+    )
+    assert (found != 0.5).sum() == 40
+
+
 @pytest.mark.parametrize("engine", ["eager", "compiled"])
 def test_as_a_draft_it_loses_nothing(engine: str) -> None:
     if engine == "compiled" and not compiler_available():

@@ -13,6 +13,7 @@ constexpr int LANES = 16;
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
 using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
+using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
 using Eight = float __attribute__((vector_size(32)));
 using Four = float __attribute__((vector_size(16)));
@@ -47,7 +48,6 @@ inline float total(const Floats& sums) {
 // The first half of every run of 2 * `width` lanes of a and b, plus the second half: `width` lanes of a, then b.
 template <int width>
 inline Floats halved(const Floats& a, const Floats& b) {
-  using Ints = int32_t __attribute__((vector_size(4 * LANES)));
   Ints first;
   for (int lane = 0; lane < LANES; ++lane) first[lane] = lane / width * 2 * width + lane % width;
 #ifdef __clang__
@@ -88,7 +88,6 @@ inline void store(const Floats (&sums)[rows][tokens], Y* y, int64_t n) {
 
 // exp(x) for x <= 0, to 2e-7: 2^n times a polynomial on half a unit either side of 0 (Cephes' expf).
 inline Floats exponential(Floats x) {
-  using Ints = int32_t __attribute__((vector_size(4 * LANES)));
   x = x < -87.f ? Floats{} - 87.f : x;
   const Ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, Ints);  // towards 0, so up: the nearest integer
   const Floats whole = __builtin_convertvector(n, Floats);

@@ -9,7 +9,8 @@ function fits; questions about functions. What is reported of each kind:
   base model, and by a LoRA trained alike without routing (`reference`);
 - what other ways to skip as much would cost, as many weights left out over the same prompts: `static`, where gates
   close most often, as much for every prompt as can be; `random`, by gates drawn for each prompt; `shuffled`, each
-  prompt by the route of another. Intervals are of the difference of the mean CE, by bootstrap over prompts.
+  prompt by the routes of SHUFFLES others, which count by their mean. Intervals are of the difference of the mean CE,
+  by bootstrap over prompts.
 
 And what comes of it when text is generated: right tool calls, right results, lengths, reasons to stop, time.
 """
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
+from statistics import fmean as mean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 
 SIDES = ("tools", "planning", "irrelevance", "questions")
 BATCH_TOKENS = 2048
+SHUFFLES = 8
 BUCKETS = (0, 128, 192, 256, 384, 1024)  # tokens of the prompt, from one to below the next
 
 
@@ -90,6 +93,31 @@ def answer_losses(
     return losses, ran
 
 
+class Losses:
+    """The cross entropies of answers by one model; what an answer loses by a plan is measured once."""
+
+    def __init__(self, model: LayerwiseForCausalLM, asked: Sequence[Asked], pad: int) -> None:
+        self.model, self.asked, self.pad = model, asked, pad
+        self._known: dict[tuple[int, Plan], float] = {}
+
+    def decided(self) -> tuple[list[float], list[Plan]]:
+        """Of every answer, and the plans that the policy decides for."""
+        losses, plans = answer_losses(self.model, self.asked, self.pad)
+        self._known.update(zip(enumerate(plans), losses, strict=True))
+        return losses, plans
+
+    def by(self, plans: Sequence[Plan], chosen: Sequence[int] | None = None) -> list[float]:
+        """Of the `chosen` answers (by number; all if None), each by its plan."""
+        wanted = list(zip(range(len(self.asked)) if chosen is None else chosen, plans, strict=True))
+        missing = [one for one in dict.fromkeys(wanted) if one not in self._known]
+        if missing:
+            losses, _ = answer_losses(
+                self.model, [self.asked[at] for at, _ in missing], self.pad, [plan for _, plan in missing]
+            )
+            self._known.update(zip(missing, losses, strict=True))
+        return [self._known[one] for one in wanted]
+
+
 def decode_flops(model: LayerwiseForCausalLM, one: Asked, plan: Plan) -> int:
     """FLOPs of generating the example's answer after its prompt, LM head included."""
     prompt = one.tokens.prompt_length
@@ -105,9 +133,11 @@ def perplexity(losses: Sequence[float], chosen: Sequence[int]) -> float:
 # -- controls ----------------------------------------------------------------------------------------------------
 
 
-def control_plans(plans: Sequence[Plan], policy: GatedPolicy, shape: ModelShape, seed: int) -> dict[str, list[Plan]]:
-    """For each control a plan for each prompt; each control leaves out as many weights over all prompts as `plans` do,
-    give or take those of a layer or the head, and leaves of it what the policy does.
+def control_plans(
+    plans: Sequence[Plan], policy: GatedPolicy, shape: ModelShape, seed: int
+) -> dict[str, list[list[Plan]]]:
+    """For each control a plan for each prompt, and that once or more; each leaves out as many weights over all prompts
+    as `plans` do, give or take those of a layer or the head, and leaves of it what the policy does.
 
     Static and random leave out as much for every prompt, give or take one gate: that a prompt bears more is what
     routers have to find out.
@@ -127,16 +157,17 @@ def control_plans(plans: Sequence[Plan], policy: GatedPolicy, shape: ModelShape,
                 due -= saved[gate]
         return policy.plan(those), due
 
-    share = sum(saved[layer] for those in skipped for layer in those) / len(plans)
-    made: dict[str, list[Plan]] = {}
-    for name, orders in (("static", [free] * len(plans)), ("random", [chance.sample(free, len(free)) for _ in plans])):
-        made[name], owed = [], 0.0  # owed: what the prompts so far should have left out and did not
+    def as_much(orders: Sequence[Sequence[int]]) -> list[Plan]:
+        """A plan for each of these orders; what one leaves out too much or too little, the next ones make good."""
+        share, owed, made = sum(saved[gate] for those in skipped for gate in those) / len(plans), 0.0, []
         for order in orders:
             plan, owed = closed(order, owed + share)
-            made[name].append(plan)
-    order = list(range(len(plans)))
-    chance.shuffle(order)
-    return made | {"shuffled": [plans[at] for at in order]}
+            made.append(plan)
+        return made
+
+    static, drawn = as_much([free] * len(plans)), as_much([chance.sample(free, len(free)) for _ in plans])
+    shuffles = [chance.sample(plans, len(plans)) for _ in range(SHUFFLES)]
+    return {"static": [static], "random": [drawn], "shuffled": shuffles}
 
 
 def _closed(plan: Plan, policy: GatedPolicy) -> list[int]:
@@ -151,28 +182,25 @@ def _weights_run(shape: ModelShape, plan: Plan) -> float:
     return layers_run(shape, plan) + shape.head_weights(plan) / layer
 
 
-def controls(
-    model: LayerwiseForCausalLM,
-    asked: Sequence[Asked],
-    pad: int,
-    losses: Sequence[float],
-    plans: Sequence[Plan],
-    seed: int,
-) -> dict[str, dict[str, Any]]:
-    """Each control's exp(CE) over tool calls and planning, and how much more nats a token it costs than the routes."""
-    chosen = [at for at, one in enumerate(asked) if one.side in ("tools", "planning")]
+def controls(losses: Losses, routed: Sequence[float], plans: Sequence[Plan], seed: int) -> dict[str, dict[str, Any]]:
+    """Each control's exp(CE) over tool calls and planning, and how much more nats a token it costs than the routes.
+
+    Args:
+        routed, plans: what the answers lose along the routes, and these.
+    """
+    chosen = [at for at, one in enumerate(losses.asked) if one.side in ("tools", "planning")]
+    model, found = losses.model, {}
     assert isinstance(model.policy, GatedPolicy)
-    those = [plans[at] for at in chosen]
-    found = {}
     shape = model.runtime.backbone.shape
-    for name, other in control_plans(those, model.policy, shape, seed).items():
-        theirs, _ = answer_losses(model, [asked[at] for at in chosen], pad, other)
-        worse = [their - losses[at] for their, at in zip(theirs, chosen, strict=True)]
+    for name, draws in control_plans([plans[at] for at in chosen], model.policy, shape, seed).items():
+        theirs = [mean(each) for each in zip(*(losses.by(other, chosen) for other in draws), strict=True)]
+        worse = [their - routed[at] for their, at in zip(theirs, chosen, strict=True)]
+        every = [plan for other in draws for plan in other]
         found[name] = {
-            "layers_run": sum(layers_run(shape, plan) for plan in other) / len(other),
-            "head_run": sum(head_run(shape, plan) for plan in other) / len(other),
-            "ppl": math.exp(sum(theirs) / len(theirs)),
-            "ce_above_routed": sum(worse) / len(worse),
+            "layers_run": mean(layers_run(shape, plan) for plan in every),
+            "head_run": mean(head_run(shape, plan) for plan in every),
+            "ppl": math.exp(mean(theirs)),
+            "ce_above_routed": mean(worse),
             "interval": interval(worse),
         }
     return found
@@ -217,10 +245,11 @@ def routing_suite(
         raise ValueError(f"the adapter '{adapter}' has no gates: train one with 'layerwise train layerroute'")
     pad = tokenizer.pad_token_id or 0
     asked = held_out(tokenizer, samples, most_tokens, seed)
-    losses, plans = answer_losses(routed, asked, pad)
+    losses = Losses(routed, asked, pad)
+    by: dict[str, list[float]] = {}
+    by["routed"], plans = losses.decided()
     notify(f"routed: {len(asked)} answers")
-    by: dict[str, list[float]] = {"routed": losses}
-    by["full_depth"], _ = answer_losses(routed, asked, pad, [Plan.full(routed.depth)] * len(asked))
+    by["full_depth"] = losses.by([Plan.full(routed.depth)] * len(asked))
     notify("full depth: done")
     others = {"base": None} | ({"reference": reference} if reference is not None else {})
     for name, other in others.items():
@@ -233,7 +262,7 @@ def routing_suite(
         "reference": None if reference is None else Path(reference).name,
         **_trained_as(adapter),
         **_skips(routed, asked, plans, by),
-        "controls": controls(routed, asked, pad, losses, plans, seed),
+        "controls": controls(losses, by["routed"], plans, seed),
         **layer_use(asked, plans, routed.runtime.backbone.shape),
     }
     notify("controls: done")

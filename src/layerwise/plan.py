@@ -28,7 +28,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property, lru_cache
 from itertools import groupby, takewhile
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -63,9 +63,11 @@ class Visit:
         return f"{self.layer}{self.part}{self.set or ''}"
 
 
-@dataclass(frozen=True, slots=True)
-class Slot:
-    """The key of a visit's place in the KV cache: the `nth` (from 0) attention of `layer` in its plan."""
+class Slot(NamedTuple):
+    """The key of a visit's place in the KV cache: the `nth` (from 0) attention of `layer` in its plan.
+
+    A named tuple, for the hash of a dataclass is Python, and every layer of every token looks its slot up.
+    """
 
     layer: int
     nth: int
@@ -90,6 +92,13 @@ class Plan:
     def __post_init__(self) -> None:
         if not self.visits:
             raise ValueError(f"a plan must visit at least one layer: {_GRAMMAR}")
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.visits, self.thin_head))
 
     # -- making plans ------------------------------------------------------------------------------------
 

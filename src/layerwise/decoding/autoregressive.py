@@ -17,6 +17,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
+from layerwise.decoding.choice import Endings, likeliest
 from layerwise.decoding.drafts import Draft
 from layerwise.decoding.judge import Judge
 from layerwise.decoding.speculative import speculate
@@ -198,13 +199,13 @@ class _Chooser:
         config: GenerationConfig,
         rows: int,
     ) -> None:
-        self.processors, self.criteria = processors, criteria
+        self.processors, self.endings = processors, Endings(criteria)
         self.sampling = config.do_sample
         self.pad = config._pad_token_tensor
         keep = config.return_dict_in_generate
         self.scores: tuple[Tensor, ...] | None = () if keep and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if keep and config.output_logits else None
-        self.unfinished: Tensor | None = None
+        self.running = [True] * rows
         # As in transformers: without an end token nobody pads, and finished rows go on until all are done.
         self.padding = rows > 1 and self.pad is not None and any(hasattr(c, "eos_token_id") for c in criteria)
 
@@ -218,14 +219,17 @@ class _Chooser:
         if self.sampling:
             tokens = torch.multinomial(torch.softmax(scores, dim=-1), num_samples=1).squeeze(1)
         else:
-            tokens = scores.argmax(dim=-1)
-        if self.padding and self.unfinished is not None:
-            tokens = torch.where(self.unfinished, tokens, self.pad.to(tokens.device))
+            tokens = likeliest(scores)
+        if self.padding and not all(self.running):
+            tokens = torch.where(torch.tensor(self.running, device=tokens.device), tokens, self.pad.to(tokens.device))
         return tokens
 
     def still_running(self, sequence: Tensor) -> list[int]:
-        """1 for each row that goes on, 0 for each that is done."""
-        going = ~self.criteria(sequence, self.scores)
-        self.unfinished = going if self.unfinished is None else self.unfinished & going
-        running = self.unfinished.int().tolist()
-        return running if self.padding else [max(running)] * len(running)
+        """1 for each row that goes on, 0 for each that is done with its last token."""
+        length = sequence.shape[1]
+        done = [self.endings.reached(token, length) for token in sequence[:, -1].tolist()]
+        if self.endings.others:
+            asked = self.endings.asked(sequence, self.scores)
+            done = [known or other for known, other in zip(done, asked, strict=True)]
+        self.running = [before and not now for before, now in zip(self.running, done, strict=True)]
+        return [int(one if self.padding else any(self.running)) for one in self.running]

@@ -26,7 +26,8 @@ from transformers.generation.logits_process import (
     TypicalLogitsWarper,
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
 )
-from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
+
+from layerwise.decoding.choice import Endings, likeliest
 
 # Those that look at the logits alone: a draft may use them at positions that come to nothing. Others count or remember,
 # and see only what is verified; a draft without them is a little worse, and the output is right all the same.
@@ -84,16 +85,7 @@ class Judge:
         self.vocabulary = vocabulary
         self.warpers = LogitsProcessorList([one for one in processors if isinstance(one, _WARPERS)])
         self.rows, self.width = rows, width
-        self.ends: set[int] = set()
-        self.longest: int | None = None
-        self.criteria = StoppingCriteriaList()
-        for one in criteria:
-            if type(one) is EosTokenCriteria:
-                self.ends |= set(one.eos_token_id.tolist())
-            elif type(one) is MaxLengthCriteria:
-                self.longest = one.max_length if self.longest is None else min(self.longest, one.max_length)
-            else:
-                self.criteria.append(one)
+        self.endings = Endings(criteria)
         keep = config.return_dict_in_generate
         self.scores: tuple[Tensor, ...] | None = () if keep and config.output_scores else None
         self.logits: tuple[Tensor, ...] | None = () if keep and config.output_logits else None
@@ -195,16 +187,16 @@ class Judge:
 
     def finished(self, token: int, text: Tensor, length: int, row: int) -> bool:
         """Whether `row` is done with `token`, the last of the `length` tokens in `text` (1, room)."""
-        if token in self.ends or (self.longest is not None and length >= self.longest):
+        if self.endings.reached(token, length):
             return True
-        if not self.criteria:
+        if not self.endings.others:
             return False
         scores = None if self.scores is None else self.scores[: length - self.width]
-        return bool(self.criteria(text[:, :length].expand(self.rows, -1), scores)[row])
+        return self.endings.asked(text[:, :length].expand(self.rows, -1), scores)[row]
 
 
 def _likeliest(scores: Tensor, guesses: Sequence[tuple[int, int]], q: Sequence[Tensor] | None) -> Chosen:
-    best = int(scores.argmax())
+    best = int(likeliest(scores))
     return next((number for number, token in guesses if token == best), -1), best
 
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers.generation.streamers import BaseStreamer
 
+from layerwise.decoding.choice import likeliest
 from layerwise.decoding.drafters import (
     Drafter,
     HeadDrafter,
@@ -216,7 +217,7 @@ def speculate(
         (rows, longest) prompt and answer, as `generate` returns them.
     """
     rows, width = input_ids.shape
-    room = (width + 4096 if judge.longest is None else judge.longest) + MOST + 2
+    room = (width + 4096 if judge.endings.longest is None else judge.endings.longest) + MOST + 2
     texts = _Texts(
         input_ids.new_zeros(rows, max(room, width + MOST + 2)), [width] * rows, list(range(rows)), [None] * rows
     )
@@ -284,11 +285,11 @@ def _round(
 ) -> None:
     """Propose, verify, judge, learn; the tokens that stand are added to `texts`."""
     began = perf_counter()
-    last = texts.last()
-    left = 2**31 if judge.longest is None else judge.longest - min(texts.lengths[row] for row in texts.live)
+    last, longest = texts.last(), judge.endings.longest
+    left = 2**31 if longest is None else longest - min(texts.lengths[row] for row in texts.live)
     name, proposal = crew.propose(last, left - 1)
-    if judge.longest is not None:  # the rows that are further on have room for fewer
-        proposal = proposal.within([judge.longest - texts.lengths[row] - 1 for row in texts.live])
+    if longest is not None:  # the rows that are further on have room for fewer
+        proposal = proposal.within([longest - texts.lengths[row] - 1 for row in texts.live])
     drafted_at = perf_counter()
     drafted = proposal.tokens
     counts = [1 + len(tokens) for tokens in drafted]
@@ -324,7 +325,7 @@ def _choices(judge: Judge, logits: Tensor, proposal: Proposal, texts: _Texts) ->
     """
     drafted = proposal.tokens
     if judge.plain:
-        best = logits.argmax(-1).tolist()
+        best = likeliest(logits).tolist()
         return [_walked(drafted[at], proposal.parents_of(at), best[at]) for at in range(len(drafted))]
     return [
         judge.judge(
@@ -372,7 +373,7 @@ def _emit(
             length = texts.lengths[row]
             if texts.ends[row] is None and judge.finished(one, texts.buffer[row : row + 1], length, row):
                 texts.ends[row] = length
-            if (alone and texts.ends[row] is not None) or length == judge.longest:
+            if (alone and texts.ends[row] is not None) or length == judge.endings.longest:
                 break
 
 
@@ -384,7 +385,7 @@ def _leave(texts: _Texts, judge: Judge, target: Target, crew: Crew, padding: Ten
     if padding is not None or len(texts.lengths) == 1:
         going = [row for row in texts.live if texts.ends[row] is None]
     else:  # without an end token nobody pads, as in transformers: all go on until all are done
-        until = judge.longest if None in texts.ends else max(texts.ends)
+        until = judge.endings.longest if None in texts.ends else max(texts.ends)
         going = [row for row in texts.live if until is None or texts.lengths[row] < until]
     if len(going) < len(texts.live):
         if going:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from layerwise.model.backbone import Backbone
-from layerwise.model.cache import Cache
+from layerwise.model.cache import Cache, SlotStore
 from layerwise.model.few_tokens import compiler, load_operator, load_operators
 from layerwise.model.frame import Frame
 from layerwise.model.runtime import EagerEngine
@@ -32,10 +32,11 @@ from layerwise.model.token_layers import MOST, STREAMS, TokenHead, TokenLayer, f
 from layerwise.model.token_layers import run as run_token_layers
 from layerwise.model.tracing import FEW, ONE, HeadSource, LayerSource, package
 from layerwise.paths import kernel_dir
-from layerwise.plan import Part, Plan, Step, Visit
+from layerwise.plan import Part, Plan, Slot, Step, Visit
 
 log = logging.getLogger("layerwise")
 _UNKNOWN: Any = object()  # None is a layer that cannot be compiled
+WALKS = 64  # that are kept
 FEW_TOKENS = 64  # so many tokens of a pass, over all rows, count as few; beyond, matrix products are better
 
 
@@ -58,6 +59,7 @@ class CompiledEngine:
         self._layers: dict[tuple[Visit, str], _Kernel | _TokenKernel | None] = {}
         # Those of parameters that the layers still have.
         self._checked: dict[tuple[Visit, str], _Kernel | _TokenKernel | None] = {}
+        self._walks: dict[tuple[int, int], _Walk] = {}  # of these, by the identity of the steps and the first one
         self._heads: dict[str, _Kernel | _TokenHeadKernel | None] = {}
         self._index = torch.arange(0)
         self._streams = STREAMS[0]
@@ -101,6 +103,7 @@ class CompiledEngine:
         """Compare each kernel with its layer before it is used again, and the head's now: parameters may be others by
         then (another dtype, an adapter attached), adapters switched or merged."""
         self._checked.clear()
+        self._walks.clear()
         head = _identity(self.backbone.norm, self.backbone.head)
         for form, kernel in list(self._heads.items()):
             if kernel is not None and kernel.made_for != head:
@@ -124,7 +127,8 @@ class CompiledEngine:
         if kernel is None:
             return self.eager.visit(step, hidden, frame)
         if isinstance(kernel, _TokenKernel):
-            return self._walked([(step, kernel)], hidden, frame)
+            store = None if step.slot is None else frame.cache.slots[step.slot]
+            return self._walked([kernel.layer], step.visit.layer, [store], hidden, frame)
         if step.slot is None:
             return kernel.run([hidden.contiguous(), *kernel.weights])[0]
         store, layer = frame.cache.slots[step.slot], step.visit.layer
@@ -137,27 +141,54 @@ class CompiledEngine:
         store.ends = [start + count for start, count in zip(frame.starts, frame.counts, strict=True)]
         return hidden
 
-    def walk(self, steps: Sequence[Step], hidden: Tensor, frame: Frame) -> tuple[Tensor, int]:
-        if hidden.shape[0] > 1 or hidden.shape[1] > MOST:
+    def walk(self, steps: Sequence[Step], first: int, hidden: Tensor, frame: Frame) -> tuple[Tensor, int]:
+        rows, width = hidden.shape[:2]
+        if rows > 1 or width > MOST or frame.counts[0] != width or not self._infers(frame):
             return hidden, 0
-        taken: list[tuple[Step, _TokenKernel]] = []
-        for step in steps:
-            kernel = self._kernel(step, hidden, frame)
-            if not isinstance(kernel, _TokenKernel) or (taken and kernel.with_others != taken[0][1].with_others):
+        if not self._holds(steps[first].slot, frame):
+            return hidden, 0
+        walk = self._walk_from(steps, first, width)
+        if walk.dtype != hidden.dtype:
+            return hidden, 0
+        stores: list[SlotStore | None] = []
+        for slot in walk.slots:
+            if not self._holds(slot, frame):
                 break
-            taken.append((step, kernel))
-        return (self._walked(taken, hidden, frame) if taken else hidden), len(taken)
+            stores.append(None if slot is None else frame.cache.slots[slot])
+        layers = walk.layers[: len(stores)]
+        return self._walked(layers, steps[first].visit.layer, stores, hidden, frame), len(stores)
 
-    def _walked(self, taken: Sequence[tuple[Step, _TokenKernel]], hidden: Tensor, frame: Frame) -> Tensor:
-        """The tokens of one row after these steps, all alike."""
-        none, layer = hidden[..., :0], taken[0][0].visit.layer
-        stores = [None if step.slot is None else frame.cache.slots[step.slot] for step, _ in taken]
+    def _walk_from(self, steps: Sequence[Step], first: int, width: int) -> _Walk:
+        """What one call can take from the first of these steps on; a plan is walked for many tokens, so it is kept."""
+        known = self._walks.get((id(steps), first))
+        if known is not None and known.steps is steps and not self.backbone.attention:
+            return known
+        taken: list[_TokenKernel] = []
+        for step in steps[first:]:
+            if step.rows is not None or self._is_replaced(step.visit):
+                break
+            kernel = self._layer(step.visit, ONE) if width == 1 else self._of_tokens(step.visit)
+            if not isinstance(kernel, _TokenKernel) or (taken and kernel.with_others != taken[0].with_others):
+                break
+            taken.append(kernel)
+        slots = [step.slot for step in steps[first : first + len(taken)]]
+        walk = _Walk(steps, slots, [kernel.layer for kernel in taken], taken[0].dtype if taken else None)
+        if width == 1:  # else kernels may come into use that are not yet
+            if len(self._walks) >= WALKS:
+                self._walks.clear()
+            self._walks[id(steps), first] = walk
+        return walk
+
+    def _walked(
+        self, layers: Sequence[TokenLayer], layer: int, stores: Sequence[SlotStore | None], hidden: Tensor, frame: Frame
+    ) -> Tensor:
+        """The tokens of one row after these layers, the first of which is number `layer`, and their stores."""
+        none = hidden[..., :0]
         keys = [none if store is None else store.keys for store in stores]
         values = [none if store is None else store.values for store in stores]
         mask, rotary = None, frame.rotary(layer, None)
         if hidden.shape[1] > 1:
             _, mask, *rotary = frame.few(layer)
-        layers = [kernel.layer for _, kernel in taken]
         hidden = run_token_layers(layers, hidden, keys, values, frame.starts[0], rotary, mask, self._streams)
         for store in stores:
             if store is not None:
@@ -184,12 +215,18 @@ class CompiledEngine:
 
     def _goes_on(self, step: Step, frame: Frame) -> bool:
         """Whether this is inference on all rows, on the CPU, and the cache holds every token before these."""
-        if frame.cache is None or step.rows is not None or torch.is_grad_enabled() or frame.device.type != "cpu":
-            return False
-        store = None if step.slot is None else frame.cache.slots.get(step.slot)
-        if step.slot is None or store is None:
-            return step.slot is None
-        return store.seen is None and store.ends == frame.starts and store.keys.dtype == frame.dtype
+        return step.rows is None and self._infers(frame) and self._holds(step.slot, frame)
+
+    def _infers(self, frame: Frame) -> bool:
+        return frame.cache is not None and not torch.is_grad_enabled() and frame.device.type == "cpu"
+
+    def _holds(self, slot: Slot | None, frame: Frame) -> bool:
+        if slot is None:
+            return True
+        store = frame.cache.slots.get(slot)
+        return (
+            store is not None and store.seen is None and store.ends == frame.starts and store.keys.dtype == frame.dtype
+        )
 
     def _is_replaced(self, visit: Visit) -> bool:
         """Whether something else than the layer's attention runs, which kernels do not know of."""
@@ -373,6 +410,16 @@ class _TokenKernel:
         self.dtype = layer.weights[0].dtype
         self.made_for = _identity(backbone.module(visit))
         self.with_others = (*layer.alike, backbone.kinds[visit.layer].rotary)  # those of one call have the same
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """What the operator for single tokens runs in one call on a walk along `steps`; `dtype` is None if nothing."""
+
+    steps: Sequence[Step]
+    slots: list[Slot | None]
+    layers: list[TokenLayer]
+    dtype: torch.dtype | None
 
 
 class _TokenHeadKernel:

@@ -44,8 +44,9 @@ class Engine(Protocol):
         """Run the visit on the rows of `step`: (rows, width, hidden size) to the same shape."""
         ...
 
-    def walk(self, steps: Sequence[Step], hidden: Tensor, frame: Frame) -> tuple[Tensor, int]:
-        """Run as many of the first of these steps as one call can take; the states, and how many those are, maybe 0."""
+    def walk(self, steps: Sequence[Step], first: int, hidden: Tensor, frame: Frame) -> tuple[Tensor, int]:
+        """Run as many of the steps from number `first` on as one call can take; the states, and how many those are,
+        maybe 0."""
         ...
 
     def logits(self, hidden: Tensor, thin: bool = False) -> Tensor:
@@ -82,7 +83,7 @@ class EagerEngine:
             position_embeddings=frame.rotary(layer, step.rows),
         )
 
-    def walk(self, steps: Sequence[Step], hidden: Tensor, frame: Frame) -> tuple[Tensor, int]:
+    def walk(self, steps: Sequence[Step], first: int, hidden: Tensor, frame: Frame) -> tuple[Tensor, int]:
         return hidden, 0
 
     def logits(self, hidden: Tensor, thin: bool = False) -> Tensor:
@@ -112,7 +113,7 @@ class Runtime:
         if observe is None:  # nobody looks in between
             steps = tuple(steps)
             while calls < len(steps):
-                hidden, walked = self.engine.walk(steps[calls:], hidden, frame)
+                hidden, walked = self.engine.walk(steps, calls, hidden, frame)
                 if not walked:
                     hidden = self._after(steps[calls], hidden, frame)
                 calls += max(walked, 1)

@@ -101,15 +101,21 @@ def decode(
     if trace is not None:
         trace.targets = list(row_plans)
     hidden = last_of(hidden, prompt.counts)
+    best: int | None = None
     while True:
-        tokens = chooser.choose(sequence.so_far, runtime.logits(hidden, row_plans)[:, -1].float())
+        if best is None:
+            tokens = chooser.choose(sequence.so_far, runtime.logits(hidden, row_plans)[:, -1].float())
+        else:
+            tokens = input_ids.new_tensor([best])
         sequence.append(tokens)
         if streamer is not None:
             streamer.put(tokens.cpu())
         active = chooser.still_running(sequence.so_far)
         if not any(active):
             break
-        hidden = runtime.forward(model.embed(tokens[:, None]), row_plans, active, cache, trace, Phase.DECODE)
+        best = runtime.greedy(int(tokens), row_plans[0], cache, trace) if chooser.plain else None
+        if best is None:
+            hidden = runtime.forward(model.embed(tokens[:, None]), row_plans, active, cache, trace, Phase.DECODE)
     if streamer is not None:
         streamer.end()
     if not generation_config.return_dict_in_generate:
@@ -208,6 +214,12 @@ class _Chooser:
         self.running = [True] * rows
         # As in transformers: without an end token nobody pads, and finished rows go on until all are done.
         self.padding = rows > 1 and self.pad is not None and any(hasattr(c, "eos_token_id") for c in criteria)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the choice for the only row is its likeliest token, and nobody asks for the logits."""
+        kept = self.scores is not None or self.logits is not None
+        return len(self.running) == 1 and not (self.sampling or self.processors or kept)
 
     def choose(self, sequence: Tensor, logits: Tensor) -> Tensor:
         """The next token of each row, (rows,); finished rows get padding."""

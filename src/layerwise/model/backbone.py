@@ -199,16 +199,25 @@ class Backbone:
 
     def rotary(self, kind: str | None, positions: Tensor, stop: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Cosines and sines at `positions` (rows, width), all below `stop`; each (rows, width, head size)."""
-        if not self._static_rope(kind):
+        tables = self.rotary_tables(kind, stop, dtype, positions.device)
+        if tables is None:
             return self._make_rotary(kind, positions, dtype)
-        key = (kind, dtype, positions.device)
-        table = self._tables.get(key)  # kept in a local: another thread may put a shorter one there
-        if table is None or table[0].shape[0] < stop:
-            everything = torch.arange(max(256, 2 * stop), device=positions.device)[None]
-            cosine, sine = self._make_rotary(kind, everything, dtype)
-            self._tables[key] = table = (cosine[0], sine[0])
-        cosine, sine = table
+        cosine, sine = tables
         return cosine[positions], sine[positions]
+
+    def rotary_tables(
+        self, kind: str | None, stop: int, dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of all positions below `stop`, and maybe more, each (positions, head size); None if those
+        of a position depend on how long the text is."""
+        if not self._static_rope(kind):
+            return None
+        table = self._tables.get((kind, dtype, device))  # kept in a local: another thread may put a shorter one there
+        if table is None or table[0].shape[0] < stop:
+            everything = torch.arange(max(256, 2 * stop), device=device)[None]
+            cosine, sine = self._make_rotary(kind, everything, dtype)
+            self._tables[kind, dtype, device] = table = (cosine[0], sine[0])
+        return table
 
     def logits(self, hidden: Tensor, thin: bool = False) -> Tensor:
         """Final norm and LM head, or the thin one: (..., hidden size) to (..., vocabulary)."""

@@ -29,10 +29,11 @@ from layerwise.model.few_tokens import compiler, load_operator, load_operators
 from layerwise.model.frame import Frame
 from layerwise.model.runtime import EagerEngine
 from layerwise.model.token_layers import MOST, STREAMS, TokenHead, TokenLayer, faster_streams
+from layerwise.model.token_layers import greedy as greedy_token
 from layerwise.model.token_layers import run as run_token_layers
 from layerwise.model.tracing import FEW, ONE, HeadSource, LayerSource, package
 from layerwise.paths import kernel_dir
-from layerwise.plan import Part, Plan, Slot, Step, Visit
+from layerwise.plan import Part, Plan, Slot, Step, Visit, schedule
 
 log = logging.getLogger("layerwise")
 _UNKNOWN: Any = object()  # None is a layer that cannot be compiled
@@ -145,18 +146,37 @@ class CompiledEngine:
         rows, width = hidden.shape[:2]
         if rows > 1 or width > MOST or frame.counts[0] != width or not self._infers(frame):
             return hidden, 0
-        if not self._holds(steps[first].slot, frame):
+        if not _holds(steps[first].slot, frame.cache, frame.starts, hidden.dtype):
             return hidden, 0
         walk = self._walk_from(steps, first, width)
         if walk.dtype != hidden.dtype:
             return hidden, 0
-        stores: list[SlotStore | None] = []
-        for slot in walk.slots:
-            if not self._holds(slot, frame):
-                break
-            stores.append(None if slot is None else frame.cache.slots[slot])
+        stores = walk.stores(frame.cache, frame.starts)
         layers = walk.layers[: len(stores)]
         return self._walked(layers, steps[first].visit.layer, stores, hidden, frame), len(stores)
+
+    def greedy(self, token: int, plan: Plan, cache: Cache) -> int | None:
+        backbone, head, steps = self.backbone, self._heads.get(ONE), schedule((plan,))
+        if torch.is_grad_enabled() or backbone.device.type != "cpu" or not isinstance(head, _TokenHeadKernel):
+            return None
+        walk, embedding = self._walk_from(steps, 0, 1), backbone.embedding
+        if len(walk.layers) < len(steps) or type(embedding) is not nn.Embedding:
+            return None
+        thin = backbone.known_thin_head() if plan.thin_head else None
+        used = [embedding.weight.dtype, head.dtype, *([] if thin is None else [thin.center.dtype])]
+        (place,) = cache.lengths
+        tables = backbone.rotary_tables(walk.rotary, place + 1, head.dtype, backbone.device)
+        if tables is None or any(dtype != walk.dtype for dtype in used):
+            return None
+        cache.reserve(place + 1)
+        stores = walk.stores(cache, cache.lengths)
+        if len(stores) < len(steps):
+            return None
+        keys, values = _contents(stores, tables[0][:0])
+        weight, streams = embedding.weight, self._streams
+        found = greedy_token(token, weight, walk.layers, keys, values, place, tables, head.head, thin, streams)
+        _note_ends(stores, place + 1)
+        return found
 
     def _walk_from(self, steps: Sequence[Step], first: int, width: int) -> _Walk:
         """What one call can take from the first of these steps on; a plan is walked for many tokens, so it is kept."""
@@ -172,7 +192,8 @@ class CompiledEngine:
                 break
             taken.append(kernel)
         slots = [step.slot for step in steps[first : first + len(taken)]]
-        walk = _Walk(steps, slots, [kernel.layer for kernel in taken], taken[0].dtype if taken else None)
+        dtype, rotary = (taken[0].dtype, taken[0].rotary) if taken else (None, None)
+        walk = _Walk(steps, slots, [kernel.layer for kernel in taken], dtype, rotary)
         if width == 1:  # else kernels may come into use that are not yet
             if len(self._walks) >= WALKS:
                 self._walks.clear()
@@ -183,16 +204,12 @@ class CompiledEngine:
         self, layers: Sequence[TokenLayer], layer: int, stores: Sequence[SlotStore | None], hidden: Tensor, frame: Frame
     ) -> Tensor:
         """The tokens of one row after these layers, the first of which is number `layer`, and their stores."""
-        none = hidden[..., :0]
-        keys = [none if store is None else store.keys for store in stores]
-        values = [none if store is None else store.values for store in stores]
+        keys, values = _contents(stores, hidden[..., :0])
         mask, rotary = None, frame.rotary(layer, None)
         if hidden.shape[1] > 1:
             _, mask, *rotary = frame.few(layer)
         hidden = run_token_layers(layers, hidden, keys, values, frame.starts[0], rotary, mask, self._streams)
-        for store in stores:
-            if store is not None:
-                store.ends = [frame.starts[0] + frame.counts[0]]
+        _note_ends(stores, frame.stop)
         return hidden
 
     def _kernel(self, step: Step, hidden: Tensor, frame: Frame) -> _Kernel | _TokenKernel | None:
@@ -215,18 +232,12 @@ class CompiledEngine:
 
     def _goes_on(self, step: Step, frame: Frame) -> bool:
         """Whether this is inference on all rows, on the CPU, and the cache holds every token before these."""
-        return step.rows is None and self._infers(frame) and self._holds(step.slot, frame)
+        if step.rows is not None or not self._infers(frame):
+            return False
+        return _holds(step.slot, frame.cache, frame.starts, frame.dtype)
 
     def _infers(self, frame: Frame) -> bool:
         return frame.cache is not None and not torch.is_grad_enabled() and frame.device.type == "cpu"
-
-    def _holds(self, slot: Slot | None, frame: Frame) -> bool:
-        if slot is None:
-            return True
-        store = frame.cache.slots.get(slot)
-        return (
-            store is not None and store.seen is None and store.ends == frame.starts and store.keys.dtype == frame.dtype
-        )
 
     def _is_replaced(self, visit: Visit) -> bool:
         """Whether something else than the layer's attention runs, which kernels do not know of."""
@@ -278,8 +289,10 @@ class CompiledEngine:
         fits = isinstance(kernel, _TokenHeadKernel) and thin.center.dtype == kernel.dtype == hidden.dtype
         if not fits or tokens > FEW_TOKENS or torch.is_grad_enabled() or hidden.device.type != "cpu":
             return self.eager.logits(hidden, thin=True)
+        if tokens == 1:
+            return kernel.head.run_thin(hidden.contiguous(), thin).reshape(*hidden.shape[:-1], -1)
         states = hidden.reshape(-1, 1, 1, hidden.shape[-1]).contiguous()
-        found = torch.cat([kernel.head.run_thin(state, thin, self._streams) for state in states])
+        found = torch.cat([kernel.head.run_thin(state, thin) for state in states])
         return found.reshape(*hidden.shape[:-1], -1)
 
     def _upto(self, stop: int) -> Tensor:
@@ -409,7 +422,8 @@ class _TokenKernel:
         self.layer = layer
         self.dtype = layer.weights[0].dtype
         self.made_for = _identity(backbone.module(visit))
-        self.with_others = (*layer.alike, backbone.kinds[visit.layer].rotary)  # those of one call have the same
+        self.rotary = backbone.kinds[visit.layer].rotary
+        self.with_others = (*layer.alike, self.rotary)  # those of one call have the same
 
 
 @dataclass(frozen=True, slots=True)
@@ -420,6 +434,37 @@ class _Walk:
     slots: list[Slot | None]
     layers: list[TokenLayer]
     dtype: torch.dtype | None
+    rotary: str | None  # the kind of the layers' rotary embedding
+
+    def stores(self, cache: Cache, starts: list[int]) -> list[SlotStore | None]:
+        """Those of its layers; they end with the first that does not hold all tokens so far."""
+        found: list[SlotStore | None] = []
+        for slot in self.slots:
+            if not _holds(slot, cache, starts, self.dtype):
+                break
+            found.append(None if slot is None else cache.slots[slot])
+        return found
+
+
+def _holds(slot: Slot | None, cache: Cache, starts: list[int], dtype: torch.dtype) -> bool:
+    """Whether there is all that a kernel reads of the tokens before; a visit that does not attend needs nothing."""
+    if slot is None:
+        return True
+    store = cache.slots.get(slot)
+    return store is not None and store.seen is None and store.ends == starts and store.keys.dtype == dtype
+
+
+def _contents(stores: Sequence[SlotStore | None], none: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of each store, `none` where there is no store."""
+    keys = [none if store is None else store.keys for store in stores]
+    return keys, [none if store is None else store.values for store in stores]
+
+
+def _note_ends(stores: Sequence[SlotStore | None], stop: int) -> None:
+    """The only row's tokens up to `stop` are in these stores now."""
+    for store in stores:
+        if store is not None:
+            store.ends = [stop]
 
 
 class _TokenHeadKernel:

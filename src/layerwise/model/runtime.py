@@ -49,6 +49,11 @@ class Engine(Protocol):
         maybe 0."""
         ...
 
+    def greedy(self, token: int, plan: Plan, cache: Cache) -> int | None:
+        """The likeliest token after one more token of a cache's only row, in one call; its slots get that. None if it
+        takes more calls than one."""
+        ...
+
     def logits(self, hidden: Tensor, thin: bool = False) -> Tensor:
         """Final norm and head, or thin head: (..., hidden size) to (..., vocabulary)."""
         ...
@@ -85,6 +90,9 @@ class EagerEngine:
 
     def walk(self, steps: Sequence[Step], first: int, hidden: Tensor, frame: Frame) -> tuple[Tensor, int]:
         return hidden, 0
+
+    def greedy(self, token: int, plan: Plan, cache: Cache) -> int | None:
+        return None
 
     def logits(self, hidden: Tensor, thin: bool = False) -> Tensor:
         return self.backbone.logits(hidden, thin)
@@ -189,6 +197,17 @@ class Runtime:
                 if ran:
                     trace.record(row, plan if visits is None else Plan(ran, plan.thin_head), phase, count)
         return hidden
+
+    def greedy(self, token: int, plan: Plan, cache: Cache, trace: Trace | None = None) -> int | None:
+        """The likeliest token after `token`, which continues the only row of `cache`: `forward` and `logits` of one
+        token, and the choice, where the engine does all of it in one call; else None, and nothing has happened."""
+        found = self.engine.greedy(token, plan, cache)
+        if found is not None:
+            cache.advance([1])
+            if trace is not None:
+                trace.calls += len(plan)
+                trace.record(0, plan, Phase.DECODE, 1)
+        return found
 
     def logits(self, hidden: Tensor, plans: Sequence[Plan]) -> Tensor:
         """The logits of each row (rows, ..., hidden size) by the head of its plan: (rows, ..., vocabulary)."""

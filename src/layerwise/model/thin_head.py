@@ -9,7 +9,8 @@ the head (vocabulary, hidden size):
     logits  = W h for the `candidates` tokens with the largest preview, the preview itself for all others
 
 so the most likely tokens have the logits they always had, and the others still have a probability. `center`, `down` and
-`up` are of the states that answers end in (`training.head_fits`); an adapter brings these, W up is made at load.
+`up` are of the states that answers end in (`training.head_fits`); an adapter brings these. W up, the sketch, is made at
+load and kept in 8 bits a number, with a scale for each token: it is most of what a thin head reads, and only likens.
 
 Named at the end of plans (`0-29 ht`). It costs (rank + candidates) / hidden size and / vocabulary of the head's matrix.
 """
@@ -26,6 +27,7 @@ from layerwise.model.backbone import Backbone
 from layerwise.tensor_files import read_tensors
 
 FILE = "thin_head.safetensors"
+MOST = 127  # of a sketch's numbers
 AT_ONCE = 64  # positions whose candidates' rows of the head are gathered at once
 
 
@@ -56,11 +58,12 @@ class ThinHead(nn.Module):
         for name, tensor in (("center", center), ("down", down), ("up", up)):
             self.register_buffer(name, tensor.detach().to(head.weight.device, head.weight.dtype))
         weight = head.weight.detach().float()
-        offset = weight @ self.center.float()
-        self.register_buffer("sketch", (weight @ self.up.float()).to(head.weight.dtype), persistent=False)
-        self.register_buffer(
-            "offset", offset if head.bias is None else offset + head.bias.detach().float(), persistent=False
-        )
+        offset, sketch = weight @ self.center.float(), weight @ self.up.float()
+        offset = offset if head.bias is None else offset + head.bias.detach().float()
+        scale = sketch.abs().amax(1).clamp(min=1e-12) / MOST
+        self.register_buffer("sketch", (sketch / scale[:, None]).round().to(torch.int8), persistent=False)
+        self.register_buffer("scale", scale, persistent=False)
+        self.register_buffer("offset", offset, persistent=False)
 
     @property
     def rank(self) -> int:
@@ -72,9 +75,15 @@ class ThinHead(nn.Module):
         hidden = len(self.center)
         return self.down.numel() + self.sketch.numel() + self.candidates * hidden
 
+    @property
+    def parts(self) -> list[Tensor]:
+        """What an operator is given of it; scale and offset in float32."""
+        return [self.center, self.down, self.sketch, self.scale.float(), self.offset.float()]
+
     def preview(self, normed: Tensor) -> Tensor:
         """(..., hidden size) after the final norm, to float32 (..., vocabulary)."""
-        return linear(linear(normed - self.center, self.down), self.sketch).float() + self.offset
+        z = linear(normed - self.center, self.down)
+        return linear(z.float(), self.sketch.float()) * self.scale + self.offset
 
     def forward(self, normed: Tensor, head: nn.Linear) -> Tensor:
         """Logits (..., vocabulary) of states (..., hidden size) after the final norm, in their dtype."""

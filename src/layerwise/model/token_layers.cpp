@@ -239,6 +239,34 @@ void run(const Pass& pass, const std::vector<Layer<T>>& layers, T* hidden, int64
   }
 }
 
+// The layers, from what the operators below are given.
+template <typename T>
+std::vector<Layer<T>> layers_of(at::TensorList weights, at::TensorList keys, at::TensorList values, int64_t place,
+                                int64_t tokens, int64_t size, int64_t each) {
+  TORCH_CHECK(weights.size() == WEIGHTS * keys.size() && keys.size() == values.size(), "token_layers: sizes do not fit");
+  std::vector<Layer<T>> layers(keys.size());
+  for (size_t at = 0; at < layers.size(); ++at) {
+    auto& layer = layers[at];
+    for (int which = 0; which < WEIGHTS; ++which) {
+      const auto& one = weights[at * WEIGHTS + which];
+      layer.of[which] = one.numel() ? weight<T>(one) : nullptr;
+    }
+    layer.neurons = layer.of[GATE] ? weights[at * WEIGHTS + GATE].size(0) : 0;
+    layer.inner = layer.of[QUERY] ? weights[at * WEIGHTS + QUERY].size(0) : 0;
+    if (!layer.of[QUERY]) continue;
+    TORCH_CHECK(place + tokens <= keys[at].size(2) && keys[at].is_contiguous() && values[at].is_contiguous() &&
+                    keys[at].size(3) == each && each % LANES == 0 && layer.inner % (keys[at].size(1) * each) == 0 &&
+                    weights[at * WEIGHTS + KEY].size(0) == keys[at].size(1) * each &&
+                    weights[at * WEIGHTS + QUERY].size(1) == size && keys[at].sizes() == values[at].sizes(),
+                "token_layers: sizes do not fit");
+    layer.groups = keys[at].size(1);
+    layer.capacity = keys[at].size(2);
+    layer.keys = keys[at].template mutable_data_ptr<T>();
+    layer.values = values[at].template mutable_data_ptr<T>();
+  }
+  return layers;
+}
+
 // The hidden states (1, tokens, size) after the layers, of MOST tokens at most.
 //
 //   weights       WEIGHTS of each layer, empty where there is none
@@ -250,62 +278,57 @@ at::Tensor token_layers(const at::Tensor& hidden, at::TensorList weights, at::Te
                         int64_t place, const at::Tensor& cosine, const at::Tensor& sine, const at::Tensor& mask,
                         double epsilon, double scale, int64_t streams) {
   const int64_t tokens = hidden.size(1), size = hidden.size(2), each = cosine.size(2);
-  TORCH_CHECK(weights.size() == WEIGHTS * keys.size() && keys.size() == values.size() && hidden.size(0) == 1 &&
-                  tokens >= 1 && tokens <= MOST && cosine.numel() == tokens * each && sine.numel() == tokens * each &&
-                  (tokens == 1 || mask.numel() == tokens * (place + tokens)), "token_layers: sizes do not fit");
+  TORCH_CHECK(hidden.size(0) == 1 && tokens >= 1 && tokens <= MOST && cosine.numel() == tokens * each &&
+                  sine.numel() == tokens * each && (tokens == 1 || mask.numel() == tokens * (place + tokens)),
+              "token_layers: sizes do not fit");
   auto output = hidden.clone(at::MemoryFormat::Contiguous);
   of_type(hidden, [&](auto zero) {
     using T = decltype(zero);
-    std::vector<Layer<T>> layers(keys.size());
-    for (size_t at = 0; at < layers.size(); ++at) {
-      auto& layer = layers[at];
-      for (int which = 0; which < WEIGHTS; ++which) {
-        const auto& one = weights[at * WEIGHTS + which];
-        layer.of[which] = one.numel() ? weight<T>(one) : nullptr;
-      }
-      layer.neurons = layer.of[GATE] ? weights[at * WEIGHTS + GATE].size(0) : 0;
-      layer.inner = layer.of[QUERY] ? weights[at * WEIGHTS + QUERY].size(0) : 0;
-      if (!layer.of[QUERY]) continue;
-      TORCH_CHECK(place + tokens <= keys[at].size(2) && keys[at].is_contiguous() && values[at].is_contiguous() &&
-                      keys[at].size(3) == each && each % LANES == 0 && layer.inner % (keys[at].size(1) * each) == 0 &&
-                      weights[at * WEIGHTS + KEY].size(0) == keys[at].size(1) * each &&
-                      weights[at * WEIGHTS + QUERY].size(1) == size && keys[at].sizes() == values[at].sizes(),
-                  "token_layers: sizes do not fit");
-      layer.groups = keys[at].size(1);
-      layer.capacity = keys[at].size(2);
-      layer.keys = keys[at].template mutable_data_ptr<T>();
-      layer.values = values[at].template mutable_data_ptr<T>();
-    }
-    run<T>({tokens, streams > 1}, layers, output.template mutable_data_ptr<T>(), size, each, place,
-           weight<T>(cosine), weight<T>(sine), tokens > 1 ? weight<float>(mask) : nullptr, static_cast<float>(epsilon),
-           static_cast<float>(scale));
+    run<T>({tokens, streams > 1}, layers_of<T>(weights, keys, values, place, tokens, size, each),
+           output.template mutable_data_ptr<T>(), size, each, place, weight<T>(cosine), weight<T>(sine),
+           tokens > 1 ? weight<float>(mask) : nullptr, static_cast<float>(epsilon), static_cast<float>(scale));
   });
   return output;
 }
 
-// Logits (1, tokens, vocabulary), in float32, of hidden states (1, tokens, size): norm, head and its bias, which may be
-// empty.
+// The final norm and the head: what operators are told of them, `bias` may be empty.
+struct Head {
+  const at::Tensor &norm, &weight, &bias;
+  double epsilon;
+  void check(int64_t size) const {
+    TORCH_CHECK(weight.size(1) == size && norm.numel() == size && (!bias.numel() || bias.numel() == weight.size(0)),
+                "token_head: sizes do not fit");
+  }
+};
+
+// Logits (tokens, vocabulary) of hidden states (tokens, size).
+template <typename T>
+void logits_of(const Pass& pass, const Head& head, const T* hidden, float* to) {
+  const int64_t size = head.norm.numel(), vocabulary = head.weight.size(0), tokens = pass.tokens;
+  std::vector<T> x(tokens * size);
+  for (int64_t t = 0; t < tokens; ++t)
+    normalised(hidden + t * size, weight<T>(head.norm), x.data() + t * size, size, static_cast<float>(head.epsilon));
+  const T *const w = weight<T>(head.weight), *const b = head.bias.numel() ? weight<T>(head.bias) : nullptr;
+#pragma omp parallel num_threads(at::get_num_threads())
+  {
+    const Share own(vocabulary, omp_get_thread_num(), omp_get_num_threads());
+    streamed(pass, w + own.first * size, x.data(), to + own.first, own.last - own.first, size, vocabulary);
+    for (int64_t t = 0; b && t < tokens; ++t)
+      for (int64_t i = own.first; i < own.last; ++i) to[t * vocabulary + i] += static_cast<float>(b[i]);
+  }
+}
+
+// Logits (1, tokens, vocabulary), in float32, of hidden states (1, tokens, size).
 at::Tensor token_head(const at::Tensor& hidden, const at::Tensor& norm, double epsilon, const at::Tensor& head,
                       const at::Tensor& bias, int64_t streams) {
-  const int64_t tokens = hidden.size(1), size = hidden.size(2), vocabulary = head.size(0);
-  TORCH_CHECK(head.size(1) == size && norm.numel() == size && hidden.size(0) == 1 && tokens >= 1 && tokens <= MOST,
-              "token_head: sizes do not fit");
-  auto logits = at::empty({1, tokens, vocabulary}, hidden.options().dtype(at::kFloat));
+  const int64_t tokens = hidden.size(1);
+  const Head with{norm, head, bias, epsilon};
+  with.check(hidden.size(2));
+  TORCH_CHECK(hidden.size(0) == 1 && tokens >= 1 && tokens <= MOST, "token_head: sizes do not fit");
+  auto logits = at::empty({1, tokens, head.size(0)}, hidden.options().dtype(at::kFloat));
   of_type(hidden, [&](auto zero) {
     using T = decltype(zero);
-    std::vector<T> x(tokens * size);
-    for (int64_t t = 0; t < tokens; ++t)
-      normalised(weight<T>(hidden) + t * size, weight<T>(norm), x.data() + t * size, size, static_cast<float>(epsilon));
-    const T *const w = weight<T>(head), *const b = bias.numel() ? weight<T>(bias) : nullptr;
-    float* const to = logits.mutable_data_ptr<float>();
-#pragma omp parallel num_threads(at::get_num_threads())
-    {
-      const Share own(vocabulary, omp_get_thread_num(), omp_get_num_threads());
-      const Pass pass{tokens, streams > 1};
-      streamed(pass, w + own.first * size, x.data(), to + own.first, own.last - own.first, size, vocabulary);
-      for (int64_t t = 0; b && t < tokens; ++t)
-        for (int64_t i = own.first; i < own.last; ++i) to[t * vocabulary + i] += static_cast<float>(b[i]);
-    }
+    logits_of<T>({tokens, streams > 1}, with, weight<T>(hidden), logits.mutable_data_ptr<float>());
   });
   return logits;
 }
@@ -367,63 +390,178 @@ std::vector<int64_t> largest(const float* values, int64_t size, int64_t count) {
   return found;
 }
 
-// The same by a thin head: see thin_head.py. `preview` are center, down, sketch (all of the head's type) and offset
+// The thin head, see thin_head.py: `parts` are center and down (of the head's type), sketch (8 bits), scale and offset
 // (float32).
-at::Tensor token_thin_head(const at::Tensor& hidden, const at::Tensor& norm, double epsilon, const at::Tensor& head,
-                           const at::Tensor& bias, at::TensorList preview, int64_t candidates,
-                           int64_t streams) {
-  const int64_t size = hidden.size(2), vocabulary = head.size(0), rank = preview[1].size(0);
-  TORCH_CHECK(head.size(1) == size && norm.numel() == size && preview[0].numel() == size && preview[1].size(1) == size &&
-                  preview[2].size(0) == vocabulary && preview[2].size(1) == rank && preview[3].numel() == vocabulary &&
-                  candidates <= vocabulary, "token_thin_head: sizes do not fit");
-  auto logits = at::empty({1, 1, vocabulary}, hidden.options().dtype(at::kFloat));
-  of_type(hidden, [&](auto zero) {
-    using T = decltype(zero);
-    std::vector<T> x(size), centered(size), z(rank);
-    normalised(weight<T>(hidden), weight<T>(norm), x.data(), size, static_cast<float>(epsilon));
-    const T* const center = weight<T>(preview[0]);
-    for (int64_t i = 0; i < size; ++i) centered[i] = static_cast<T>(x[i] - center[i]);
-    product<CACHED>(weight<T>(preview[1]), centered.data(), z.data(), rank, size);
-    const T *const w = weight<T>(head), *const b = bias.numel() ? weight<T>(bias) : nullptr;
-    const T* const sketch = weight<T>(preview[2]);
-    const float* const offset = weight<float>(preview[3]);
-    float* const to = logits.mutable_data_ptr<float>();
-    std::vector<int64_t> chosen;
+struct Preview {
+  at::TensorList parts;
+  int64_t candidates;
+  void check(int64_t size, int64_t vocabulary) const {
+    TORCH_CHECK(parts.size() == 5 && parts[0].numel() == size && parts[1].size(1) == size &&
+                    parts[2].size(0) == vocabulary && parts[2].size(1) == parts[1].size(0) &&
+                    parts[3].numel() == vocabulary && parts[4].numel() == vocabulary && candidates <= vocabulary,
+                "token_thin_head: sizes do not fit");
+  }
+};
+
+// y = scale (S z) + offset for `n` rows of S of `k` numbers, read in PLACES places at once.
+void sketched(const int8_t* sketch, const float* z, const float* scale, const float* offset, float* y, int64_t n, int64_t k) {
+  constexpr int PLACES = 4;
+  const int64_t each = n / PLACES / LANES * LANES, whole = k / LANES * LANES;
+  const auto rest = [&](int64_t row, float sum) {
+    for (int64_t i = whole; i < k; ++i) sum += sketch[row * k + i] * z[i];
+    return sum * scale[row] + offset[row];
+  };
+  for (int64_t row = 0; row < each; row += LANES) {
+    Floats sums[PLACES][LANES];
+    for (int lane = 0; lane < LANES; ++lane) {
+      const int8_t* const from = sketch + (row + lane) * k;
+      Floats found[PLACES] = {};
+      for (int64_t i = 0; i < whole; i += LANES) {
+        const Floats with = load(z + i);
+#pragma GCC unroll 4
+        for (int p = 0; p < PLACES; ++p) {
+          const int8_t* const at = from + p * each * k + i;
+          if (i % 64 == 0) __builtin_prefetch(at + AHEAD_BYTES, 0, 2);
+          found[p] += load(at) * with;
+        }
+      }
+      for (int p = 0; p < PLACES; ++p) sums[p][lane] = found[p];
+    }
+    for (int p = 0; p < PLACES; ++p) {
+      const Floats found = totals(sums[p]);
+      for (int lane = 0; lane < LANES; ++lane) y[p * each + row + lane] = rest(p * each + row + lane, found[lane]);
+    }
+  }
+  for (int64_t row = PLACES * each; row < n; ++row) {
+    Floats sum = {};
+    for (int64_t i = 0; i < whole; i += LANES) sum += load(sketch + row * k + i) * load(z + i);
+    y[row] = rest(row, total(sum));
+  }
+}
+
+// Logits (vocabulary,) of a hidden state (size,) by the thin head.
+template <typename T>
+void thin_logits_of(const Head& head, const Preview& preview, const T* hidden, float* to) {
+  const int64_t size = head.norm.numel(), vocabulary = head.weight.size(0), rank = preview.parts[1].size(0);
+  std::vector<T> x(size), centered(size), z(rank);
+  normalised(hidden, weight<T>(head.norm), x.data(), size, static_cast<float>(head.epsilon));
+  const T* const center = weight<T>(preview.parts[0]);
+  for (int64_t i = 0; i < size; ++i) centered[i] = static_cast<T>(x[i] - center[i]);
+  product<CACHED>(weight<T>(preview.parts[1]), centered.data(), z.data(), rank, size);
+  const std::vector<float> exact(z.begin(), z.end());
+  const T *const w = weight<T>(head.weight), *const b = head.bias.numel() ? weight<T>(head.bias) : nullptr;
+  const int8_t* const sketch = weight<int8_t>(preview.parts[2]);
+  const float *const scale = weight<float>(preview.parts[3]), *const offset = weight<float>(preview.parts[4]);
+  std::vector<int64_t> chosen;
 #pragma omp parallel num_threads(at::get_num_threads())
-    {
-      const int number = omp_get_thread_num(), count = omp_get_num_threads();
-      const Share own(vocabulary, number, count);
-      streamed(Pass{1, streams > 1}, sketch + own.first * rank, z.data(), to + own.first, own.last - own.first, rank, vocabulary);
-      for (int64_t i = own.first; i < own.last; ++i) to[i] += offset[i];
+  {
+    const int number = omp_get_thread_num(), count = omp_get_num_threads();
+    const Share own(vocabulary, number, count);
+    const int64_t at = own.first;
+    sketched(sketch + at * rank, exact.data(), scale + at, offset + at, to + at, own.last - at, rank);
 #pragma omp barrier
 #pragma omp single
-      chosen = largest(to, vocabulary, candidates);
-      const int64_t each = chosen.size();
-      for (int64_t at = each * number / count; at < each * (number + 1) / count; ++at) {
-        const int64_t row = chosen[at];
-        const T* const soon = w + chosen[std::min(at + ROWS_AHEAD, each - 1)] * size;
-        for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(soon + i, 0, 2);
-        float sum;
-        product<STREAMED>(w + row * size, x.data(), &sum, 1, size);
-        to[row] = sum + (b ? static_cast<float>(b[row]) : 0.f);
-      }
+    chosen = largest(to, vocabulary, preview.candidates);
+    const int64_t each = chosen.size();
+    for (int64_t at = each * number / count; at < each * (number + 1) / count; ++at) {
+      const int64_t row = chosen[at];
+      const T* const soon = w + chosen[std::min(at + ROWS_AHEAD, each - 1)] * size;
+      for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(soon + i, 0, 2);
+      float sum;
+      product<STREAMED>(w + row * size, x.data(), &sum, 1, size);
+      to[row] = sum + (b ? static_cast<float>(b[row]) : 0.f);
     }
+  }
+}
+
+// Logits (1, 1, vocabulary), in float32, of a hidden state (1, 1, size), by a thin head.
+at::Tensor token_thin_head(const at::Tensor& hidden, const at::Tensor& norm, double epsilon, const at::Tensor& head,
+                           const at::Tensor& bias, at::TensorList preview, int64_t candidates) {
+  const Head with{norm, head, bias, epsilon};
+  const Preview by{preview, candidates};
+  with.check(hidden.numel());
+  by.check(hidden.numel(), head.size(0));
+  auto logits = at::empty({1, 1, head.size(0)}, hidden.options().dtype(at::kFloat));
+  of_type(hidden, [&](auto zero) {
+    using T = decltype(zero);
+    thin_logits_of<T>(with, by, weight<T>(hidden), logits.mutable_data_ptr<float>());
   });
   return logits;
+}
+
+// The place of the greatest value, the first of equals.
+int64_t greatest(const float* values, int64_t size) {
+  Floats great = Floats{} + values[0];
+  Ints places = {};  // of the first of each lane's greatest, without the lane
+  const int64_t whole = size / LANES * LANES;
+  for (int64_t i = 0; i < whole; i += LANES) {
+    const Floats now = load(values + i);
+    const Ints more = now > great;
+    great = more ? now : great;
+    places = more ? Ints{} + static_cast<int32_t>(i) : places;
+  }
+  int64_t best = 0;
+  const auto consider = [&](float value, int64_t place) {
+    if (value > values[best] || (value == values[best] && place < best)) best = place;
+  };
+  for (int lane = 0; lane < LANES; ++lane)
+    if (whole && great[lane] == values[places[lane] + lane]) consider(great[lane], places[lane] + lane);
+  for (int64_t i = whole; i < size; ++i) consider(values[i], i);
+  return best;
+}
+
+// The likeliest token after `token`, which the caches get: embedding, layers, norm, head, choice.
+//
+//   embedding     (vocabulary, size)
+//   cosine, sine  (places, head size), of all places up to this one at least
+//   preview       empty for the whole head
+int64_t token_greedy(int64_t token, const at::Tensor& embedding, at::TensorList weights, at::TensorList keys,
+                     at::TensorList values, int64_t place, const at::Tensor& cosine, const at::Tensor& sine,
+                     double epsilon, double scale, const at::Tensor& norm, double norm_epsilon, const at::Tensor& head,
+                     const at::Tensor& bias, at::TensorList preview, int64_t candidates, int64_t streams) {
+  const int64_t size = embedding.size(1), vocabulary = head.size(0), each = cosine.size(1);
+  const Head with{norm, head, bias, norm_epsilon};
+  const Preview by{preview, candidates};
+  with.check(size);
+  if (!preview.empty()) by.check(size, vocabulary);
+  TORCH_CHECK(token >= 0 && token < embedding.size(0) && place < cosine.size(0) && sine.sizes() == cosine.sizes(),
+              "token_greedy: sizes do not fit");
+  thread_local std::vector<float> logits;  // kept: a page of fresh memory costs more than a row of the head
+  logits.resize(vocabulary);
+  of_type(embedding, [&](auto zero) {
+    using T = decltype(zero);
+    const T* const from = weight<T>(embedding) + token * size;
+    std::vector<T> hidden(from, from + size);
+    const Pass pass{1, streams > 1};
+    run<T>(pass, layers_of<T>(weights, keys, values, place, 1, size, each), hidden.data(), size, each, place,
+           weight<T>(cosine) + place * each, weight<T>(sine) + place * each, nullptr, static_cast<float>(epsilon),
+           static_cast<float>(scale));
+    if (preview.empty()) {
+      logits_of<T>(pass, with, hidden.data(), logits.data());
+    } else {
+      thin_logits_of<T>(with, by, hidden.data(), logits.data());
+    }
+  });
+  return greatest(logits.data(), vocabulary);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(layerwise, library) {
   library.def(
+      "token_greedy(int token, Tensor embedding, Tensor[] weights, Tensor(a!)[] keys, Tensor(b!)[] values, int place,"
+      " Tensor cosine, Tensor sine, float epsilon, float scale, Tensor norm, float norm_epsilon, Tensor head, Tensor bias,"
+      " Tensor[] preview, int candidates, int streams) -> int");
+  library.def(
       "token_thin_head(Tensor hidden, Tensor norm, float epsilon, Tensor head, Tensor bias, Tensor[] preview,"
-      " int candidates, int streams) -> Tensor");
+      " int candidates) -> Tensor");
   library.def("token_head(Tensor hidden, Tensor norm, float epsilon, Tensor head, Tensor bias, int streams) -> Tensor");
   library.def(
       "token_layers(Tensor hidden, Tensor[] weights, Tensor(a!)[] keys, Tensor(b!)[] values, int place, Tensor cosine,"
       " Tensor sine, Tensor mask, float epsilon, float scale, int streams) -> Tensor");
 }
-TORCH_LIBRARY_IMPL(layerwise, CPU, library) { 
+TORCH_LIBRARY_IMPL(layerwise, CPU, library) {
+  library.impl("token_greedy", token_greedy);
   library.impl("token_layers", token_layers);
   library.impl("token_head", token_head);
   library.impl("token_thin_head", token_thin_head);

@@ -106,11 +106,10 @@ class TokenHead:
         """Logits (1, width, vocabulary) in float32 of states (1, width, hidden size), MOST at most."""
         return torch.ops.layerwise.token_head.default(hidden, self.norm, self.epsilon, self.weight, self.bias, streams)
 
-    def run_thin(self, hidden: Tensor, thin: ThinHead, streams: int = STREAMS[0]) -> Tensor:
+    def run_thin(self, hidden: Tensor, thin: ThinHead) -> Tensor:
         """The same by a thin head, of one state."""
-        preview = [thin.center, thin.down, thin.sketch, thin.offset.float()]
         return torch.ops.layerwise.token_thin_head.default(
-            hidden, self.norm, self.epsilon, self.weight, self.bias, preview, thin.candidates, streams
+            hidden, self.norm, self.epsilon, self.weight, self.bias, thin.parts, thin.candidates
         )
 
 
@@ -167,6 +166,45 @@ def run(
         rotary[0][:0] if mask is None else mask,
         first.epsilon,
         first.scale,
+        streams,
+    )
+
+
+def greedy(
+    token: int,
+    embedding: Tensor,
+    layers: Sequence[TokenLayer],
+    keys: Sequence[Tensor],
+    values: Sequence[Tensor],
+    place: int,
+    tables: tuple[Tensor, Tensor],
+    head: TokenHead,
+    thin: ThinHead | None = None,
+    streams: int = STREAMS[0],
+) -> int:
+    """The likeliest token after this one: as `run` and the head, whole or thin, in one call.
+
+    Args:
+        embedding: (vocabulary, hidden size).
+        tables: cosines and sines (places, head size) of all places up to this one at least.
+    """
+    first = layers[0]
+    return torch.ops.layerwise.token_greedy.default(
+        token,
+        embedding,
+        [weight for layer in layers for weight in layer.weights],
+        keys,
+        values,
+        place,
+        *tables,
+        first.epsilon,
+        first.scale,
+        head.norm,
+        head.epsilon,
+        head.weight,
+        head.bias,
+        [] if thin is None else thin.parts,
+        0 if thin is None else thin.candidates,
         streams,
     )
 

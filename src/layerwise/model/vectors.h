@@ -12,6 +12,7 @@ namespace vectors {
 constexpr int LANES = 16;
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
+using Bytes = int8_t __attribute__((vector_size(LANES)));
 using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
@@ -31,6 +32,12 @@ inline Floats load(const at::BFloat16* from) {  // a bfloat16 is the upper half 
   Floats loaded;
   std::memcpy(&loaded, &words, sizeof loaded);
   return loaded;
+}
+
+inline Floats load(const int8_t* from) {
+  Bytes bytes;
+  std::memcpy(&bytes, from, sizeof bytes);
+  return __builtin_convertvector(bytes, Floats);
 }
 
 inline float total(const Floats& sums) {

@@ -192,8 +192,8 @@ def test_an_answer_looks_at_no_kernel_that_it_does_not_run(monkeypatch: pytest.M
     routers.outer_bias[0, 1] = 100.0
     model.policy = MenuPolicy((Plan.full(6), Plan.parse("0 5")), routers)
     model.prepare()
-    looked, identity = [], compiled._identity
-    monkeypatch.setattr(compiled, "_identity", lambda *modules: looked.append(modules) or identity(*modules))
+    looked, identity = [], compiled.identity
+    monkeypatch.setattr(compiled, "identity", lambda *modules: looked.append(modules) or identity(*modules))
     backbone = model.runtime.backbone
     for _ in range(2):
         model.generate(prompt, max_new_tokens=4, do_sample=False)
@@ -208,9 +208,9 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     Returns what was run.
     """
     ran: list[str] = []
-    make = compiled._Kernel.__init__
+    make = compiled.Kernel.__init__
 
-    def checking(self: compiled._Kernel, path: Path, source: LayerSource | HeadSource) -> None:
+    def checking(self: compiled.Kernel, path: Path, source: LayerSource | HeadSource) -> None:
         make(self, path, source)
         made_for = [(id(weight), weight.dtype) for weight in source.weights]
 
@@ -227,7 +227,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(compiled, "load_operators", lambda notify: None)
     monkeypatch.setattr(compiled, "package", lambda source, path: None)
     monkeypatch.setattr(compiled, "_loaded", lambda path: None)
-    monkeypatch.setattr(compiled._Kernel, "__init__", checking)
+    monkeypatch.setattr(compiled.Kernel, "__init__", checking)
     monkeypatch.setattr(CompiledEngine, "_agrees", lambda *_: True)
     return ran
 

@@ -24,6 +24,7 @@ from layerwise.model.thin import ThinMlps
 from layerwise.model.token_layers import STREAMS, TokenHead, TokenLayer, faster_streams, run
 from layerwise.model.tracing import ONE
 from layerwise.plan import Part, Plan, Visit
+from layerwise.trace import Trace
 
 pytestmark = pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
 
@@ -97,8 +98,66 @@ def test_tokens_by_the_operator_equal_eager(kind: str, threads: int, monkeypatch
         kinds = kernels(model)
     finally:
         torch.set_num_threads(before)
-    assert kinds == {compiled._TokenKernel} and fallen == []
+    assert kinds == {compiled.TokenKernel} and fallen == []
     assert torch.allclose(*results, atol=2e-4), (results[0] - results[1]).abs().max()
+
+
+def greedy_calls(model: LayerwiseForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[int | None]:
+    """A list that gets what the engine answers when it is asked for a whole greedy token."""
+    answers, ask = [], model.runtime.engine.greedy
+    monkeypatch.setattr(model.runtime.engine, "greedy", lambda *given: answers.append(ask(*given)) or answers[-1])
+    return answers
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_in_one_call_are_the_same(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As by layers, head and choice one after another, token for token; so are trace and cache."""
+    model = attach(wide(kind).to(dtype), engine="compiled")
+    with_thin_mlps(model)
+    ids = torch.arange(3, 12)[None]
+    for plan in ("0-5", "0 1t 2*2 3a 4t 0-1"):
+        results, answers = [], greedy_calls(model, monkeypatch)
+        for asked in (True, False):
+            if not asked:
+                monkeypatch.setattr(model.runtime.engine, "greedy", lambda *_: None)
+            trace, cache = Trace(), Cache(1, 4)
+            made = model.generate(
+                ids, max_new_tokens=20, do_sample=False, plans=[plan], trace=trace, past_key_values=cache
+            )
+            ends = {slot: store.ends for slot, store in cache.slots.items()}
+            results.append((made.tolist(), trace.calls, trace.rows, cache.lengths, ends))
+        assert results[0] == results[1] and len(answers) == 19 and None not in answers
+        monkeypatch.undo()
+
+
+def test_greedy_tokens_in_one_call_are_for_plain_choices_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, ids = attach(wide("llama"), engine="compiled"), torch.arange(3, 12)[None]
+    answers = greedy_calls(model, monkeypatch)
+    others: list[dict[str, Any]] = [
+        {"do_sample": True},
+        {"repetition_penalty": 1.5},
+        {"output_logits": True, "return_dict_in_generate": True},
+        {"input_ids": ids.repeat(2, 1)},
+    ]
+    for options in others:
+        model.generate(**{"input_ids": ids, "max_new_tokens": 4, "do_sample": False} | options)
+    assert answers == []
+    model.generate(ids, max_new_tokens=4, do_sample=False)
+    assert len(answers) == 3
+
+
+@torch.no_grad()
+def test_greedy_tokens_need_a_cache_without_holes() -> None:
+    model, plan = attach(wide("llama"), engine="compiled"), Plan.full(6)
+    model.prepare([plan])
+    cache, other = Cache(1, 8), Plan.parse("0-3 5")
+    embedded = model.embed(torch.arange(3, 9)[None])
+    model.runtime.forward(embedded, [other], None, cache)
+    assert model.runtime.greedy(5, plan, cache) is None and cache.lengths == [6]
+    assert model.runtime.greedy(5, other, cache) is not None and cache.lengths == [7]
+    with torch.enable_grad():
+        assert model.runtime.greedy(5, other, cache) is None
 
 
 @pytest.mark.parametrize("width", [2, 5, 7, 8, 9])
@@ -219,7 +278,7 @@ def test_a_layer_that_only_looks_known_gets_a_kernel_of_its_own(monkeypatch: pyt
     monkeypatch.setattr(layer, "forward", halved)
     model = attach(wide("llama"), engine="compiled")
     model.runtime.engine.prepare([plan])
-    assert kernels(model) == {compiled._Kernel}
+    assert kernels(model) == {compiled.Kernel}
     assert torch.allclose(stepwise_logits(model, plan), stepwise_logits(attach(wide("llama")), plan), atol=2e-4)
 
 

@@ -16,8 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,13 +26,14 @@ from layerwise.model.backbone import Backbone
 from layerwise.model.cache import Cache, SlotStore
 from layerwise.model.few_tokens import compiler, load_operator, load_operators
 from layerwise.model.frame import Frame
+from layerwise.model.kernels import Kernel, TokenHeadKernel, TokenKernel, Walk, contents, holds, identity, note_ends
 from layerwise.model.runtime import EagerEngine
 from layerwise.model.token_layers import MOST, STREAMS, TokenHead, TokenLayer, faster_streams
 from layerwise.model.token_layers import greedy as greedy_token
 from layerwise.model.token_layers import run as run_token_layers
 from layerwise.model.tracing import FEW, ONE, HeadSource, LayerSource, package
 from layerwise.paths import kernel_dir
-from layerwise.plan import Part, Plan, Slot, Step, Visit, schedule
+from layerwise.plan import Part, Plan, Step, Visit, schedule
 
 log = logging.getLogger("layerwise")
 _UNKNOWN: Any = object()  # None is a layer that cannot be compiled
@@ -57,11 +57,11 @@ class CompiledEngine:
         self.eager = EagerEngine(backbone)
         self.notify = notify
         self.compile_seconds = 0.0
-        self._layers: dict[tuple[Visit, str], _Kernel | _TokenKernel | None] = {}
+        self._layers: dict[tuple[Visit, str], Kernel | TokenKernel | None] = {}
         # Those of parameters that the layers still have.
-        self._checked: dict[tuple[Visit, str], _Kernel | _TokenKernel | None] = {}
-        self._walks: dict[tuple[int, int], _Walk] = {}  # of these, by the identity of the steps and the first one
-        self._heads: dict[str, _Kernel | _TokenHeadKernel | None] = {}
+        self._checked: dict[tuple[Visit, str], Kernel | TokenKernel | None] = {}
+        self._walks: dict[tuple[int, int], Walk] = {}  # of these, by the identity of the steps and the first one
+        self._heads: dict[str, Kernel | TokenHeadKernel | None] = {}
         self._index = torch.arange(0)
         self._streams = STREAMS[0]
 
@@ -91,7 +91,7 @@ class CompiledEngine:
     def _choose_streams(self) -> None:
         """Have operators for single tokens read memory as this machine does it faster; tried out once."""
         known = [kernel for (_, form), kernel in self._layers.items() if form == ONE]
-        layers = [kernel.layer for kernel in known if isinstance(kernel, _TokenKernel)]
+        layers = [kernel.layer for kernel in known if isinstance(kernel, TokenKernel)]
         alike = [layer for layer in layers if layer.alike == layers[0].alike and layer.weights[9].numel()]
         if not alike:
             return
@@ -105,17 +105,17 @@ class CompiledEngine:
         then (another dtype, an adapter attached), adapters switched or merged."""
         self._checked.clear()
         self._walks.clear()
-        head = _identity(self.backbone.norm, self.backbone.head)
+        head = identity(self.backbone.norm, self.backbone.head)
         for form, kernel in list(self._heads.items()):
             if kernel is not None and kernel.made_for != head:
                 del self._heads[form]
 
-    def _layer(self, visit: Visit, form: str) -> _Kernel | _TokenKernel | None:
+    def _layer(self, visit: Visit, form: str) -> Kernel | TokenKernel | None:
         """The kernel of `visit`, made if there is none for its parameters; None if it cannot be compiled."""
         kernel = self._checked.get((visit, form), _UNKNOWN)
         if kernel is _UNKNOWN:
             kernel = self._layers.get((visit, form), _UNKNOWN)
-            if kernel is _UNKNOWN or (kernel and kernel.made_for != _identity(self.backbone.module(visit))):
+            if kernel is _UNKNOWN or (kernel and kernel.made_for != identity(self.backbone.module(visit))):
                 return self._build(visit, form)
             self._checked[visit, form] = kernel
         return kernel
@@ -127,7 +127,7 @@ class CompiledEngine:
             return self._in_parts(step, hidden, frame)
         if kernel is None:
             return self.eager.visit(step, hidden, frame)
-        if isinstance(kernel, _TokenKernel):
+        if isinstance(kernel, TokenKernel):
             store = None if step.slot is None else frame.cache.slots[step.slot]
             return self._walked([kernel.layer], step.visit.layer, [store], hidden, frame)
         if step.slot is None:
@@ -146,7 +146,7 @@ class CompiledEngine:
         rows, width = hidden.shape[:2]
         if rows > 1 or width > MOST or frame.counts[0] != width or not self._infers(frame):
             return hidden, 0
-        if not _holds(steps[first].slot, frame.cache, frame.starts, hidden.dtype):
+        if not holds(steps[first].slot, frame.cache, frame.starts, hidden.dtype):
             return hidden, 0
         walk = self._walk_from(steps, first, width)
         if walk.dtype != hidden.dtype:
@@ -157,7 +157,7 @@ class CompiledEngine:
 
     def greedy(self, token: int, plan: Plan, cache: Cache) -> int | None:
         backbone, head, steps = self.backbone, self._heads.get(ONE), schedule((plan,))
-        if torch.is_grad_enabled() or backbone.device.type != "cpu" or not isinstance(head, _TokenHeadKernel):
+        if torch.is_grad_enabled() or backbone.device.type != "cpu" or not isinstance(head, TokenHeadKernel):
             return None
         walk, embedding = self._walk_from(steps, 0, 1), backbone.embedding
         if len(walk.layers) < len(steps) or type(embedding) is not nn.Embedding:
@@ -172,28 +172,28 @@ class CompiledEngine:
         stores = walk.stores(cache, cache.lengths)
         if len(stores) < len(steps):
             return None
-        keys, values = _contents(stores, tables[0][:0])
+        keys, values = contents(stores, tables[0][:0])
         weight, streams = embedding.weight, self._streams
         found = greedy_token(token, weight, walk.layers, keys, values, place, tables, head.head, thin, streams)
-        _note_ends(stores, place + 1)
+        note_ends(stores, place + 1)
         return found
 
-    def _walk_from(self, steps: Sequence[Step], first: int, width: int) -> _Walk:
+    def _walk_from(self, steps: Sequence[Step], first: int, width: int) -> Walk:
         """What one call can take from the first of these steps on; a plan is walked for many tokens, so it is kept."""
         known = self._walks.get((id(steps), first))
         if known is not None and known.steps is steps and not self.backbone.attention:
             return known
-        taken: list[_TokenKernel] = []
+        taken: list[TokenKernel] = []
         for step in steps[first:]:
             if step.rows is not None or self._is_replaced(step.visit):
                 break
             kernel = self._layer(step.visit, ONE) if width == 1 else self._of_tokens(step.visit)
-            if not isinstance(kernel, _TokenKernel) or (taken and kernel.with_others != taken[0].with_others):
+            if not isinstance(kernel, TokenKernel) or (taken and kernel.with_others != taken[0].with_others):
                 break
             taken.append(kernel)
         slots = [step.slot for step in steps[first : first + len(taken)]]
         dtype, rotary = (taken[0].dtype, taken[0].rotary) if taken else (None, None)
-        walk = _Walk(steps, slots, [kernel.layer for kernel in taken], dtype, rotary)
+        walk = Walk(steps, slots, [kernel.layer for kernel in taken], dtype, rotary)
         if width == 1:  # else kernels may come into use that are not yet
             if len(self._walks) >= WALKS:
                 self._walks.clear()
@@ -204,15 +204,15 @@ class CompiledEngine:
         self, layers: Sequence[TokenLayer], layer: int, stores: Sequence[SlotStore | None], hidden: Tensor, frame: Frame
     ) -> Tensor:
         """The tokens of one row after these layers, the first of which is number `layer`, and their stores."""
-        keys, values = _contents(stores, hidden[..., :0])
+        keys, values = contents(stores, hidden[..., :0])
         mask, rotary = None, frame.rotary(layer, None)
         if hidden.shape[1] > 1:
             _, mask, *rotary = frame.few(layer)
         hidden = run_token_layers(layers, hidden, keys, values, frame.starts[0], rotary, mask, self._streams)
-        _note_ends(stores, frame.stop)
+        note_ends(stores, frame.stop)
         return hidden
 
-    def _kernel(self, step: Step, hidden: Tensor, frame: Frame) -> _Kernel | _TokenKernel | None:
+    def _kernel(self, step: Step, hidden: Tensor, frame: Frame) -> Kernel | TokenKernel | None:
         """The kernel that can do this call, if there is one."""
         rows, width = hidden.shape[:2]
         if self._is_replaced(step.visit) or rows * width > FEW_TOKENS or not self._goes_on(step, frame):
@@ -224,17 +224,17 @@ class CompiledEngine:
         # Kernels do not look at what they are given: of another dtype they would read beyond its end.
         return known if known is not None and known.dtype == hidden.dtype else None
 
-    def _of_tokens(self, visit: Visit) -> _TokenKernel | None:
+    def _of_tokens(self, visit: Visit) -> TokenKernel | None:
         """The operator for single tokens, which takes a few of one row too, if it is in use for this visit."""
         used = (visit, ONE) in self._checked or (visit, ONE) in self._layers
         known = self._layer(visit, ONE) if used else None
-        return known if isinstance(known, _TokenKernel) else None
+        return known if isinstance(known, TokenKernel) else None
 
     def _goes_on(self, step: Step, frame: Frame) -> bool:
         """Whether this is inference on all rows, on the CPU, and the cache holds every token before these."""
         if step.rows is not None or not self._infers(frame):
             return False
-        return _holds(step.slot, frame.cache, frame.starts, frame.dtype)
+        return holds(step.slot, frame.cache, frame.starts, frame.dtype)
 
     def _infers(self, frame: Frame) -> bool:
         return frame.cache is not None and not torch.is_grad_enabled() and frame.device.type == "cpu"
@@ -273,20 +273,20 @@ class CompiledEngine:
         kernel = self._heads.get(ONE)
         if thin:
             return self._thin_logits(hidden, kernel)
-        if tokens > (MOST if len(hidden) == 1 and isinstance(kernel, _TokenHeadKernel) else 1):
+        if tokens > (MOST if len(hidden) == 1 and isinstance(kernel, TokenHeadKernel) else 1):
             kernel = self._heads.get(FEW)
         if kernel is None or tokens > FEW_TOKENS or hidden.ndim != 3 or torch.is_grad_enabled():
             return self.eager.logits(hidden)
         if hidden.device.type != "cpu" or kernel.dtype != hidden.dtype:
             return self.eager.logits(hidden)
-        if isinstance(kernel, _TokenHeadKernel):
+        if isinstance(kernel, TokenHeadKernel):
             return kernel.head.run(hidden.contiguous(), self._streams)
         return kernel.run([hidden.contiguous(), *kernel.weights])[0]
 
-    def _thin_logits(self, hidden: Tensor, kernel: _Kernel | _TokenHeadKernel | None) -> Tensor:
+    def _thin_logits(self, hidden: Tensor, kernel: Kernel | TokenHeadKernel | None) -> Tensor:
         """Those of the thin head, one state after another: each has candidates of its own."""
         tokens, thin = hidden.shape[:-1].numel(), self.backbone.known_thin_head()
-        fits = isinstance(kernel, _TokenHeadKernel) and thin.center.dtype == kernel.dtype == hidden.dtype
+        fits = isinstance(kernel, TokenHeadKernel) and thin.center.dtype == kernel.dtype == hidden.dtype
         if not fits or tokens > FEW_TOKENS or torch.is_grad_enabled() or hidden.device.type != "cpu":
             return self.eager.logits(hidden, thin=True)
         if tokens == 1:
@@ -304,7 +304,7 @@ class CompiledEngine:
 
     # -- building ----------------------------------------------------------------------------------------
 
-    def _build(self, visit: Visit, form: str) -> _Kernel | _TokenKernel | None:
+    def _build(self, visit: Visit, form: str) -> Kernel | TokenKernel | None:
         """Make, or find, the kernel of `visit`; None (with a warning) if the layer cannot be compiled."""
         kernel = self._tried(self._token_kernel(visit), visit, form) if form == ONE else None
         if kernel is None:
@@ -319,28 +319,28 @@ class CompiledEngine:
         """The kernel, if what it gives is what the layer gives; else None."""
         self._checked[visit, form] = kernel  # in use from here on, for the trial
         try:
-            sizes = [(1, 1), (1, 3)] if isinstance(kernel, _TokenKernel) else [(1, 1) if form == ONE else (2, 3)]
+            sizes = [(1, 1), (1, 3)] if isinstance(kernel, TokenKernel) else [(1, 1) if form == ONE else (2, 3)]
             fits = kernel is not None and all(self._agrees(visit, *size) for size in sizes)
             return kernel if fits else None
         except BaseException as error:  # Ctrl-C too: it was not tried out
             del self._checked[visit, form]
-            if isinstance(error, RuntimeError) and isinstance(kernel, _TokenKernel):
+            if isinstance(error, RuntimeError) and isinstance(kernel, TokenKernel):
                 return None  # the operator was shown sizes that it does not know
             raise
 
-    def _token_kernel(self, visit: Visit) -> _TokenKernel | None:
+    def _token_kernel(self, visit: Visit) -> TokenKernel | None:
         """The operator for one token, if the layer is of the kind that it does."""
         layer = TokenLayer.of(self.backbone, visit)
-        return None if layer is None or not self._has_operator() else _TokenKernel(self.backbone, visit, layer)
+        return None if layer is None or not self._has_operator() else TokenKernel(self.backbone, visit, layer)
 
-    def _head(self, form: str) -> _Kernel | _TokenHeadKernel | None:
+    def _head(self, form: str) -> Kernel | TokenHeadKernel | None:
         """The head for one token or a few; None if it cannot be compiled."""
         head = TokenHead.of(self.backbone) if form == ONE else None
         if head is not None and head.weight.dtype == self.backbone.dtype and self._has_operator():
             state = torch.randn(1, 1, self.backbone.shape.hidden, generator=torch.Generator().manual_seed(0))
             found, expected = (one(state.to(self.backbone.dtype)) for one in (head.run, self.backbone.logits))
             if _close(found, expected, expected):
-                return _TokenHeadKernel(self.backbone, head)
+                return TokenHeadKernel(self.backbone, head)
         return self._load(HeadSource(self.backbone, form))
 
     def _has_operator(self) -> bool:
@@ -354,7 +354,7 @@ class CompiledEngine:
                 log.warning("layerwise: no operator for single tokens (%s)", *reason or ["no reason"])
         return _TOKEN_LAYERS not in _failed
 
-    def _load(self, source: LayerSource | HeadSource) -> _Kernel | None:
+    def _load(self, source: LayerSource | HeadSource) -> Kernel | None:
         key = source.key
         if key in _failed:
             return None
@@ -369,7 +369,7 @@ class CompiledEngine:
                 seconds = time.perf_counter() - began
                 self.notify(f"compiled in {seconds:.1f} s")
                 self.compile_seconds += seconds
-            return _Kernel(path, source)
+            return Kernel(path, source)
         except Exception as error:  # whatever the compiler stack raises, eager still gives the right answer
             _failed.add(key)  # of thirty layers alike none is tried again
             reason = str(error).strip().splitlines()[:1]
@@ -395,17 +395,6 @@ class CompiledEngine:
         return _close(results[1].to(states.dtype), results[0].to(states.dtype), results[0] - states[:, 3:].float())
 
 
-class _Kernel:
-    """A loaded package and the weights of the one layer it is bound to."""
-
-    def __init__(self, path: Path, source: LayerSource | HeadSource) -> None:
-        self.run = _loaded(path)
-        self.form = source.form
-        self.weights = source.weights
-        self.dtype = source.weights[0].dtype
-        self.made_for = _identity(*source.modules)
-
-
 def _close(found: Tensor, expected: Tensor, change: Tensor) -> bool:
     """Whether two ways differ by rounding alone; `change` is what they add."""
     tolerance = 1e-3 if expected.dtype == torch.float32 else 5e-2
@@ -413,97 +402,6 @@ def _close(found: Tensor, expected: Tensor, change: Tensor) -> bool:
     return bool(gap <= tolerance * change.float().abs().max().clamp(min=1.0))
 
 
-class _TokenKernel:
-    """The operator for single tokens, bound to one layer."""
-
-    form = ONE
-
-    def __init__(self, backbone: Backbone, visit: Visit, layer: TokenLayer) -> None:
-        self.layer = layer
-        self.dtype = layer.weights[0].dtype
-        self.made_for = _identity(backbone.module(visit))
-        self.rotary = backbone.kinds[visit.layer].rotary
-        self.with_others = (*layer.alike, self.rotary)  # those of one call have the same
-
-
-@dataclass(frozen=True, slots=True)
-class _Walk:
-    """What the operator for single tokens runs in one call on a walk along `steps`; `dtype` is None if nothing."""
-
-    steps: Sequence[Step]
-    slots: list[Slot | None]
-    layers: list[TokenLayer]
-    dtype: torch.dtype | None
-    rotary: str | None  # the kind of the layers' rotary embedding
-
-    def stores(self, cache: Cache, starts: list[int]) -> list[SlotStore | None]:
-        """Those of its layers; they end with the first that does not hold all tokens so far."""
-        found: list[SlotStore | None] = []
-        for slot in self.slots:
-            if not _holds(slot, cache, starts, self.dtype):
-                break
-            found.append(None if slot is None else cache.slots[slot])
-        return found
-
-
-def _holds(slot: Slot | None, cache: Cache, starts: list[int], dtype: torch.dtype) -> bool:
-    """Whether there is all that a kernel reads of the tokens before; a visit that does not attend needs nothing."""
-    if slot is None:
-        return True
-    store = cache.slots.get(slot)
-    return store is not None and store.seen is None and store.ends == starts and store.keys.dtype == dtype
-
-
-def _contents(stores: Sequence[SlotStore | None], none: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of each store, `none` where there is no store."""
-    keys = [none if store is None else store.keys for store in stores]
-    return keys, [none if store is None else store.values for store in stores]
-
-
-def _note_ends(stores: Sequence[SlotStore | None], stop: int) -> None:
-    """The only row's tokens up to `stop` are in these stores now."""
-    for store in stores:
-        if store is not None:
-            store.ends = [stop]
-
-
-class _TokenHeadKernel:
-    """The same, bound to the head."""
-
-    form = ONE
-
-    def __init__(self, backbone: Backbone, head: TokenHead) -> None:
-        self.head = head
-        self.dtype = head.weight.dtype
-        self.made_for = _identity(backbone.norm, backbone.head)
-
-
-def _identity(*modules: nn.Module) -> list[Any]:
-    """What a kernel of these was made for, their tensors and PEFT adapters; another one is needed if it changes.
-
-    Every answer asks this of every kernel that it uses, so the modules are walked by hand: by `named_parameters` it
-    takes four times as long.
-    """
-    found: list[Any] = []
-    left: list[Any] = list(modules)
-    while left:
-        module = left.pop()
-        for tensors in (module._parameters, module._buffers):
-            found += [(id(one), one.dtype, one.device) for one in tensors.values() if one is not None]
-        if hasattr(type(module), "merged_adapters"):
-            found.append((module.disable_adapters, list(module.merged_adapters), list(module.active_adapters)))
-        left += [child for child in module._modules.values() if child is not None]
-    return found
-
-
 _TOKEN_LAYERS = "token_layers"
 _streams: dict[tuple[Any, ...], int] = {}  # by threads and kind of layer, see `_choose_streams`
 _failed: set[str] = set()  # keys of what could not be compiled or loaded in this process
-_packages: dict[Path, Callable[[list[Tensor]], list[Tensor]]] = {}
-
-
-def _loaded(path: Path) -> Callable[[list[Tensor]], list[Tensor]]:
-    if path not in _packages:
-        # The loader under the Python wrapper: the wrapper flattens its arguments anew in every call.
-        _packages[path] = torch._inductor.aoti_load_package(str(path)).loader.run
-    return _packages[path]

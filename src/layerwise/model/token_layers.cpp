@@ -336,7 +336,7 @@ at::Tensor token_head(const at::Tensor& hidden, const at::Tensor& norm, double e
 // How many of LANES numbers are not less than `border`; up to 2^31 of such sums fit.
 inline Ints at_least(const Floats& numbers, float border) { return -(numbers >= border); }
 
-int64_t total(const Ints& counts) {
+int64_t sum_of(const Ints& counts) {
   int64_t sum = 0;
   for (int lane = 0; lane < LANES; ++lane) sum += counts[lane];
   return sum;
@@ -354,7 +354,7 @@ std::vector<int64_t> largest(const float* values, int64_t size, int64_t count) {
     for (; i + 4 * LANES <= whole; i += 4 * LANES)
       for (int j = 0; j < 4; ++j) counts[j] += at_least(load(values + i + j * LANES), border);
     for (; i < whole; i += LANES) counts[0] += at_least(load(values + i), border);
-    int64_t found = total(counts[0] + counts[1] + counts[2] + counts[3]);
+    int64_t found = sum_of(counts[0] + counts[1] + counts[2] + counts[3]);
     for (; i < size; ++i) found += values[i] >= border;
     return found;
   };
@@ -383,7 +383,7 @@ std::vector<int64_t> largest(const float* values, int64_t size, int64_t count) {
   found.reserve(count);
   int64_t room = count - above(high);  // for those at the border
   for (int64_t i = 0; i < size; i += LANES) {
-    if (i < whole && !total(at_least(load(values + i), low))) continue;
+    if (i < whole && !sum_of(at_least(load(values + i), low))) continue;
     for (int64_t j = i; j < std::min(i + LANES, size); ++j)
       if (values[j] >= high || (values[j] >= low && room-- > 0)) found.push_back(j);
   }

@@ -6,13 +6,15 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 
 namespace vectors {
 
 constexpr int LANES = 16;
 
 using Floats = float __attribute__((vector_size(4 * LANES)));
-using Bytes = int8_t __attribute__((vector_size(LANES)));
 using Halves = uint16_t __attribute__((vector_size(2 * LANES)));
 using Ints = int32_t __attribute__((vector_size(4 * LANES)));
 using Words = uint32_t __attribute__((vector_size(4 * LANES)));
@@ -35,9 +37,13 @@ inline Floats load(const at::BFloat16* from) {  // a bfloat16 is the upper half 
 }
 
 inline Floats load(const int8_t* from) {
-  Bytes bytes;
-  std::memcpy(&bytes, from, sizeof bytes);
-  return __builtin_convertvector(bytes, Floats);
+#ifdef __AVX512F__  // the compiler takes one byte after the other
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  Floats loaded;
+  for (int lane = 0; lane < LANES; ++lane) loaded[lane] = from[lane];
+  return loaded;
+#endif
 }
 
 inline float total(const Floats& sums) {

@@ -13,7 +13,7 @@ import tiny
 import torch
 
 from layerwise import paths
-from layerwise.model import compiled
+from layerwise.model import compiled, kernels
 from layerwise.model.backbone import Backbone
 from layerwise.model.cache import Cache
 from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
@@ -126,7 +126,7 @@ def test_one_compilation_serves_all_layers_and_the_next_process(monkeypatch: pyt
     assert sum(note.startswith("compiling a kernel") for note in notes) == 1  # one layer that serves all six
     assert model.runtime.engine.compile_seconds > 0
     known = len(notes)
-    monkeypatch.setattr(compiled, "_packages", {})
+    monkeypatch.setattr(kernels, "_packages", {})
     again = attach(tiny.model("llama", seed=1), engine="compiled", notify=notes.append)
     again.runtime.engine.prepare([Plan.full(6)])
     assert len(notes) == known and again.runtime.engine.compile_seconds == 0
@@ -226,7 +226,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(compiled, "load_operators", lambda notify: None)
     monkeypatch.setattr(compiled, "package", lambda source, path: None)
-    monkeypatch.setattr(compiled, "_loaded", lambda path: None)
+    monkeypatch.setattr(kernels, "_loaded", lambda path: None)
     monkeypatch.setattr(compiled.Kernel, "__init__", checking)
     monkeypatch.setattr(CompiledEngine, "_agrees", lambda *_: True)
     return ran
@@ -363,7 +363,7 @@ def test_code_made_for_another_cpu_is_not_loaded(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("LAYERWISE_CACHE", str(cache_dir("shared")))
     made: list[str] = []
     monkeypatch.setattr(compiled, "package", lambda source, path: made.append(str(path)) or path.touch())
-    monkeypatch.setattr(compiled, "_Kernel", lambda *_: None)
+    monkeypatch.setattr(compiled, "Kernel", lambda *_: None)
     for features in ("flags: avx2", "flags: avx2 avx512f", "flags: avx2"):
         monkeypatch.setattr(paths, "cpu_features", lambda features=features: features)
         attached("llama").runtime.engine.prepare([Plan.full(6)])

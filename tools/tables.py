@@ -175,7 +175,7 @@ def layerroute_table(result: dict[str, Any]) -> str:
         "",
         "What comes of it when text is generated: tool calls that are exactly right, of so many; the time of a token "
         f"saved, and of the share of FLOPs skipped on these prompts; the time of the routers. {threads}. Again: "
-        "`python tools/layerroute_runs.py --recipes head --samples 80 --timed 12`, of the others "
+        "`python tools/layerroute_runs.py --recipes head --samples 120 --timed 12`, of the others "
         "`python tools/layerroute_runs.py --recipes neurons,quality,bridges,paper`.",
     ]
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from layerwise.paths import cache_dir
 
@@ -110,9 +110,14 @@ def _require_on_hub(name: str) -> None:
 
 
 def load_base(
-    name: str | None, dtype: torch.dtype | str = "auto", device: torch.device | str = "cpu"
+    name: str | None,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str = "cpu",
+    attention: Literal["sdpa", "eager"] | None = None,
 ) -> PreTrainedModel:
     """Load a causal LM in evaluation mode; its `name_or_path` is the name it was asked for by.
+
+    Without an `attention` it is transformers' choice, scaled_dot_product_attention where the model can.
 
     Raises:
         ValueError: there is no such model, it is no causal LM, or weights are missing or damaged; one line.
@@ -124,7 +129,9 @@ def load_base(
     if isinstance(dtype, str) and dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"no dtype '{dtype}': give auto, float32 or bfloat16")
     with _one_line(name, path):
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, output_loading_info=True)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+        )
         _require_all(sorted(found["missing_keys"]))
     if not os.path.isdir(str(name or DEFAULT)):
         model.config.name_or_path = str(name or DEFAULT)

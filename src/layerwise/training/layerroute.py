@@ -73,7 +73,7 @@ from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, 
 from layerwise.training.head_fits import fit_thin_head
 from layerwise.training.layerroute_trainer import LayerRouteTrainer, drawn
 from layerwise.training.neuron_fits import choose_neurons
-from layerwise.training.trainer import read_examples, run_fits, run_training
+from layerwise.training.trainer import frozen_base, read_examples, run_fits, run_training
 
 BRIDGED = 384  # examples, of which half fit the bridges
 THINNED = 256  # examples, of which half choose and mend thin MLPs, and all fit the thin head
@@ -422,13 +422,10 @@ def _load(config: LayerRouteConfig) -> LayerwiseForCausalLM:
     """The base model, attached, with a new LoRA on the projections of attention, or that of the adapter to route."""
     from peft import LoraConfig, get_peft_model
 
-    from layerwise.sources import load_base
-
-    # Frozen weights are only read: in bfloat16 they need not be converted in every pass. PEFT keeps LoRA in float32.
-    dtype = computed_in(config.precision)
     if config.adapter is not None:
+        dtype = computed_in(config.precision)
         return from_pretrained(config.model, adapter=config.adapter, dtype=dtype, engine="eager")
-    base = load_base(config.model, dtype)
+    base = frozen_base(config)
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.rank,

@@ -33,10 +33,10 @@ from layerwise.model.frame import Frame
 from layerwise.model.packing import Packing
 from layerwise.model.runtime import EagerEngine, Runtime
 from layerwise.plan import Slot, Step, Visit
-from layerwise.training.config import LayerSkipConfig, LayerSkipRecipe, computed_in
+from layerwise.training.config import LayerSkipConfig, LayerSkipRecipe
 from layerwise.training.exit_loss import LOGITS_AT_ONCE, exit_losses, labelled
 from layerwise.training.schedules import drop_rates, exit_weights, gradual, rotational
-from layerwise.training.trainer import RecipeTrainer, run_training
+from layerwise.training.trainer import RecipeTrainer, frozen_base, run_training
 
 SAMPLE = 24  # examples to judge exits by
 AGREEMENT = 0.4  # below, drafting by an exit cannot pay
@@ -221,16 +221,15 @@ def note_exits(model: LayerwiseForCausalLM, examples: Sequence[Tokens], pad: int
 
 def load_for_training(config: LayerSkipConfig) -> LayerwiseForCausalLM:
     """The base model, attached, with a new LoRA on all linear projections (or, with rank 0, ready to train itself)."""
-    from layerwise.sources import load_base
-
     if config.rank == 0:
+        from layerwise.sources import load_base
+
         model = attach(load_base(config.model, torch.float32))
         model.attached_to = ""  # its weights are the result: they are saved, however little they changed
         return model
     from peft import LoraConfig, get_peft_model
 
-    # Frozen weights are only read: in bfloat16 they need not be converted in every pass. PEFT keeps LoRA in float32.
-    base = load_base(config.model, computed_in(config.precision))
+    base = frozen_base(config)
     torch.manual_seed(config.seed)
     lora = LoraConfig(
         r=config.rank,

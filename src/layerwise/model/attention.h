@@ -29,8 +29,7 @@ void score(const float* query, const T* keys, float* scores, int64_t tokens, int
     if (count < LANES || !std::is_same_v<T, float>) {
       spare.resize(LANES * size);
       for (int64_t i = 0; i < count * size; i += LANES) {
-        const Floats loaded = load(from + i);
-        std::memcpy(spare.data() + i, &loaded, sizeof loaded);
+        store(spare.data() + i, load(from + i));
       }
       block = spare.data();
     }
@@ -45,19 +44,23 @@ void score(const float* query, const T* keys, float* scores, int64_t tokens, int
         }
       }
       const Floats found = totals(sums);
-      std::memcpy(scores + t * stride + key, &found, sizeof found);
+      store(scores + t * stride + key, found);
     }
   }
 }
 
-// Softmax of scores (scaled, plus mask if there is one) in place; the row has room up to a multiple of LANES. Returns
-// 1 / sum.
-inline float soften(float* scores, const float* mask, int64_t keys, float scale) {
+// What a softmax is of: exp(score - most) adds up to `sum`.
+struct Softened {
+  float most = -INFINITY, sum = 0.f;
+};
+
+// exp(score - most) of scores (scaled, plus mask if there is one) in place; the row has room up to a multiple of LANES.
+inline Softened soften(float* scores, const float* mask, int64_t keys, float scale) {
   Floats bests = Floats{} - INFINITY;
   int64_t i = 0;
   for (; i + LANES <= keys; i += LANES) {
     const Floats scaled = load(scores + i) * scale + (mask ? load(mask + i) : Floats{});
-    std::memcpy(scores + i, &scaled, sizeof scaled);
+    store(scores + i, scaled);
     bests = scaled > bests ? scaled : bests;
   }
   float most = -INFINITY;
@@ -70,11 +73,11 @@ inline float soften(float* scores, const float* mask, int64_t keys, float scale)
   Floats sum = {};
   for (i = 0; i < keys; i += LANES) {
     const Floats e = exponential(load(scores + i) - most);
-    std::memcpy(scores + i, &e, sizeof e);
+    store(scores + i, e);
     sum += e;
   }
   for (i = keys; i % LANES; ++i) sum[0] -= scores[i];  // exp(-87) each, at most
-  return 1.f / total(sum);
+  return {most, total(sum)};
 }
 
 // to[t] += sum over `keys` keys of weights[t][key] * values[key], of `lanes` x LANES numbers of each value.
@@ -95,7 +98,7 @@ inline void mix(const float* weights, int64_t stride, const V* values, int64_t k
       for (int i = 0; i < lanes; ++i) sums[t][i] += weights[t * stride + key] * value[i];
   }
   for (int t = 0; t < tokens; ++t)
-    for (int i = 0; i < lanes; ++i) std::memcpy(to + t * size + i * LANES, &sums[t][i], sizeof(Floats));
+    for (int i = 0; i < lanes; ++i) store(to + t * size + i * LANES, sums[t][i]);
 }
 
 // The same for any number of tokens.
@@ -115,27 +118,59 @@ void mix_all(const float* weights, int64_t stride, const V* values, int64_t keys
   }
 }
 
+// What queries (queries, size) of heads that share keys and values see of `length` of these: in `sums` (queries, size) the
+// values, each times exp(score - most), and in `seen` what makes that a mean. Query q has row q % tokens of the mask, whose
+// rows are `mask_stride` apart.
 template <typename T>
-void attend_head(const float* query, const T* keys, const T* values, const float* mask, T* out, int64_t tokens,
-                 int64_t length, int64_t size, int64_t out_stride, float scale, std::vector<float>& scores,
-                 std::vector<float>& spare) {
+void attend_part(const float* query, int64_t queries, const T* keys, const T* values, int64_t length, int64_t size,
+                 const float* mask, int64_t mask_stride, int64_t tokens, float scale, float* sums, Softened* seen,
+                 std::vector<float>& scores, std::vector<float>& spare) {
   const int64_t stride = (length + LANES - 1) / LANES * LANES;
-  scores.resize(tokens * stride);
-  score(query, keys, scores.data(), tokens, length, size, stride, spare);
-  std::vector<float> norms(tokens);
-  for (int64_t t = 0; t < tokens; ++t)
-    norms[t] = soften(scores.data() + t * stride, mask ? mask + t * length : nullptr, length, scale);
-  spare.assign(tokens * size, 0.f);  // the sums, from here on
+  scores.resize(queries * stride);
+  score(query, keys, scores.data(), queries, length, size, stride, spare);
+  for (int64_t q = 0; q < queries; ++q)
+    seen[q] = soften(scores.data() + q * stride, mask ? mask + q % tokens * mask_stride : nullptr, length, scale);
+  std::fill_n(sums, queries * size, 0.f);
   for (int64_t key = 0; key < length; key += BLOCK) {
     const int64_t count = std::min(BLOCK, length - key);
     int64_t at = 0;
     for (; at + 4 * LANES <= size; at += 4 * LANES)
-      mix_all<4>(scores.data() + key, stride, values + key * size + at, count, size, spare.data() + at, tokens);
+      mix_all<4>(scores.data() + key, stride, values + key * size + at, count, size, sums + at, queries);
     for (; at < size; at += LANES)
-      mix_all<1>(scores.data() + key, stride, values + key * size + at, count, size, spare.data() + at, tokens);
+      mix_all<1>(scores.data() + key, stride, values + key * size + at, count, size, sums + at, queries);
   }
+}
+
+// The same of all `length` keys, and the means: out (tokens, size), rows `out_stride` apart.
+template <typename T>
+void attend_head(const float* query, const T* keys, const T* values, const float* mask, T* out, int64_t tokens,
+                 int64_t length, int64_t size, int64_t out_stride, float scale, std::vector<float>& scores,
+                 std::vector<float>& spare) {
+  std::vector<float> sums(tokens * size);
+  std::vector<Softened> seen(tokens);
+  attend_part(query, tokens, keys, values, length, size, mask, length, tokens, scale, sums.data(), seen.data(), scores,
+              spare);
   for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t i = 0; i < size; ++i) out[t * out_stride + i] = static_cast<T>(spare[t * size + i] * norms[t]);
+    for (int64_t i = 0; i < size; ++i) out[t * out_stride + i] = static_cast<T>(sums[t * size + i] * (1.f / seen[t].sum));
+}
+
+// One query's mean over `parts` parts, which saw other keys each: sums of part p stand at p * sums_stride, what makes them
+// a mean at p * seen_stride.
+template <typename T>
+void join(const float* sums, int64_t sums_stride, const Softened* seen, int64_t seen_stride, int64_t parts, int64_t size,
+          T* out, std::vector<float>& shares) {
+  float most = -INFINITY, all = 0.f;
+  for (int64_t p = 0; p < parts; ++p) most = std::max(most, seen[p * seen_stride].most);
+  shares.resize(parts);
+  for (int64_t p = 0; p < parts; ++p) {
+    shares[p] = std::exp(seen[p * seen_stride].most - most);
+    all += shares[p] * seen[p * seen_stride].sum;
+  }
+  for (int64_t i = 0; i < size; i += LANES) {
+    Floats mean = {};
+    for (int64_t p = 0; p < parts; ++p) mean += load(sums + p * sums_stride + i) * (shares[p] / all);
+    store(out + i, mean);
+  }
 }
 
 }  // namespace vectors

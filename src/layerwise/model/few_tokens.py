@@ -22,7 +22,7 @@ from torch import Tensor
 from layerwise.paths import kernel_dir
 
 SOURCE = Path(__file__).with_name("few_tokens.cpp")
-HEADERS = [SOURCE.with_name(name) for name in ("vectors.h", "attention.h", "one_token.h")]
+HEADERS = [SOURCE.with_name(name) for name in ("vectors.h", "attention.h", "one_token.h", "thin_head.h")]
 _FLAGS = ("-O3", "-march=native", "-std=c++20", "-shared", "-fPIC", "-fopenmp", "-DAT_PARALLEL_OPENMP=1")
 
 

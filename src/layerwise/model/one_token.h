@@ -12,6 +12,7 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <initializer_list>
@@ -26,8 +27,32 @@ namespace vectors {
 
 constexpr int CACHED = 8, STREAMED = 1;  // rows at once
 constexpr int64_t SHARE = 1 << 15;       // products that are worth a thread
+constexpr int64_t AHEAD_BYTES = 2048;    // that are fetched beforehand, in each place that is read
 
 inline int64_t padded(int64_t count) { return (count + LANES - 1) / LANES * LANES; }
+
+// The rows of a map that thread `number` of `count` takes.
+struct Share {
+  int64_t first, last;
+  Share(int64_t rows, int number, int count) : first(bound(rows, number, count)), last(bound(rows, number + 1, count)) {}
+  static int64_t bound(int64_t rows, int number, int count) {
+    return number == count ? rows : rows * number / count / LANES * LANES;
+  }
+};
+
+// RMS norm: x / rms(x) * scale, rounded as the framework rounds it.
+template <typename T>
+void normalised(const T* x, const T* scale, T* out, int64_t size, float epsilon) {
+  Floats sums = {};
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES) sums += load(x + i) * load(x + i);
+  float squares = total(sums);
+  for (; i < size; ++i) squares += static_cast<float>(x[i]) * static_cast<float>(x[i]);
+  const float factor = 1.f / std::sqrt(squares / size + epsilon);
+  for (i = 0; i + LANES <= size; i += LANES) store(out + i, load(scale + i) * rounded<T>(load(x + i) * factor));
+  for (; i < size; ++i)
+    out[i] = static_cast<T>(static_cast<float>(scale[i]) * static_cast<float>(static_cast<T>(x[i] * factor)));
+}
 
 // sum + w x, of as many numbers as one step takes: LANES, or twice that by bfloat16 products.
 template <typename T>

@@ -9,6 +9,7 @@
 
 #include "attention.h"
 #include "one_token.h"
+#include "thin_head.h"
 
 #include <ATen/ATen.h>
 #include <omp.h>
@@ -36,31 +37,7 @@ struct Layer {
   int64_t capacity;
 };
 
-// The rows of a map that thread `number` of `count` takes.
-struct Share {
-  int64_t first, last;
-  Share(int64_t rows, int number, int count) : first(bound(rows, number, count)), last(bound(rows, number + 1, count)) {}
-  static int64_t bound(int64_t rows, int number, int count) {
-    return number == count ? rows : rows * number / count / LANES * LANES;
-  }
-};
-
-// The layer's norm: x / rms(x) * weight, rounded as the framework rounds it.
-template <typename T>
-void normalised(const T* x, const T* scale, T* out, int64_t size, float epsilon) {
-  Floats sums = {};
-  int64_t i = 0;
-  for (; i + LANES <= size; i += LANES) sums += load(x + i) * load(x + i);
-  float squares = total(sums);
-  for (; i < size; ++i) squares += static_cast<float>(x[i]) * static_cast<float>(x[i]);
-  const float factor = 1.f / std::sqrt(squares / size + epsilon);
-  for (i = 0; i < size; ++i)
-    out[i] = static_cast<T>(static_cast<float>(scale[i]) * static_cast<float>(static_cast<T>(x[i] * factor)));
-}
-
-constexpr int64_t AHEAD_BYTES = 2048;  // that are fetched beforehand, in each place that is read
-constexpr int64_t ROWS_AHEAD = 2;      // the same, of rows that do not lie together
-constexpr int MOST = 8;                // tokens at once
+constexpr int MOST = 8;  // tokens at once
 
 // y = W x for `n` rows of W of `k` numbers and `tokens` vectors x; y has `stride` numbers a token. W is read in `streams`
 // places at once: as often as sums fit into registers.
@@ -137,24 +114,35 @@ void rows_of(const Pass& pass, const T* w, const T* bias, const T* x, T* y, cons
     for (int64_t i = share.first; i < share.last; ++i) y[t * rows + i] = static_cast<T>(y[t * rows + i] + bias[i]);
 }
 
-// Rotary positions in the rotate-half form, of one head.
+// Rotary positions in the rotate-half form, of one head of `each` numbers; each product rounded, as the framework does.
 template <typename T>
-void rotate(T* x, int64_t each, const T* cosine, const T* sine) {
-  const int64_t half = each / 2;
-  for (int64_t i = 0; i < half; ++i) {
+void rotate(const T* x, int64_t each, const T* cosine, const T* sine, float* to) {
+  const int64_t half = each / 2, whole = half / LANES * LANES;
+  const auto turned = [&](const Floats& a, const Floats& b, int64_t at) {
+    return rounded<T>(rounded<T>(a * load(cosine + at)) + rounded<T>(b * load(sine + at)));
+  };
+  for (int64_t i = 0; i < whole; i += LANES) {
+    const Floats first = load(x + i), second = load(x + i + half);
+    store(to + i, turned(first, -second, i));
+    store(to + i + half, turned(second, first, i + half));
+  }
+  const auto product = [](float a, float b) { return static_cast<float>(static_cast<T>(a * b)); };
+  for (int64_t i = whole; i < half; ++i) {
     const float first = x[i], second = x[i + half];
-    const auto turned = [&](float a, float b, int64_t at) {  // each product rounded, as the framework does
-      return static_cast<T>(static_cast<float>(static_cast<T>(a * cosine[at])) + static_cast<float>(static_cast<T>(b * sine[at])));
-    };
-    x[i] = turned(first, -second, i);
-    x[i + half] = turned(second, first, i + half);
+    to[i] = static_cast<T>(product(first, cosine[i]) + product(-second, sine[i]));
+    to[i + half] = static_cast<T>(product(second, cosine[i + half]) + product(first, sine[i + half]));
   }
 }
 
 // gate = silu(gate) * up, of `count` numbers.
 template <typename T>
 void activate(T* gate, const T* up, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
+  int64_t i = 0;
+  for (; i + LANES <= count; i += LANES) {
+    const Floats x = load(gate + i), e = exponential(x < 0.f ? x : -x);
+    store(gate + i, rounded<T>(x * (x < 0.f ? e : Floats{} + 1.f) / (1.f + e)) * load(up + i));
+  }
+  for (; i < count; ++i) {
     const float x = gate[i], e = std::exp(-std::abs(x));
     gate[i] = static_cast<T>(static_cast<float>(static_cast<T>(x * (x < 0.f ? e : 1.f) / (1.f + e))) * static_cast<float>(up[i]));
   }
@@ -169,14 +157,17 @@ void run(const Pass& pass, const std::vector<Layer<T>>& layers, T* hidden, int64
     most = std::max(most, layer.inner);
     neurons = std::max(neurons, layer.neurons);
   }
-  std::vector<T> query(tokens * most), key(tokens * most), value(tokens * most), mixed(tokens * most);
+  std::vector<T> query(tokens * most), key(tokens * most), value(tokens * most);
+  // By head and token: what is asked, and what each thread found in its part of the keys.
+  std::vector<float> asked(tokens * most), found(at::get_num_threads() * tokens * most);
+  std::vector<Softened> seen(at::get_num_threads() * tokens * most / each);
   std::vector<T> gate(tokens * neurons), up(tokens * neurons), out(tokens * size);
 #pragma omp parallel num_threads(at::get_num_threads())
   {
     const int number = omp_get_thread_num(), count = omp_get_num_threads();
     const Share of_hidden(size, number, count);
-    std::vector<T> x(tokens * size);
-    std::vector<float> asked(tokens * each), scores, spare;
+    std::vector<T> x(tokens * size), mixed(tokens * most);
+    std::vector<float> turned(each), scores, spare;
     const auto norm = [&](const T* weight) {
       for (int64_t t = 0; t < tokens; ++t) normalised(hidden + t * size, weight, x.data() + t * size, size, epsilon);
     };
@@ -199,25 +190,35 @@ void run(const Pass& pass, const std::vector<Layer<T>>& layers, T* hidden, int64
         map(KEY, layer.of[KEY_BIAS], x.data(), key.data(), of_keys, size, rows);
         map(VALUE, layer.of[VALUE_BIAS], x.data(), value.data(), of_keys, size, rows);
 #pragma omp barrier
-        for (int64_t item = number; item < tokens * groups; item += count) {
-          const int64_t t = item / groups, group = item % groups, from = t * rows + group * each;
-          const int64_t to = (group * layer.capacity + place + t) * each;
-          rotate(key.data() + from, each, cosine + t * each, sine + t * each);
-          std::memcpy(layer.keys + to, key.data() + from, each * sizeof(T));
-          std::memcpy(layer.values + to, value.data() + from, each * sizeof(T));
-        }
-#pragma omp barrier
-        for (int64_t head = heads * number / count; head < heads * (number + 1) / count; ++head) {
-          for (int64_t t = 0; t < tokens; ++t) {
-            T* const own = query.data() + t * inner + head * each;
-            rotate(own, each, cosine + t * each, sine + t * each);
-            for (int64_t i = 0; i < each; ++i) asked[t * each + i] = own[i];
+        for (int64_t item = number; item < tokens * (groups + heads); item += count) {
+          const int64_t t = item / (groups + heads), which = item % (groups + heads), head = which - groups;
+          if (which < groups) {
+            const int64_t from = t * rows + which * each, to = (which * layer.capacity + place + t) * each;
+            rotate(key.data() + from, each, cosine + t * each, sine + t * each, turned.data());
+            for (int64_t i = 0; i < each; i += LANES) store(layer.keys + to + i, load(turned.data() + i));
+            std::memcpy(layer.values + to, value.data() + from, each * sizeof(T));
+          } else {
+            rotate(query.data() + t * inner + head * each, each, cosine + t * each, sine + t * each,
+                   asked.data() + (head * tokens + t) * each);
           }
-          const int64_t first = head / shared * layer.capacity * each;
-          attend_head<T>(asked.data(), layer.keys + first, layer.values + first, mask, mixed.data() + head * each, tokens,
-                         place + tokens, each, inner, scale, scores, spare);
         }
 #pragma omp barrier
+        // A thread sees a part of the keys for all heads: these divide evenly where heads do not.
+        const Share own(place + tokens, number, count);
+        for (int64_t group = 0; group < groups && own.first < own.last; ++group) {
+          const int64_t first = group * shared * tokens, at = (group * layer.capacity + own.first) * each;
+          attend_part(asked.data() + first * each, shared * tokens, layer.keys + at, layer.values + at,
+                      own.last - own.first, each, mask ? mask + own.first : nullptr, place + tokens, tokens, scale,
+                      found.data() + number * tokens * most + first * each,
+                      seen.data() + number * tokens * heads + first, scores, spare);
+        }
+#pragma omp barrier
+        for (int64_t t = 0; t < tokens; ++t)
+          for (int64_t head = 0; head < heads; ++head) {
+            const int64_t at = head * tokens + t;
+            join(found.data() + at * each, tokens * most, seen.data() + at, tokens * heads, count, each,
+                 mixed.data() + t * inner + head * each, spare);
+          }
         map(OUTPUT, layer.of[OUTPUT_BIAS], mixed.data(), out.data(), of_hidden, inner, size);
         add();
 #pragma omp barrier
@@ -291,16 +292,6 @@ at::Tensor token_layers(const at::Tensor& hidden, at::TensorList weights, at::Te
   return output;
 }
 
-// The final norm and the head: what operators are told of them, `bias` may be empty.
-struct Head {
-  const at::Tensor &norm, &weight, &bias;
-  double epsilon;
-  void check(int64_t size) const {
-    TORCH_CHECK(weight.size(1) == size && norm.numel() == size && (!bias.numel() || bias.numel() == weight.size(0)),
-                "token_head: sizes do not fit");
-  }
-};
-
 // Logits (tokens, vocabulary) of hidden states (tokens, size).
 template <typename T>
 void logits_of(const Pass& pass, const Head& head, const T* hidden, float* to) {
@@ -331,147 +322,6 @@ at::Tensor token_head(const at::Tensor& hidden, const at::Tensor& norm, double e
     logits_of<T>({tokens, streams > 1}, with, weight<T>(hidden), logits.mutable_data_ptr<float>());
   });
   return logits;
-}
-
-// How many of LANES numbers are not less than `border`; up to 2^31 of such sums fit.
-inline Ints at_least(const Floats& numbers, float border) { return -(numbers >= border); }
-
-int64_t sum_of(const Ints& counts) {
-  int64_t sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += counts[lane];
-  return sum;
-}
-
-// The places of the `count` largest of `values`, in order; of equal ones at the border any.
-//
-// The value at the border is found by halving: to count what is above a value takes a few microseconds, to sort a hundred
-// times as long.
-std::vector<int64_t> largest(const float* values, int64_t size, int64_t count) {
-  const int64_t whole = size / LANES * LANES;
-  const auto above = [&](float border) {
-    Ints counts[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= whole; i += 4 * LANES)
-      for (int j = 0; j < 4; ++j) counts[j] += at_least(load(values + i + j * LANES), border);
-    for (; i < whole; i += LANES) counts[0] += at_least(load(values + i), border);
-    int64_t found = sum_of(counts[0] + counts[1] + counts[2] + counts[3]);
-    for (; i < size; ++i) found += values[i] >= border;
-    return found;
-  };
-  Floats small = Floats{} + values[0], great = small;
-  for (int64_t i = 0; i < whole; i += LANES) {
-    const Floats now = load(values + i);
-    small = now < small ? now : small;
-    great = now > great ? now : great;
-  }
-  float low = small[0], high = great[0];
-  for (int lane = 1; lane < LANES; ++lane) low = std::min(low, small[lane]), high = std::max(high, great[lane]);
-  for (int64_t i = whole; i < size; ++i) low = std::min(low, values[i]), high = std::max(high, values[i]);
-  high = std::nextafter(high, INFINITY);
-  for (int64_t from_low = size; from_low > count;) {  // as many as `count` from low on, fewer from high on
-    const float middle = low + (high - low) / 2;
-    if (!(low < middle && middle < high)) break;
-    const int64_t from = above(middle);
-    if (from < count) {
-      high = middle;
-    } else {
-      low = middle;
-      from_low = from;
-    }
-  }
-  std::vector<int64_t> found;
-  found.reserve(count);
-  int64_t room = count - above(high);  // for those at the border
-  for (int64_t i = 0; i < size; i += LANES) {
-    if (i < whole && !sum_of(at_least(load(values + i), low))) continue;
-    for (int64_t j = i; j < std::min(i + LANES, size); ++j)
-      if (values[j] >= high || (values[j] >= low && room-- > 0)) found.push_back(j);
-  }
-  return found;
-}
-
-// The thin head, see thin_head.py: `parts` are center and down (of the head's type), sketch (8 bits), scale and offset
-// (float32).
-struct Preview {
-  at::TensorList parts;
-  int64_t candidates;
-  void check(int64_t size, int64_t vocabulary) const {
-    TORCH_CHECK(parts.size() == 5 && parts[0].numel() == size && parts[1].size(1) == size &&
-                    parts[2].size(0) == vocabulary && parts[2].size(1) == parts[1].size(0) &&
-                    parts[3].numel() == vocabulary && parts[4].numel() == vocabulary && candidates <= vocabulary,
-                "token_thin_head: sizes do not fit");
-  }
-};
-
-// y = scale (S z) + offset for `n` rows of S of `k` numbers, read in PLACES places at once.
-void sketched(const int8_t* sketch, const float* z, const float* scale, const float* offset, float* y, int64_t n, int64_t k) {
-  constexpr int PLACES = 4;
-  const int64_t each = n / PLACES / LANES * LANES, whole = k / LANES * LANES;
-  const auto rest = [&](int64_t row, float sum) {
-    for (int64_t i = whole; i < k; ++i) sum += sketch[row * k + i] * z[i];
-    return sum * scale[row] + offset[row];
-  };
-  for (int64_t row = 0; row < each; row += LANES) {
-    Floats sums[PLACES][LANES];
-    for (int lane = 0; lane < LANES; ++lane) {
-      const int8_t* const from = sketch + (row + lane) * k;
-      Floats found[PLACES] = {};
-      for (int64_t i = 0; i < whole; i += LANES) {
-        const Floats with = load(z + i);
-#pragma GCC unroll 4
-        for (int p = 0; p < PLACES; ++p) {
-          const int8_t* const at = from + p * each * k + i;
-          if (i % 64 == 0) __builtin_prefetch(at + AHEAD_BYTES, 0, 2);
-          found[p] += load(at) * with;
-        }
-      }
-      for (int p = 0; p < PLACES; ++p) sums[p][lane] = found[p];
-    }
-    for (int p = 0; p < PLACES; ++p) {
-      const Floats found = totals(sums[p]);
-      for (int lane = 0; lane < LANES; ++lane) y[p * each + row + lane] = rest(p * each + row + lane, found[lane]);
-    }
-  }
-  for (int64_t row = PLACES * each; row < n; ++row) {
-    Floats sum = {};
-    for (int64_t i = 0; i < whole; i += LANES) sum += load(sketch + row * k + i) * load(z + i);
-    y[row] = rest(row, total(sum));
-  }
-}
-
-// Logits (vocabulary,) of a hidden state (size,) by the thin head.
-template <typename T>
-void thin_logits_of(const Head& head, const Preview& preview, const T* hidden, float* to) {
-  const int64_t size = head.norm.numel(), vocabulary = head.weight.size(0), rank = preview.parts[1].size(0);
-  std::vector<T> x(size), centered(size), z(rank);
-  normalised(hidden, weight<T>(head.norm), x.data(), size, static_cast<float>(head.epsilon));
-  const T* const center = weight<T>(preview.parts[0]);
-  for (int64_t i = 0; i < size; ++i) centered[i] = static_cast<T>(x[i] - center[i]);
-  product<CACHED>(weight<T>(preview.parts[1]), centered.data(), z.data(), rank, size);
-  const std::vector<float> exact(z.begin(), z.end());
-  const T *const w = weight<T>(head.weight), *const b = head.bias.numel() ? weight<T>(head.bias) : nullptr;
-  const int8_t* const sketch = weight<int8_t>(preview.parts[2]);
-  const float *const scale = weight<float>(preview.parts[3]), *const offset = weight<float>(preview.parts[4]);
-  std::vector<int64_t> chosen;
-#pragma omp parallel num_threads(at::get_num_threads())
-  {
-    const int number = omp_get_thread_num(), count = omp_get_num_threads();
-    const Share own(vocabulary, number, count);
-    const int64_t at = own.first;
-    sketched(sketch + at * rank, exact.data(), scale + at, offset + at, to + at, own.last - at, rank);
-#pragma omp barrier
-#pragma omp single
-    chosen = largest(to, vocabulary, preview.candidates);
-    const int64_t each = chosen.size();
-    for (int64_t at = each * number / count; at < each * (number + 1) / count; ++at) {
-      const int64_t row = chosen[at];
-      const T* const soon = w + chosen[std::min(at + ROWS_AHEAD, each - 1)] * size;
-      for (int64_t i = 0; i < size; i += 64 / sizeof(T)) __builtin_prefetch(soon + i, 0, 2);
-      float sum;
-      product<STREAMED>(w + row * size, x.data(), &sum, 1, size);
-      to[row] = sum + (b ? static_cast<float>(b[row]) : 0.f);
-    }
-  }
 }
 
 // Logits (1, 1, vocabulary), in float32, of a hidden state (1, 1, size), by a thin head.

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512F__
+#ifdef __AVX512BW__
 #include <immintrin.h>
 #endif
 
@@ -36,13 +36,39 @@ inline Floats load(const at::BFloat16* from) {  // a bfloat16 is the upper half 
   return loaded;
 }
 
-inline Floats load(const int8_t* from) {
-#ifdef __AVX512F__  // the compiler takes one byte after the other
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+// Numbers as T keeps them: to the nearest, of two the even one.
+inline void store(float* to, const Floats& numbers) { std::memcpy(to, &numbers, sizeof numbers); }
+
+inline void store(at::BFloat16* to, const Floats& numbers) {
+  Words words;
+  std::memcpy(&words, &numbers, sizeof words);
+  const Words nearest = (words + 0x7fffu + (words >> 16 & 1u)) >> 16;
+  const Halves halves = __builtin_convertvector(numbers == numbers ? nearest : Words{} + 0x7fc0u, Halves);
+  std::memcpy(to, &halves, sizeof halves);
+}
+
+template <typename T>
+inline Floats rounded(const Floats& numbers) {
+  T kept[LANES];
+  store(kept, numbers);
+  return load(kept);
+}
+
+// sum + 2 * LANES products of bytes and 16-bit numbers, two a lane.
+inline Ints plus_products(const Ints& sum, const int8_t* bytes, const int16_t* numbers) {
+#ifdef __AVX512BW__  // the compiler takes one byte after the other
+  const __m512i widened = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(bytes)));
+  const __m512i with = _mm512_loadu_si512(numbers);
+#ifdef __AVX512VNNI__
+  return (Ints)_mm512_dpwssd_epi32((__m512i)sum, widened, with);
 #else
-  Floats loaded;
-  for (int lane = 0; lane < LANES; ++lane) loaded[lane] = from[lane];
-  return loaded;
+  return sum + (Ints)_mm512_madd_epi16(widened, with);
+#endif
+#else
+  Ints sums = sum;
+  for (int lane = 0; lane < LANES; ++lane)
+    sums[lane] += bytes[2 * lane] * numbers[2 * lane] + bytes[2 * lane + 1] * numbers[2 * lane + 1];
+  return sums;
 #endif
 }
 

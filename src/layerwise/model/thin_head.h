@@ -30,72 +30,85 @@ struct Head {
 // How many of LANES numbers are not less than `border`; up to 2^31 of such sums fit.
 inline Ints at_least(const Floats& numbers, float border) { return -(numbers >= border); }
 
-inline int64_t sum_of(const Ints& counts) {
-  int64_t sum = 0;
-  for (int lane = 0; lane < LANES; ++lane) sum += counts[lane];
-  return sum;
-}
-
-// The places of the `count` largest of `values`, in order; of equal ones at the border any.
-//
-// The value at the border is found by halving: to count what is above a value takes a few microseconds, to sort a hundred
-// times as long.
-inline std::vector<int64_t> largest(const float* values, int64_t size, int64_t count) {
-  if (count <= 0) return {};
-  const int64_t whole = size / LANES * LANES;
-  const auto above = [&](float border) {
-    Ints counts[4] = {};
-    int64_t i = 0;
-    for (; i + 4 * LANES <= whole; i += 4 * LANES)
-      for (int j = 0; j < 4; ++j) counts[j] += at_least(load(values + i + j * LANES), border);
-    for (; i < whole; i += LANES) counts[0] += at_least(load(values + i), border);
-    int64_t found = sum_of(counts[0] + counts[1] + counts[2] + counts[3]);
-    for (; i < size; ++i) found += values[i] >= border;
-    return found;
-  };
-  Floats small = Floats{} + values[0], great = small;
-  for (int64_t i = 0; i < whole; i += LANES) {
-    const Floats now = load(values + i);
-    small = now < small ? now : small;
-    great = now > great ? now : great;
-  }
-  float low = small[0], high = great[0];
-  for (int lane = 1; lane < LANES; ++lane) low = std::min(low, small[lane]), high = std::max(high, great[lane]);
-  for (int64_t i = whole; i < size; ++i) low = std::min(low, values[i]), high = std::max(high, values[i]);
-  high = std::nextafter(high, INFINITY);
-  for (int64_t from_low = size; from_low > count;) {  // as many as `count` from low on, fewer from high on
-    const float middle = low + (high - low) / 2;
-    if (!(low < middle && middle < high)) break;
-    const int64_t from = above(middle);
-    if (from < count) {
-      high = middle;
-    } else {
-      low = middle;
-      from_low = from;
-    }
-  }
-  std::vector<int64_t> found;
-  found.reserve(count);
-  int64_t room = count - above(high);  // for those at the border
-  for (int64_t i = 0; i < size; i += LANES) {
-    if (i < whole && !sum_of(at_least(load(values + i), low))) continue;
-    for (int64_t j = i; j < std::min(i + LANES, size); ++j)
-      if (values[j] >= high || (values[j] >= low && room-- > 0)) found.push_back(j);
-  }
+// How many of `values` are not less than `border`.
+inline int64_t count_from(const float* values, int64_t size, float border) {
+  Ints counts[4] = {};
+  int64_t i = 0, found = 0;
+  for (; i + 4 * LANES <= size; i += 4 * LANES)
+    for (int j = 0; j < 4; ++j) counts[j] += at_least(load(values + i + j * LANES), border);
+  for (; i < size; ++i) found += values[i] >= border;
+  const Ints sums = counts[0] + counts[1] + counts[2] + counts[3];
+  for (int lane = 0; lane < LANES; ++lane) found += sums[lane];
   return found;
 }
 
-// The `count` places of `found`, in order, that have the largest of `values`.
-inline std::vector<int64_t> likeliest(const float* values, const std::vector<std::vector<int64_t>>& found, int64_t count) {
-  std::vector<int64_t> places;
-  std::vector<float> there;
-  for (const auto& some : found)
-    for (int64_t place : some) {
-      places.push_back(place);
-      there.push_back(values[place]);
+// Where the `count` largest of `values` begin: so many or more are not less than `low`, fewer not less than `high`.
+//
+// Found by halving: to count what is above a value takes a microsecond or two, to sort a hundred times as long. It ends
+// when `enough` at most are not less than `low`, or nothing lies between the two.
+struct Border {
+  float low, high;
+  Border(const float* values, int64_t size, int64_t count, int64_t enough) : low(values[0]), high(values[0]) {
+    Floats small = Floats{} + values[0], great = small;
+    int64_t i = 0;
+    for (; i + LANES <= size; i += LANES) {
+      const Floats now = load(values + i);
+      small = now < small ? now : small;
+      great = now > great ? now : great;
     }
-  auto chosen = largest(there.data(), there.size(), count);
-  for (int64_t& place : chosen) place = places[place];
+    for (int lane = 0; lane < LANES; ++lane) low = std::min(low, small[lane]), high = std::max(high, great[lane]);
+    for (; i < size; ++i) low = std::min(low, values[i]), high = std::max(high, values[i]);
+    high = std::nextafter(high, INFINITY);
+    for (int64_t from_low = size; from_low > enough;) {
+      const float middle = low + (high - low) / 2;
+      if (!(low < middle && middle < high)) break;
+      const int64_t from = count_from(values, size, middle);
+      if (from < count) {
+        high = middle;
+      } else {
+        low = middle;
+        from_low = from;
+      }
+    }
+  }
+};
+
+// Some tokens, in order, and their logits.
+struct Likely {
+  std::vector<int64_t> places;
+  std::vector<float> logits;
+};
+
+// Those of `size` tokens whose logits are not less than `border`; the first of them is token `first`.
+inline Likely likely(const float* logits, int64_t size, float border, int64_t first) {
+  Likely found;
+  const auto add = [&](int64_t at) {
+    found.places.push_back(first + at);
+    found.logits.push_back(logits[at]);
+  };
+  int64_t i = 0;
+  for (; i + LANES <= size; i += LANES)
+    for (uint32_t lanes = lanes_of(load(logits + i) >= border); lanes; lanes &= lanes - 1) add(i + __builtin_ctz(lanes));
+  for (; i < size; ++i)
+    if (logits[i] >= border) add(i);
+  return found;
+}
+
+// The `count` likeliest of them, in order; of equal ones at the border the first.
+inline std::vector<int64_t> likeliest(const std::vector<Likely>& found, int64_t count) {
+  Likely all;
+  for (const auto& some : found) {
+    all.places.insert(all.places.end(), some.places.begin(), some.places.end());
+    all.logits.insert(all.logits.end(), some.logits.begin(), some.logits.end());
+  }
+  const int64_t size = all.logits.size();
+  if (size <= count) return all.places;
+  const Border border(all.logits.data(), size, count, count);
+  int64_t room = count - count_from(all.logits.data(), size, border.high);  // for those at the border
+  std::vector<int64_t> chosen;
+  chosen.reserve(count);
+  for (int64_t at = 0; at < size; ++at)
+    if (all.logits[at] >= border.high || (all.logits[at] >= border.low && room-- > 0)) chosen.push_back(all.places[at]);
   return chosen;
 }
 
@@ -173,7 +186,7 @@ void thin_logits_of(const Head& head, const Preview& preview, const T* hidden, f
   const int8_t* const sketch = weight<int8_t>(preview.parts[2]);
   const float *const scale = weight<float>(preview.parts[3]), *const offset = weight<float>(preview.parts[4]);
   std::vector<T> z(rank);
-  std::vector<std::vector<int64_t>> likely(at::get_num_threads());  // of each thread's share of the vocabulary
+  std::vector<Likely> found(at::get_num_threads());  // by each thread in its share of the vocabulary
   std::vector<int64_t> chosen;
 #pragma omp parallel num_threads(at::get_num_threads())
   {
@@ -187,11 +200,11 @@ void thin_logits_of(const Head& head, const Preview& preview, const T* hidden, f
     const Share own(vocabulary, number, count);
     const int64_t from = own.first, mine = own.last - own.first;
     sketched(sketch + from * rank, fixed({z.begin(), z.end()}), scale + from, offset + from, to + from, mine, rank);
-    likely[number] = largest(to + from, mine, std::min(mine, preview.candidates));
-    for (int64_t& place : likely[number]) place += from;
+    const int64_t most = std::min(mine, preview.candidates);
+    if (most > 0) found[number] = likely(to + from, mine, Border(to + from, mine, most, most * 5 / 4).low, from);
 #pragma omp barrier
 #pragma omp single
-    chosen = likeliest(to, likely, preview.candidates);
+    chosen = likeliest(found, preview.candidates);
     const int64_t each = chosen.size();
     for (int64_t at = each * number / count; at < each * (number + 1) / count; ++at) {
       const int64_t row = chosen[at];

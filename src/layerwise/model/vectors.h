@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512BW__
+#if defined(__AVX512BW__) || defined(__AVX512DQ__)
 #include <immintrin.h>
 #endif
 
@@ -52,6 +52,17 @@ inline Floats rounded(const Floats& numbers) {
   T kept[LANES];
   store(kept, numbers);
   return load(kept);
+}
+
+// The lanes in which `found`, a comparison, is true, as bits.
+inline uint32_t lanes_of(const Ints& found) {
+#ifdef __AVX512DQ__
+  return _mm512_movepi32_mask((__m512i)found);
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < LANES; ++lane) bits |= (found[lane] & 1u) << lane;
+  return bits;
+#endif
 }
 
 // sum + 2 * LANES products of bytes and 16-bit numbers, two a lane.

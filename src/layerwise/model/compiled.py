@@ -290,9 +290,9 @@ class CompiledEngine:
         if not fits or tokens > FEW_TOKENS or torch.is_grad_enabled() or hidden.device.type != "cpu":
             return self.eager.logits(hidden, thin=True)
         if tokens == 1:
-            return kernel.head.run_thin(hidden.contiguous(), thin).reshape(*hidden.shape[:-1], -1)
+            return kernel.head.run_thin(hidden.contiguous(), thin, self._streams).reshape(*hidden.shape[:-1], -1)
         states = hidden.reshape(-1, 1, 1, hidden.shape[-1]).contiguous()
-        found = torch.cat([kernel.head.run_thin(state, thin) for state in states])
+        found = torch.cat([kernel.head.run_thin(state, thin, self._streams) for state in states])
         return found.reshape(*hidden.shape[:-1], -1)
 
     def _upto(self, stop: int) -> Tensor:

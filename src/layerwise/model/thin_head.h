@@ -141,45 +141,46 @@ inline Fixed fixed(const std::vector<float>& z) {
   return found;
 }
 
-// y = scale (S z) + offset for `n` rows of S of `k` numbers, read in PLACES places at once.
-inline void sketched(const int8_t* sketch, const Fixed& z, const float* scale, const float* offset, float* y, int64_t n,
+// y = scale (S z) + offset for `n` rows of S of `k` numbers, read in `places` places at once.
+template <int places>
+void sketched(const int8_t* sketch, const Fixed& z, const float* scale, const float* offset, float* y, int64_t n,
                      int64_t k) {
-  constexpr int PLACES = 4, step = 2 * LANES;
-  const int64_t each = n / PLACES / LANES * LANES, whole = k / step * step;
+  constexpr int step = 2 * LANES;
+  const int64_t each = n / places / LANES * LANES, whole = k / step * step;
   const int16_t* const with = z.numbers.data();
   const auto rest = [&](int64_t row, float sum) {
     for (int64_t i = whole; i < k; ++i) sum += sketch[row * k + i] * with[i];
     return sum * z.scale * scale[row] + offset[row];
   };
   for (int64_t row = 0; row < each; row += LANES) {
-    Floats sums[PLACES][LANES];
+    Floats sums[places][LANES];
     for (int lane = 0; lane < LANES; ++lane) {
       const int8_t* const from = sketch + (row + lane) * k;
-      Ints found[PLACES] = {};
+      Ints found[places] = {};
       for (int64_t i = 0; i < whole; i += step)
 #pragma GCC unroll 4
-        for (int p = 0; p < PLACES; ++p) {
+        for (int p = 0; p < places; ++p) {
           const int8_t* const at = from + p * each * k + i;
           if (i % 64 == 0) __builtin_prefetch(at + AHEAD_BYTES, 0, 2);
           found[p] = plus_products(found[p], at, with + i);
         }
-      for (int p = 0; p < PLACES; ++p) sums[p][lane] = __builtin_convertvector(found[p], Floats);
+      for (int p = 0; p < places; ++p) sums[p][lane] = __builtin_convertvector(found[p], Floats);
     }
-    for (int p = 0; p < PLACES; ++p) {
+    for (int p = 0; p < places; ++p) {
       const Floats found = totals(sums[p]);
       for (int lane = 0; lane < LANES; ++lane) y[p * each + row + lane] = rest(p * each + row + lane, found[lane]);
     }
   }
-  for (int64_t row = PLACES * each; row < n; ++row) {
+  for (int64_t row = places * each; row < n; ++row) {
     Ints sum = {};
     for (int64_t i = 0; i < whole; i += step) sum = plus_products(sum, sketch + row * k + i, with + i);
     y[row] = rest(row, total(__builtin_convertvector(sum, Floats)));
   }
 }
 
-// Logits (vocabulary,) of a hidden state (size,) by the thin head.
+// Logits (vocabulary,) of a hidden state (size,) by the thin head; `several`: memory is faster in several places at once.
 template <typename T>
-void thin_logits_of(const Head& head, const Preview& preview, const T* hidden, float* to) {
+void thin_logits_of(const Head& head, const Preview& preview, const T* hidden, float* to, bool several) {
   const int64_t size = head.norm.numel(), vocabulary = head.weight.size(0), rank = preview.parts[1].size(0);
   const T *const center = weight<T>(preview.parts[0]), *const down = weight<T>(preview.parts[1]);
   const T *const w = weight<T>(head.weight), *const b = head.bias.numel() ? weight<T>(head.bias) : nullptr;
@@ -199,7 +200,8 @@ void thin_logits_of(const Head& head, const Preview& preview, const T* hidden, f
 #pragma omp barrier
     const Share own(vocabulary, number, count);
     const int64_t from = own.first, mine = own.last - own.first;
-    sketched(sketch + from * rank, fixed({z.begin(), z.end()}), scale + from, offset + from, to + from, mine, rank);
+    const auto sketch_of = several ? sketched<4> : sketched<1>;
+    sketch_of(sketch + from * rank, fixed({z.begin(), z.end()}), scale + from, offset + from, to + from, mine, rank);
     const int64_t most = std::min(mine, preview.candidates);
     if (most > 0) found[number] = likely(to + from, mine, Border(to + from, mine, most, most * 5 / 4).low, from);
 #pragma omp barrier

@@ -326,7 +326,7 @@ at::Tensor token_head(const at::Tensor& hidden, const at::Tensor& norm, double e
 
 // Logits (1, 1, vocabulary), in float32, of a hidden state (1, 1, size), by a thin head.
 at::Tensor token_thin_head(const at::Tensor& hidden, const at::Tensor& norm, double epsilon, const at::Tensor& head,
-                           const at::Tensor& bias, at::TensorList preview, int64_t candidates) {
+                           const at::Tensor& bias, at::TensorList preview, int64_t candidates, int64_t streams) {
   const Head with{norm, head, bias, epsilon};
   const Preview by{preview, candidates};
   with.check(hidden.numel());
@@ -334,7 +334,7 @@ at::Tensor token_thin_head(const at::Tensor& hidden, const at::Tensor& norm, dou
   auto logits = at::empty({1, 1, head.size(0)}, hidden.options().dtype(at::kFloat));
   of_type(hidden, [&](auto zero) {
     using T = decltype(zero);
-    thin_logits_of<T>(with, by, weight<T>(hidden), logits.mutable_data_ptr<float>());
+    thin_logits_of<T>(with, by, weight<T>(hidden), logits.mutable_data_ptr<float>(), streams > 1);
   });
   return logits;
 }
@@ -389,7 +389,7 @@ int64_t token_greedy(int64_t token, const at::Tensor& embedding, at::TensorList 
     if (preview.empty()) {
       logits_of<T>(pass, with, hidden.data(), logits.data());
     } else {
-      thin_logits_of<T>(with, by, hidden.data(), logits.data());
+      thin_logits_of<T>(with, by, hidden.data(), logits.data(), pass.several);
     }
   });
   return greatest(logits.data(), vocabulary);
@@ -404,7 +404,7 @@ TORCH_LIBRARY_FRAGMENT(layerwise, library) {
       " Tensor[] preview, int candidates, int streams) -> int");
   library.def(
       "token_thin_head(Tensor hidden, Tensor norm, float epsilon, Tensor head, Tensor bias, Tensor[] preview,"
-      " int candidates) -> Tensor");
+      " int candidates, int streams) -> Tensor");
   library.def("token_head(Tensor hidden, Tensor norm, float epsilon, Tensor head, Tensor bias, int streams) -> Tensor");
   library.def(
       "token_layers(Tensor hidden, Tensor[] weights, Tensor(a!)[] keys, Tensor(b!)[] values, int place, Tensor cosine,"

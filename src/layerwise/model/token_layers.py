@@ -106,10 +106,10 @@ class TokenHead:
         """Logits (1, width, vocabulary) in float32 of states (1, width, hidden size), MOST at most."""
         return torch.ops.layerwise.token_head.default(hidden, self.norm, self.epsilon, self.weight, self.bias, streams)
 
-    def run_thin(self, hidden: Tensor, thin: ThinHead) -> Tensor:
+    def run_thin(self, hidden: Tensor, thin: ThinHead, streams: int = STREAMS[0]) -> Tensor:
         """The same by a thin head, of one state."""
         return torch.ops.layerwise.token_thin_head.default(
-            hidden, self.norm, self.epsilon, self.weight, self.bias, thin.parts, thin.candidates
+            hidden, self.norm, self.epsilon, self.weight, self.bias, thin.parts, thin.candidates, streams
         )
 
 

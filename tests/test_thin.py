@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from dataclasses import replace
-from math import inf
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from layerwise.training.neuron_fits import (
     OF_PROMPTS,
     RIDGE,
     Moments,
+    Thinned,
     cheapest,
     choose_neurons,
     eliminated,
@@ -188,7 +190,7 @@ def test_what_stays_makes_up_for_what_is_left_out_as_well_as_it_can() -> None:
         lost = whole - changed
         return torch.trace(of.matters.double() @ lost @ square @ lost.T).item(), changed
 
-    found = eliminated(weight, of, sizes=7)
+    found = list(eliminated(weight, of, sizes=7))
     assert [len(one.kept) for one in found] == [6, 5, 4, 3, 2, 1]
     for one in found:
         cost, changed = made_up(one.kept.tolist())
@@ -200,13 +202,22 @@ def test_what_stays_makes_up_for_what_is_left_out_as_well_as_it_can() -> None:
 
 def test_the_cheapest_steps_of_all_layers_are_taken_in_order() -> None:
     costs = [[5.0, 6.0, 20.0], [1.0, 3.0, 9.0], [2.0, 2.5, 100.0]]
-    assert cheapest(costs, 3) == [0, 2, 1] and cheapest(costs, 4) == [0, 2, 2]
-    assert cheapest([costs[0], [inf, inf, inf], costs[2]], 4) == [2, 0, 2]
-    assert cheapest(costs, 6) == [2, 2, 2] and cheapest(costs, 0) == [
-        0,
-        0,
-        0,
-    ]  # the second of the first: 5, as its first
+    asked: list[float] = []
+
+    def way(of: list[float]) -> Iterator[Thinned]:
+        for cost in of:
+            asked.append(cost)
+            yield Thinned(cost, torch.zeros(0), torch.zeros(0), torch.zeros(0))
+
+    def taken(costs: list[list[float]], steps: int) -> list[int]:
+        chosen = cheapest(map(way, costs), steps)
+        return [0 if one is None else of.index(one.cost) + 1 for of, one in zip(costs, chosen, strict=True)]
+
+    assert taken(costs, 3) == [0, 2, 1] and taken(costs, 4) == [0, 2, 2]
+    assert taken([[nan, nan, nan], costs[1], costs[2]], 4) == [0, 2, 2]
+    assert taken(costs, 6) == [2, 2, 2] and taken(costs, 0) == [0, 0, 0]  # the second of the first: 5, as its first
+    asked.clear()
+    assert taken(costs[::-1], 2) == [1, 1, 0] and asked == [*costs[2], *costs[1][:2], costs[0][0]]  # and no more
 
 
 def test_a_change_is_cut_to_the_directions_that_matter() -> None:

@@ -21,10 +21,12 @@ kernel has to be compiled.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from bisect import insort
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import inf
+from math import inf, isnan
+from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,8 +122,9 @@ class Thinned:
     bias: Tensor
 
 
-def eliminated(weight: Tensor, of: Moments, sizes: int = SIZES) -> list[Thinned]:
-    """The map down (hidden size, neurons) with one, two, ... of `sizes` parts of its neurons left out, all but one."""
+def eliminated(weight: Tensor, of: Moments, sizes: int = SIZES) -> Iterator[Thinned]:
+    """The map down (hidden size, neurons) with one, two, ... of `sizes` parts of its neurons left out, all but one.
+    Each takes its time, when it is asked for."""
     neurons = weight.shape[1]
     part = -(-neurons // sizes)
     says, matters = of.says.double(), of.matters.double()
@@ -129,37 +132,48 @@ def eliminated(weight: Tensor, of: Moments, sizes: int = SIZES) -> list[Thinned]
     ridge[-1] = 0  # of the bias
     inverse = torch.linalg.inv(says + ridge.diag())
     changed = torch.cat([weight.double().cpu(), weight.new_zeros(len(weight), 1).double().cpu()], 1)
+    felt = matters @ changed
     alive = torch.ones(neurons + 1, dtype=torch.bool)
-    cost, found = 0.0, []
+    cost = 0.0
     for boundary in range(part, neurons, part):
         while (gone := int((~alive).sum())) < boundary:
             left = alive[:-1].nonzero()[:, 0]
-            columns = changed[:, left]
-            price = (columns * (matters @ columns)).sum(0) / inverse[left, left]
+            price = (changed[:, left] * felt[:, left]).sum(0) / inverse[left, left]
             those = left[price.argsort()[: min(AT_ONCE, boundary - gone)]]
             own = torch.linalg.inv(inverse[those][:, those])
-            columns = changed[:, those]
-            cost += ((matters @ columns) * (columns @ own)).sum().item()
-            changed = changed - columns @ own @ inverse[those]
-            inverse = inverse - inverse[:, those] @ own @ inverse[those]
+            cost += (felt[:, those] * (changed[:, those] @ own)).sum().item()
+            moved = own @ inverse[those]
+            changed = changed - changed[:, those] @ moved
+            felt = felt - felt[:, those] @ moved
+            inverse = inverse - inverse[:, those] @ moved
             alive[those] = False
         kept = alive[:-1].nonzero()[:, 0]
-        found.append(Thinned(cost, kept, changed[:, kept].float(), changed[:, -1].float()))
-    return found
+        yield Thinned(cost, kept, changed[:, kept].float(), changed[:, -1].float())
 
 
-def cheapest(costs: Sequence[Sequence[float]], steps: int) -> list[int]:
-    """How many steps to take in each layer: of all layers the cheapest, in each layer in order.
+def cheapest(ways: Iterable[Iterable[Thinned]], steps: int) -> list[Thinned | None]:
+    """How far to go in each layer: so many steps in all, of all layers the cheapest, in each layer in order.
 
     Args:
-        costs: by layer, what the first step costs, the first two, and so on.
+        ways: of each layer what is left after its first step, its second, and so on. No more are asked for than it
+            takes to know which are the cheapest.
     """
-    # Of a layer that costs infinitely much every step does, though their differences are no numbers.
-    prices = torch.tensor([[after - before for before, after in zip([0.0, *c], c, strict=False)] for c in costs])
-    prices = prices.nan_to_num(inf, inf)
-    prices = prices.cummax(1).values  # a step that costs less than the one before it does not come sooner
-    picked = prices.flatten().argsort(stable=True)[:steps] // prices.shape[1]
-    return torch.bincount(picked, minlength=len(costs)).tolist()
+    best: list[tuple[float, int, Thinned]] = []  # price, layer
+    layer = -1
+    for layer, way in enumerate(ways):
+        price = before = 0.0
+        for one in way:
+            rise, before = one.cost - before, one.cost
+            # A step that costs less than the one before it does not come sooner; one that costs no number comes last.
+            price = max(price, inf if isnan(rise) else rise)
+            if len(best) == steps and (not steps or price >= best[-1][0]):
+                break
+            insort(best, (price, layer, one), key=itemgetter(0))
+            del best[steps:]
+    taken: list[Thinned | None] = [None] * (layer + 1)
+    for _, layer, one in best:
+        taken[layer] = one
+    return taken
 
 
 @torch.no_grad()
@@ -177,14 +191,13 @@ def choose_neurons(
     """
     found = moments(model, examples)
     maps = [gated(layer.mlp)[2] for layer in model.runtime.backbone.layers]
-    ways = [eliminated(one.weight.detach().float(), of) for one, of in zip(maps, found, strict=True)]
     free, wanted = [layer for layer in range(model.depth) if layer not in keep], round(share * len(maps) * SIZES)
     if wanted > len(free) * (SIZES - 1):
         raise ValueError(
             f"{len(free)} layers cannot leave out {share:.0%} of all neurons: lower neurons, or keep fewer"
         )
-    steps = cheapest([[way.cost if layer in free else inf for way in one] for layer, one in enumerate(ways)], wanted)
-    chosen = {layer: ways[layer][taken - 1] for layer, taken in enumerate(steps) if taken}
+    ways = (eliminated(maps[layer].weight.detach().float(), found[layer]) for layer in free)
+    chosen = {layer: one for layer, one in zip(free, cheapest(ways, wanted), strict=True) if one is not None}
     model.thin_by(ThinMlps(model.runtime.backbone, {layer: one.kept for layer, one in chosen.items()}, rank))
     for layer, one in chosen.items() if rank else ():
         mend, says = model.thin.mends[str(layer)], found[layer].says

@@ -112,9 +112,10 @@ def test_kernels_equal_eager(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
+@pytest.mark.parametrize("threads", [1, 3], indirect=True)
 @pytest.mark.parametrize("candidates", [1, 30, 509])
 @torch.no_grad()
-def test_kernels_choose_the_largest(candidates: int) -> None:
+def test_kernels_choose_the_largest(candidates: int, threads: int) -> None:
     """Whatever the signs and however close: the exact logits are where the preview is largest."""
     model = with_thin_head(wide("llama"), rank=32, candidates=candidates, engine="compiled")
     model.prepare(["0-5 ht"])

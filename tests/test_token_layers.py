@@ -80,25 +80,19 @@ def kernels(model: LayerwiseForCausalLM) -> set[type]:
     return {type(one) for (_, form), one in model.runtime.engine._layers.items() if form == ONE}
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_by_the_operator_equal_eager(kind: str, threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = Plan.parse("0 1t 2*2 3a 4t 5m 0-1")
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        results = []
-        for engine in ("eager", "compiled"):
-            model = attach(wide(kind), engine=engine)
-            with_thin_mlps(model)
-            fallen = no_eager_calls(model, monkeypatch) if engine == "compiled" else []
-            model.runtime.engine.prepare([plan])
-            fallen.clear()  # eager layers are what kernels are tried against
-            results.append(stepwise_logits(model, plan))
-        kinds = kernels(model)
-    finally:
-        torch.set_num_threads(before)
-    assert kinds == {compiled.TokenKernel} and fallen == []
+    results = []
+    for engine in ("eager", "compiled"):
+        model = attach(wide(kind), engine=engine)
+        with_thin_mlps(model)
+        fallen = no_eager_calls(model, monkeypatch) if engine == "compiled" else []
+        model.runtime.engine.prepare([plan])
+        fallen.clear()  # eager layers are what kernels are tried against
+        results.append(stepwise_logits(model, plan))
+    assert kernels(model) == {compiled.TokenKernel} and fallen == []
     assert torch.allclose(*results, atol=2e-4), (results[0] - results[1]).abs().max()
 
 
@@ -184,6 +178,25 @@ def test_a_few_tokens_of_a_row_equal_eager_ones(width: int, monkeypatch: pytest.
     assert calls == ([width, width, 1] if width <= 8 else [1])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@torch.no_grad()
+def test_threads_that_share_out_the_keys_find_what_one_finds(threads: int) -> None:
+    """Texts of which some threads see nothing, a part, or whole vectors of keys; one token, and a few with a mask."""
+    ids = torch.randint(3, 97, (1, 128), generator=torch.Generator().manual_seed(1))
+    for length in (1, 15, 33, 48, 120):
+        found = []
+        for engine in ("eager", "compiled"):
+            model = attach(wide("llama"), engine=engine)
+            model.prepare()
+            cache, forward, plans = Cache(1, 8), model.runtime.forward, [Plan.full(6)]
+            forward(model.embed(ids[:, :length]), plans, None, cache)
+            one = forward(model.embed(ids[:, length : length + 1]), plans, None, cache)
+            few = forward(model.embed(ids[:, length + 1 : length + 6]), plans, None, cache)
+            found.append(torch.cat([one, few], 1))
+        assert kernels(model) == {compiled.TokenKernel}
+        torch.testing.assert_close(*found, rtol=2e-4, atol=2e-4)
 
 
 @torch.no_grad()

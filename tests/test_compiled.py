@@ -29,12 +29,6 @@ from layerwise.training.routed_text import convert
 pytestmark = pytest.mark.skipif(not compiler_available(), reason="no C++ compiler")
 
 
-@pytest.fixture(autouse=True)
-def _kernel_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One fresh kernel cache for the whole run: nothing that an earlier version left behind is used."""
-    monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
-
-
 def attached(name: str, engine: str = "compiled", dtype: torch.dtype = torch.float32) -> LayerwiseForCausalLM:
     return attach(tiny.model(name).to(dtype), engine=engine)
 

@@ -24,12 +24,6 @@ FULL = Plan.full(tiny.LAYERS)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
-@pytest.fixture(autouse=True)
-def _kernel_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One fresh kernel cache for the whole run: nothing that an earlier version left behind is used."""
-    monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
-
-
 # -- operators -----------------------------------------------------------------------------------------------
 
 

@@ -44,11 +44,6 @@ KINDS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _kernel_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LAYERWISE_CACHE", str(tmp_path_factory.getbasetemp() / "kernels"))
-
-
 def wide(kind: str, seed: int = 0) -> PreTrainedModel:
     """A random model whose layers are of a kind that the operator knows."""
     config, special = KINDS[kind]

@@ -28,7 +28,6 @@ from layerwise.training.trainer import RECORD, last_checkpoint
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "layerroute.json"
 MOST_TOKENS = 384  # of a held-out example, as in training
-ANSWERS = 24
 BUDGET: dict[str, Any] = {  # the same for every objective
     "steps": 480,
     "tokens_per_batch": 1024,
@@ -119,18 +118,18 @@ def judged(name: str, seed: int, work: Path, data: Path, samples: int) -> dict[s
     Raises:
         ValueError: the folder holds one of another recipe or number of samples.
     """
-    kept = work / f"{name}-{seed}.json"
-    if not kept.is_file():
+    file = work / f"{name}-{seed}.json"
+    if not file.is_file():
         adapter = trained(name, seed, work, data)
         reference = trained("none", referred(name, seed), work, data)
         command = f"python tools/layerroute_runs.py --recipes {name} --seeds {seed} --samples {samples}"
         found = routing_suite(adapter, None, reference, samples, command=command, notify=options.note)
         written = json.dumps(found, indent=2) + "\n"
-        kept.with_suffix(".tmp").write_text(written, encoding="utf-8")
-        os.replace(kept.with_suffix(".tmp"), kept)
-    entry = json.loads(kept.read_text(encoding="utf-8"))
+        file.with_suffix(".tmp").write_text(written, encoding="utf-8")
+        os.replace(file.with_suffix(".tmp"), file)
+    entry = json.loads(file.read_text(encoding="utf-8"))
     if entry["samples"] != samples:
-        raise ValueError(f"'{kept}' is of {entry['samples']} samples, not {samples}: delete it, or give another --work")
+        raise ValueError(f"'{file}' is of {entry['samples']} samples, not {samples}: delete it, or give another --work")
     record = work / f"{name}-{seed}" / RECORD
     if record.is_file():
         saved = json.loads(record.read_text(encoding="utf-8"))["config"]
@@ -138,18 +137,27 @@ def judged(name: str, seed: int, work: Path, data: Path, samples: int) -> dict[s
     return entry
 
 
-def generated(run: dict[str, Any], work: Path, prompts: int, answers: int) -> dict[str, Any]:
-    """A run's entry with answers and times added; for a machine on which nothing else runs."""
-    name = run["adapter"]
-    tokenizer, adapter, reference = load_tokenizer(), work / name, work / run["reference"]
-    asked = held_out(tokenizer, run["samples"], MOST_TOKENS, run["sample_seed"])
-    options.note(f"{name}: answers and times")
-    layers = len(run["layer_use"]["tools"])
-    run["generated"] = answer_quality(layers, None, adapter, reference, tokenizer, asked, answers)
-    run["time"] = timed(adapter, None, asked, prompts) | {"environment": environment()}
-    run["time_realised"] = run["time"]["realised"]
-    (work / f"{name}.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+def kept(run: dict[str, Any], work: Path) -> dict[str, Any]:
+    """A run's entry, written to the work folder."""
+    (work / f"{run['adapter']}.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     return run
+
+
+def answered(run: dict[str, Any], work: Path, answers: int) -> dict[str, Any]:
+    """A run's entry with what its answers are worth."""
+    tokenizer, adapter, reference = load_tokenizer(), work / run["adapter"], work / run["reference"]
+    asked = held_out(tokenizer, max(run["samples"], answers), MOST_TOKENS, run["sample_seed"])
+    options.note(f"{run['adapter']}: answers")
+    layers = len(run["layer_use"]["tools"])
+    return kept(run | {"generated": answer_quality(layers, None, adapter, reference, tokenizer, asked, answers)}, work)
+
+
+def clocked(run: dict[str, Any], work: Path, prompts: int) -> dict[str, Any]:
+    """A run's entry with times; for a machine on which nothing else runs."""
+    asked = held_out(load_tokenizer(), run["samples"], MOST_TOKENS, run["sample_seed"])
+    options.note(f"{run['adapter']}: times")
+    time = timed(work / run["adapter"], None, asked, prompts) | {"environment": environment()}
+    return kept(run | {"time": time, "time_realised": time["realised"]}, work)
 
 
 def recipe(run: dict[str, Any]) -> tuple[Any, ...]:
@@ -169,7 +177,8 @@ def main() -> int:
     parser.add_argument("--seeds", default="0,1,2,3,4", help="seeds, separated by commas")
     parser.add_argument("--recipes", default="head,neurons,quality,bridges,paper", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--samples", type=int, default=60, help="held-out examples of each kind")
-    parser.add_argument("--timed", type=int, default=0, help="also answer prompts, and time decoding on so many")
+    parser.add_argument("--answers", type=int, default=0, help="also answer so many tool calls")
+    parser.add_argument("--timed", type=int, default=0, help="also time decoding on so many prompts, with no other run")
     chosen = parser.parse_args()
     options.quiet()
     chosen.work.mkdir(parents=True, exist_ok=True)
@@ -182,15 +191,16 @@ def main() -> int:
             trained(name, seed, chosen.work, data)
         else:
             judged(name, seed, chosen.work, data, chosen.samples)
+    names = [f"{name}-{seed}" for name, seed in asked if name != "none"]
     runs = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(chosen.work.glob("*-*.json"))]
-    if chosen.timed:
-        untimed = [f"{name}-{seed}" for name, seed in asked if name != "none"]
-        for at, run in enumerate(runs):
-            if run["adapter"] in untimed and not run["time_realised"]:
-                runs[at] = generated(run, chosen.work, chosen.timed, ANSWERS)
+    for at, run in enumerate(runs):
+        if run["adapter"] in names and chosen.answers and not run.get("generated"):
+            runs[at] = run = answered(run, chosen.work, chosen.answers)
+        if run["adapter"] in names and chosen.timed and not run["time_realised"]:
+            runs[at] = clocked(run, chosen.work, chosen.timed)
     if runs:
-        kept = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.is_file() else []
-        runs = sorted(runs + [run for run in kept if recipe(run) not in map(recipe, runs)], key=recipe)
+        before = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.is_file() else []
+        runs = sorted(runs + [run for run in before if recipe(run) not in map(recipe, runs)], key=recipe)
         RESULTS.write_text(json.dumps({"runs": runs}, indent=2) + "\n", encoding="utf-8")
         print(f"wrote {RESULTS}")
     return 0

@@ -175,7 +175,7 @@ def layerroute_table(result: dict[str, Any]) -> str:
         "",
         "What comes of it when text is generated: tool calls that are exactly right, of so many; the time of a token "
         f"saved, and of the share of FLOPs skipped on these prompts; the time of the routers. {threads}. Again: "
-        "`python tools/layerroute_runs.py --recipes head --samples 120 --timed 12`, of the others "
+        "`python tools/layerroute_runs.py --recipes head --samples 120 --answers 120 --timed 16`, of the others "
         "`python tools/layerroute_runs.py --recipes neurons,quality,bridges,paper`.",
     ]
     return "\n".join(lines)
@@ -206,19 +206,27 @@ def _leaves(run: dict[str, Any]) -> str:
 def _route_answers(runs: list[dict[str, Any]]) -> list[str]:
     """One row a run whose adapter answered."""
     lines = [
-        "| objective, seed | calls right, routed | every layer run | without routing | time saved | of the FLOPs saved "
-        "| routers | commit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| objective, seed | calls right, routed | every layer run | without routing | routed minus that | time saved "
+        "| of the FLOPs saved | routers | commit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for run in runs:
         calls, time = run["generated"]["tools"], run["time"]
         right = {name: round(one["right"] * one["n"]) for name, one in calls.items()}
         lines.append(
             f"| {_route_name(run)} | {right['routed']} of {calls['routed']['n']} | {right['full_depth']} "
-            f"| {right['reference']} | {time['time_saved']:.1f}% | {time['realised']:.0%} "
+            f"| {right['reference']} | {_beside(calls['routed'])} | {time['time_saved']:.1f}% | {time['realised']:.0%} "
             f"| {time['router_overhead']:.1%} | {time['environment']['commit']} |"
         )
     return lines
+
+
+def _beside(routed: dict[str, Any]) -> str:
+    """How many more calls are right than without routing, where that was noted."""
+    if "minus_reference" not in routed:
+        return ""
+    low, high = routed["minus_reference"]["interval"]
+    return f"{routed['minus_reference']['mean']:+.1%} ({low:+.1%} to {high:+.1%})"
 
 
 def search_table(result: dict[str, Any]) -> str:

@@ -71,6 +71,9 @@ def routing(result: dict[str, Any]) -> None:
             f"{name.replace('_', ' ')} {one['right']:.0%}, {one['tokens']:.0f} tokens" for name, one in those.items()
         )
         print(f"right answers, {kind}: {'; '.join(shown)}")
+        if beside := those["routed"].get("minus_reference"):
+            low, high = beside["interval"]
+            print(f"routed minus reference: {beside['mean']:+.1%} (95% interval {low:+.1%} to {high:+.1%})")
     if "time" in result:
         one = result["time"]
         print(

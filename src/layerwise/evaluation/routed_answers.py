@@ -21,6 +21,7 @@ from layerwise.benchmarks.timing import Stopwatch, rounds
 from layerwise.cost import decode_cost
 from layerwise.data import Example, Tokens
 from layerwise.data.routing import side
+from layerwise.evaluation.intervals import interval
 from layerwise.hub import from_pretrained
 from layerwise.plan import Plan
 from layerwise.sources import fast_dtype
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from layerwise.model.causal_lm import LayerwiseForCausalLM
+
+
+MOST_PROBLEMS = 16  # that are answered: a word problem takes as long as three tool calls
 
 
 @dataclass(frozen=True)
@@ -104,13 +108,18 @@ def answer_quality(
     count: int,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Answers of the routed model, of the same at full depth, and of the reference, by the fastest engine."""
+    """Answers of the routed model, of the same at full depth, and of the reference, by the fastest engine.
+
+    `minus_reference` is how many more of the routed model's answers are right, as a share, with a 95% interval.
+    """
+    problems = min(max(1, count // 3), MOST_PROBLEMS)
     chosen = {
         "tools": ([one for one in asked if one.side == "tools"][:count], 160),
-        "planning": ([one for one in asked if one.example.kind.startswith("gsm8k")][: max(1, count // 3)], 200),
+        "planning": ([one for one in asked if one.example.kind.startswith("gsm8k")][:problems], 200),
     }
     chosen = {name: those for name, those in chosen.items() if those[0]}
     found: dict[str, Any] = {name: {} for name in chosen}
+    correct: dict[tuple[str, str], list[bool]] = {}
     contenders: list[tuple[str, str | Path, list[str] | None]] = [
         ("routed", adapter, None),
         ("full_depth", adapter, [str(Plan.full(depth))]),
@@ -119,7 +128,16 @@ def answer_quality(
     for contender, folder, plans in contenders:
         loaded = from_pretrained(model, adapter=folder, dtype=fast_dtype(device), device=device).eval()
         for name, (those, new_tokens) in chosen.items():
-            found[name][contender] = _summed(generate(loaded, tokenizer, those, new_tokens, plans))
+            answers = generate(loaded, tokenizer, those, new_tokens, plans)
+            found[name][contender] = _summed(answers)
+            correct[name, contender] = [one["right"] for one in answers]
+    for name in chosen if reference is not None else ():
+        pairs = zip(correct[name, "routed"], correct[name, "reference"], strict=True)
+        differences = [float(ours) - float(theirs) for ours, theirs in pairs]
+        found[name]["routed"]["minus_reference"] = {
+            "mean": sum(differences) / len(differences),
+            "interval": interval(differences),
+        }
     return found
 
 

@@ -54,6 +54,26 @@ void normalised(const T* x, const T* scale, T* out, int64_t size, float epsilon)
     out[i] = static_cast<T>(static_cast<float>(scale[i]) * static_cast<float>(static_cast<T>(x[i] * factor)));
 }
 
+// Rotary positions in the rotate-half form, of one head of `each` numbers; each product rounded, as the framework does.
+template <typename T>
+void rotate(const T* x, int64_t each, const T* cosine, const T* sine, float* to) {
+  const int64_t half = each / 2, whole = half / LANES * LANES;
+  const auto turned = [&](const Floats& a, const Floats& b, int64_t at) {
+    return rounded<T>(rounded<T>(a * load(cosine + at)) + rounded<T>(b * load(sine + at)));
+  };
+  for (int64_t i = 0; i < whole; i += LANES) {
+    const Floats first = load(x + i), second = load(x + i + half);
+    store(to + i, turned(first, -second, i));
+    store(to + i + half, turned(second, first, i + half));
+  }
+  const auto product = [](float a, float b) { return static_cast<float>(static_cast<T>(a * b)); };
+  for (int64_t i = whole; i < half; ++i) {
+    const float first = x[i], second = x[i + half];
+    to[i] = static_cast<T>(product(first, cosine[i]) + product(-second, sine[i]));
+    to[i + half] = static_cast<T>(product(second, cosine[i + half]) + product(first, sine[i + half]));
+  }
+}
+
 // sum + w x, of as many numbers as one step takes: LANES, or twice that by bfloat16 products.
 template <typename T>
 constexpr int STEP = LANES;

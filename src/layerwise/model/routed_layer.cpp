@@ -6,8 +6,9 @@
 
 #include <torch/library.h>
 
-#include <cmath>
+#include <cstring>
 #include <tuple>
+#include <vector>
 
 namespace {
 
@@ -15,34 +16,20 @@ using namespace vectors;
 
 enum Mixing { CONVOLUTION, ATTENTION, ROUTED };
 
-// The layer's norm: x / rms(x) * weight, rounded as the framework rounds it.
-template <typename T>
-std::vector<T> normalised(const T* x, const T* scale, int64_t size, float epsilon) {
-  float squares = 0.f;
-  for (int64_t i = 0; i < size; ++i) squares += static_cast<float>(x[i]) * static_cast<float>(x[i]);
-  const float factor = 1.f / std::sqrt(squares / size + epsilon);
-  std::vector<T> out(size);
-  for (int64_t i = 0; i < size; ++i)
-    out[i] = static_cast<T>(static_cast<float>(scale[i]) * static_cast<float>(static_cast<T>(x[i] * factor)));
-  return out;
-}
-
 template <typename T>
 void add(T* x, const at::Tensor& bias) {
   const T* const b = weight<T>(bias);
   for (int64_t i = 0; i < bias.numel(); ++i) x[i] = static_cast<T>(x[i] + b[i]);
 }
 
-// Rotary positions in the rotate-half form, of all heads of x.
+// Rotary positions of all heads of x, in place.
 template <typename T>
-void rotate(T* x, int64_t heads, int64_t each, const T* cosine, const T* sine) {
-  const int64_t half = each / 2;
-  for (int64_t head = 0; head < heads; ++head, x += each)
-    for (int64_t i = 0; i < half; ++i) {
-      const float first = x[i], second = x[i + half];
-      x[i] = static_cast<T>(first * cosine[i] - second * sine[i]);
-      x[i + half] = static_cast<T>(second * cosine[i + half] + first * sine[i + half]);
-    }
+void rotate_all(T* x, int64_t heads, int64_t each, const T* cosine, const T* sine) {
+  std::vector<float> turned(each);
+  for (int64_t head = 0; head < heads; ++head, x += each) {
+    rotate(x, each, cosine, sine, turned.data());
+    for (int64_t i = 0; i < each; ++i) x[i] = static_cast<T>(turned[i]);
+  }
 }
 
 // The hidden state (1, 1, size) after attention, and the router's gate and logit (1, 1), both 0 if it is not asked.
@@ -66,7 +53,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> routed_layer(
   of_type(hidden, [&](auto zero) {
     using T = decltype(zero);
     const T* const residual = weight<T>(hidden);
-    const auto x = normalised(residual, weight<T>(norm), size, static_cast<float>(epsilon));
+    std::vector<T> x(size);
+    normalised(residual, weight<T>(norm), x.data(), size, static_cast<float>(epsilon));
     const T *const cos = weight<T>(cosine), *const sin = weight<T>(sine);
 
     auto query = at::empty({1, heads, 1, each}, hidden.options());
@@ -81,7 +69,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> routed_layer(
       multiply<STREAMED, T>({of_key, of_value}, x.data(), size);
     add(key, maps[5]);
     add(value, maps[6]);
-    rotate(key, groups, each, cos, sin);
+    rotate_all(key, groups, each, cos, sin);
     T *const all_keys = keys.mutable_data_ptr<T>(), *const all_values = values.mutable_data_ptr<T>();
     for (int64_t group = 0; group < groups; ++group) {
       const int64_t to = (group * capacity + place) * each;
@@ -131,7 +119,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> routed_layer(
     }
     if (attends) {
       add(asked, maps[4]);
-      rotate(asked, heads, each, cos, sin);
+      rotate_all(asked, heads, each, cos, sin);
       const auto attended = attend_one(query, keys, values, place + 1, scale);
       std::memcpy(mixed.data(), attended.template const_data_ptr<T>(), inner * sizeof(T));
     }

@@ -114,26 +114,6 @@ void rows_of(const Pass& pass, const T* w, const T* bias, const T* x, T* y, cons
     for (int64_t i = share.first; i < share.last; ++i) y[t * rows + i] = static_cast<T>(y[t * rows + i] + bias[i]);
 }
 
-// Rotary positions in the rotate-half form, of one head of `each` numbers; each product rounded, as the framework does.
-template <typename T>
-void rotate(const T* x, int64_t each, const T* cosine, const T* sine, float* to) {
-  const int64_t half = each / 2, whole = half / LANES * LANES;
-  const auto turned = [&](const Floats& a, const Floats& b, int64_t at) {
-    return rounded<T>(rounded<T>(a * load(cosine + at)) + rounded<T>(b * load(sine + at)));
-  };
-  for (int64_t i = 0; i < whole; i += LANES) {
-    const Floats first = load(x + i), second = load(x + i + half);
-    store(to + i, turned(first, -second, i));
-    store(to + i + half, turned(second, first, i + half));
-  }
-  const auto product = [](float a, float b) { return static_cast<float>(static_cast<T>(a * b)); };
-  for (int64_t i = whole; i < half; ++i) {
-    const float first = x[i], second = x[i + half];
-    to[i] = static_cast<T>(product(first, cosine[i]) + product(-second, sine[i]));
-    to[i + half] = static_cast<T>(product(second, cosine[i + half]) + product(first, sine[i + half]));
-  }
-}
-
 // gate = silu(gate) * up, of `count` numbers.
 template <typename T>
 void activate(T* gate, const T* up, int64_t count) {

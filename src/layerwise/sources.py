@@ -134,7 +134,7 @@ def load_base(
         )
         _require_all(sorted(found["missing_keys"]))
     if not os.path.isdir(str(name or DEFAULT)):
-        model.config.name_or_path = str(name or DEFAULT)
+        model.name_or_path = model.config.name_or_path = str(name or DEFAULT)  # PEFT reads the first
     return model.to(device).eval()
 
 

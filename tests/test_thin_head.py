@@ -26,7 +26,7 @@ from layerwise.model.compiled import compiler_available
 from layerwise.model.runtime import Runtime
 from layerwise.model.thin_head import ThinHead
 from layerwise.policies.gates import GatedPolicy
-from layerwise.training.head_fits import answer_states, fit_thin_head
+from layerwise.training.head_fits import final_states, fit_thin_head
 from layerwise.training.layerroute import train
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
@@ -195,8 +195,8 @@ def test_a_fit_keeps_the_directions_that_matter() -> None:
     model = attach(tiny.model("llama"))
     examples = [answered(tiny.tokens(1, 9, seed)[0].tolist()) for seed in range(30)]
     backbone, plan = model.runtime.backbone, Plan.parse("0-3")
-    states = answer_states(model, examples, plan)
-    assert len(states) == sum(label != -100 for one in examples for label in one.labels)
+    states = torch.cat([*final_states(model, examples, plan)])
+    assert len(states) == sum(len(one.input_ids) for one in examples)  # of prompts as well as answers
     weight = backbone.head.weight
 
     def error(head: ThinHead) -> float:

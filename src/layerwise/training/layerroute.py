@@ -40,8 +40,8 @@ are chosen that matter least to the half of some examples that bear it best (`ne
 layers that lose some are those that have gates. Which examples bear it best is told by leaving out many, PROBE of all
 at least: what costs nobody much cannot be ranked.
 
-With `head_rank` the LM head has a gate, and closed it leaves a thin one (`model.thin_head`), fitted at the end to the
-answers of all these examples (`head_fits`): those that bear it best are the easy ones, and the others need it more.
+With `head_rank` the LM head has a gate, and closed it leaves a thin one (`model.thin_head`), fitted at the end to
+examples of all kinds (`head_fits`): those that bear it best are the easy ones, and the others need it more.
 
 Means of gates are over rows and all layers. No objective knows of what kind an input is.
 """
@@ -76,10 +76,11 @@ from layerwise.training.neuron_fits import choose_neurons
 from layerwise.training.trainer import frozen_base, read_examples, run_fits, run_training
 
 BRIDGED = 384  # examples, of which half fit the bridges
-THINNED = 256  # examples, of which half choose and mend thin MLPs, and all fit the thin head
+THINNED = 256  # examples, of which half choose and mend thin MLPs
+PREVIEWED = 512  # examples that the thin head is fitted to
 SCORED = 96  # of the examples for thin MLPs say which neurons all kinds can do without
 PROBE = 0.3  # of the neurons that are left out to see which examples bear that best
-CANDIDATES = 1024  # of a thin head: tokens whose logits are computed in full
+CANDIDATES = 2048  # of a thin head: tokens whose logits are computed in full
 LAST_FITTED = 384  # examples that routers are fitted to at last
 BORNE = 0.1  # of the examples have to be within the tolerance, or it is too small to tell examples apart by
 PRUDENCE = 3.0  # at last, when no training follows: an input that skips what it cannot bear loses most
@@ -202,7 +203,7 @@ class LayerRoute(nn.Module):
         if self.recipe.head_rank:
             notify("fitting the thin head")
             candidates = min(CANDIDATES, len(self.model.runtime.backbone.head.weight))
-            some = drawn(examples, seed, THINNED)
+            some = drawn(examples, seed, PREVIEWED)
             fit_thin_head(self.model, some, self._short(), self.recipe.head_rank, candidates)
 
     @property

@@ -147,7 +147,7 @@ class CompiledEngine:
         if rows > 1 or width > MOST or frame.counts[0] != width or not self._infers(frame):
             return hidden, 0
         if not holds(steps[first].slot, frame.cache, frame.starts, hidden.dtype):
-            return hidden, 0
+            return hidden, 0  # before a walk is made that could not begin
         walk = self._walk_from(steps, first, width)
         if walk.dtype != hidden.dtype:
             return hidden, 0

@@ -98,7 +98,7 @@ def _summed(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _same_lora(adapter: str | Path, other: str | Path) -> bool:
+def same_lora(adapter: str | Path, other: str | Path) -> bool:
     """Whether two adapters change the base model's weights alike."""
     from safetensors.torch import load_file
 
@@ -142,7 +142,7 @@ def answer_quality(
         ("full_depth", adapter, [str(Plan.full(depth))]),
     ]
     contenders += [("reference", reference, None)] if reference is not None else []
-    if reference is not None and _same_lora(adapter, reference):  # then it is what runs at full depth
+    if reference is not None and same_lora(adapter, reference):  # then it is what runs at full depth
         del contenders[1]
     for contender, folder, plans in contenders:
         loaded = from_pretrained(model, adapter=folder, dtype=fast_dtype(device), device=device).eval()

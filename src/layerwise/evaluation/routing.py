@@ -34,7 +34,7 @@ from layerwise.cost import Cost, ModelShape, decode_cost, head_run, layers_run
 from layerwise.data import collate, length_sorted_batches, load, tokenize
 from layerwise.data.routing import side
 from layerwise.evaluation.intervals import interval
-from layerwise.evaluation.routed_answers import Asked, answer_quality, timed
+from layerwise.evaluation.routed_answers import Asked, answer_quality, same_lora, timed
 from layerwise.hub import base_name, from_pretrained
 from layerwise.plan import Plan, Visit
 from layerwise.policies.gates import GatedPolicy
@@ -251,7 +251,11 @@ def routing_suite(
     notify(f"routed: {len(asked)} answers")
     by["full_depth"] = losses.by([Plan.full(routed.depth)] * len(asked))
     notify("full depth: done")
-    others = {"base": None} | ({"reference": reference} if reference is not None else {})
+    others: dict[str, str | Path | None] = {"base": None}
+    if reference is not None and same_lora(adapter, reference):  # then it is what runs at full depth
+        by["reference"] = by["full_depth"]
+    elif reference is not None:
+        others["reference"] = reference
     for name, other in others.items():
         loaded = from_pretrained(base, adapter=other, dtype=dtype, engine="eager", device=device).eval()
         by[name], _ = answer_losses(loaded, asked, pad)

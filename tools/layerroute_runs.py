@@ -68,7 +68,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "head": BY_FITS
     | {
         "leave": "neurons",
-        "neurons": 0.05,
+        "neurons": 0.08,
         "keep": "0-3",
         "mend_rank": 96,
         "head_rank": 128,

@@ -112,6 +112,14 @@ def trained(name: str, seed: int, work: Path, data: Path) -> Path:
     return out
 
 
+def kept(run: dict[str, Any], work: Path) -> dict[str, Any]:
+    """A run's entry, written to the work folder: whole or not at all."""
+    file = work / f"{run['adapter']}.json"
+    file.with_suffix(".tmp").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
+    os.replace(file.with_suffix(".tmp"), file)
+    return run
+
+
 def judged(name: str, seed: int, work: Path, data: Path, samples: int) -> dict[str, Any]:
     """The run's entry in the results; measured if the work folder has none.
 
@@ -123,10 +131,7 @@ def judged(name: str, seed: int, work: Path, data: Path, samples: int) -> dict[s
         adapter = trained(name, seed, work, data)
         reference = trained("none", referred(name, seed), work, data)
         command = f"python tools/layerroute_runs.py --recipes {name} --seeds {seed} --samples {samples}"
-        found = routing_suite(adapter, None, reference, samples, command=command, notify=options.note)
-        written = json.dumps(found, indent=2) + "\n"
-        file.with_suffix(".tmp").write_text(written, encoding="utf-8")
-        os.replace(file.with_suffix(".tmp"), file)
+        kept(routing_suite(adapter, None, reference, samples, command=command, notify=options.note), work)
     entry = json.loads(file.read_text(encoding="utf-8"))
     if entry["samples"] != samples:
         raise ValueError(f"'{file}' is of {entry['samples']} samples, not {samples}: delete it, or give another --work")
@@ -135,12 +140,6 @@ def judged(name: str, seed: int, work: Path, data: Path, samples: int) -> dict[s
         saved = json.loads(record.read_text(encoding="utf-8"))["config"]
         configured(name, seed, work, data).check_resumable(saved)
     return entry
-
-
-def kept(run: dict[str, Any], work: Path) -> dict[str, Any]:
-    """A run's entry, written to the work folder."""
-    (work / f"{run['adapter']}.json").write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
-    return run
 
 
 def answered(run: dict[str, Any], work: Path, answers: int) -> dict[str, Any]:

@@ -162,7 +162,7 @@ def layerroute_table(result: dict[str, Any]) -> str:
     prompts = sorted({run["kinds"]["tools"]["n"] for run in runs})
     counted = {count: [_route_name(run) for run in runs if run["kinds"]["tools"]["n"] == count] for count in prompts}
     commits = ", ".join(dict.fromkeys(run["environment"]["commit"] for run in runs))
-    answered = [run for run in runs if run.get("generated")]
+    answered = [run for run in runs if run.get("generated") and run.get("time")]
     threads = "; ".join(sorted({f"{run['time']['environment']['threads']} threads" for run in answered}))
     lines += [
         "",

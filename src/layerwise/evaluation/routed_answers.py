@@ -110,9 +110,8 @@ def same_lora(adapter: str | Path, other: str | Path) -> bool:
         scales.append([config.get(name) for name in ("r", "lora_alpha", "use_rslora", "use_dora")])
         weights.append(load_file(folder / "adapter_model.safetensors"))
     ours, theirs = weights
-    return (
-        scales[0] == scales[1] and ours.keys() == theirs.keys() and all(torch.equal(ours[k], theirs[k]) for k in ours)
-    )
+    alike = ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return alike and scales[0] == scales[1]
 
 
 def answer_quality(
@@ -137,13 +136,11 @@ def answer_quality(
     chosen = {name: those for name, those in chosen.items() if those[0]}
     found: dict[str, Any] = {name: {} for name in chosen}
     correct: dict[tuple[str, str], list[bool]] = {}
-    contenders: list[tuple[str, str | Path, list[str] | None]] = [
-        ("routed", adapter, None),
-        ("full_depth", adapter, [str(Plan.full(depth))]),
-    ]
-    contenders += [("reference", reference, None)] if reference is not None else []
-    if reference is not None and same_lora(adapter, reference):  # then it is what runs at full depth
-        del contenders[1]
+    contenders: list[tuple[str, str | Path, list[str] | None]] = [("routed", adapter, None)]
+    if reference is None or not same_lora(adapter, reference):  # else the reference is what runs at full depth
+        contenders.append(("full_depth", adapter, [str(Plan.full(depth))]))
+    if reference is not None:
+        contenders.append(("reference", reference, None))
     for contender, folder, plans in contenders:
         loaded = from_pretrained(model, adapter=folder, dtype=fast_dtype(device), device=device).eval()
         for name, (those, new_tokens) in chosen.items():

@@ -18,9 +18,9 @@ from layerwise import Plan, attach
 from layerwise.evaluation.exits import exit_quality
 from layerwise.training import layerskip
 from layerwise.training.exit_loss import exit_losses, labelled
+from layerwise.training.global_batches import GlobalBatches
 from layerwise.training.layerskip import LayerSkip, LayerSkipRecipe, survivors
 from layerwise.training.schedules import drop_rates, exit_weights, gradual, rotational
-from layerwise.training.trainer import GlobalBatches
 
 LAYERS = tiny.LAYERS
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}

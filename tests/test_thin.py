@@ -38,10 +38,10 @@ from layerwise.training.neuron_fits import (
     Moments,
     Thinned,
     cheapest,
-    choose_neurons,
     eliminated,
     low_rank,
     moments,
+    thin_mlps,
 )
 
 LORA = "adapter_model.safetensors"
@@ -252,11 +252,11 @@ def test_neurons_are_chosen_for_those_that_bear_it(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(layerroute, "lost", lambda *_: torch.tensor([0.9, 0.1, 0.8, 0.2, 0.3, 0.7]))
     asked: list[list[Any]] = []
 
-    def noted(model: LayerwiseForCausalLM, those: list[Any], *given: Any, **options: Any) -> None:
+    def noted(model: LayerwiseForCausalLM, those: list[Any]) -> list[Moments]:
         asked.append([*those])
-        choose_neurons(model, those, *given, **options)
+        return moments(model, those)
 
-    monkeypatch.setattr(layerroute, "choose_neurons", noted)
+    monkeypatch.setattr(layerroute, "moments", noted)
     made.choose_neurons(examples)
     assert asked == [examples, [examples[at] for at in (1, 3, 4)]]
     layers = made.model.thin.numbers
@@ -264,6 +264,30 @@ def test_neurons_are_chosen_for_those_that_bear_it(monkeypatch: pytest.MonkeyPat
     assert made.model.policy.thin == layers and set(made.model.policy.keep) == {*range(LAYERS)} - {*layers}
     left_out = sum(48 - len(those) for those in made.model.thin.kept.values())
     assert left_out == round(0.3 * LAYERS * 48 / 6) * 6  # whole eighths
+
+
+def test_inputs_skip_what_they_would_bear_more_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What routers are fitted to is lost by so many times the neurons; what gates leave out is the fewer."""
+    given: dict[str, Any] = {"fits": 1, "leave": "neurons", "neurons": 0.1, "keep": "0", "hold": 1.0}
+    made = module(10, margin=3.0, **given)
+    examples = [answered(tiny.tokens(1, 6 + seed, seed)[0].tolist()) for seed in range(6)]
+    made.choose_neurons(examples)
+    parts: list[int] = []
+
+    def measured(model: LayerwiseForCausalLM, those: list[Any], plan: Plan) -> torch.Tensor:
+        assert {visit.layer for visit in plan if visit.part is Part.THIN} == {*model.thin.numbers}
+        parts.append(sum(48 - len(kept) for kept in model.thin.kept.values()) // 6)
+        return torch.tensor([0.9, 0.0, 0.8, 0.0, 0.0, 0.7])
+
+    monkeypatch.setattr(layerroute, "lost", measured)
+    own, policy = made.model.thin, made.model.policy
+    assert made.fit_gates(examples) == (pytest.approx(0.4), 0.5)
+    assert parts == [round(0.3 * LAYERS * 8)]
+    assert made.model.thin is own and made.model.policy.thin == policy.thin == own.numbers
+    assert sum(48 - len(kept) for kept in own.kept.values()) // 6 == round(0.1 * LAYERS * 8)
+    one_line(lambda: module(10, margin=0.5, **given), "margin must be at least 1")
+    one_line(lambda: module(10, margin=10.0, **given), "below 10 for that many neurons")
+    one_line(lambda: module(10, margin=2.0, **given | {"hold": 0.5}), "hold 1 too")
 
 
 @torch.no_grad()
@@ -298,7 +322,7 @@ def test_neurons_that_others_can_speak_for_go_first_and_are_mended(monkeypatch: 
     examples = [answered(tiny.tokens(1, 30, seed)[0].tolist()) for seed in range(40)]
     ids, off = tiny.tokens(2, 9, 99), {}
     for rank in (0, 6):
-        choose_neurons(model, examples, 1 / (LAYERS * 8), rank)
+        model.thin_by(thin_mlps(model, moments(model, examples), 1 / (LAYERS * 8), rank))
         assert model.thin.numbers == (2,) and len(model.thin.kept[2]) == 42
         assert all((neuron in model.thin.kept[2]) != (neuron + 6 in model.thin.kept[2]) for neuron in range(6))
         off[rank] = (model(ids, plans=["0-1 2t 3-5"] * 2).logits - model(ids).logits).norm()

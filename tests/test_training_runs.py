@@ -26,8 +26,8 @@ from layerwise.hub import save_adapter
 from layerwise.model import causal_lm
 from layerwise.training import frozen, layerskip
 from layerwise.training.config import FrozenConfig, TrainingConfig
+from layerwise.training.global_batches import GlobalBatches
 from layerwise.training.layerskip import LayerSkipConfig, train
-from layerwise.training.trainer import GlobalBatches
 
 LAYERS = tiny.LAYERS
 

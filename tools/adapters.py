@@ -27,7 +27,7 @@ from layerwise.training import routed_text as text_training
 from layerwise.training.answers import write_answers
 from layerwise.training.config import DrLLMConfig, FrozenConfig, LayerSkipConfig
 from layerwise.training.curriculum import RoutedTextConfig
-from layerwise.training.trainer import last_checkpoint
+from layerwise.training.runs import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 CHEAPEST = "6-8 15 17 20 24-26 28-29"  # by what layers lose, in nats, if half of their positions do not attend

@@ -23,7 +23,7 @@ from layerwise.evaluation.routing import held_out, routing_suite
 from layerwise.sources import load_tokenizer
 from layerwise.training import layerroute
 from layerwise.training.config import LayerRouteConfig
-from layerwise.training.trainer import RECORD, last_checkpoint
+from layerwise.training.runs import RECORD, last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "layerroute.json"

@@ -29,7 +29,7 @@ from layerwise.sources import load_tokenizer
 from layerwise.training import layerskip
 from layerwise.training.answers import greedy_answers
 from layerwise.training.config import LayerSkipConfig
-from layerwise.training.trainer import last_checkpoint
+from layerwise.training.runs import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 ADAPTER = ROOT / "adapters" / "layerskip"

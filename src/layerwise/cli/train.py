@@ -42,6 +42,7 @@ OBJECTIVES_OF: dict[str, tuple[str, ...]] = {
             "leave",
             "neurons",
             "mend_rank",
+            "margin",
             "head_rank",
             "adapter",
         ),

@@ -50,7 +50,7 @@ from layerwise.sources import dtype_text
 from layerwise.training.drllm import classes_or_counts, labels_for, path_to_imitate
 from layerwise.training.features import decided_plans
 from layerwise.training.routers import macro_f1
-from layerwise.training.trainer import RECORD
+from layerwise.training.runs import RECORD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -40,7 +40,7 @@ from layerwise.plan import Plan, Visit
 from layerwise.policies.gates import GatedPolicy
 from layerwise.sources import fast_dtype, load_tokenizer
 from layerwise.training.exit_loss import labelled
-from layerwise.training.trainer import RECORD
+from layerwise.training.runs import RECORD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

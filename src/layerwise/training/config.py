@@ -254,6 +254,10 @@ class LayerRouteRecipe:
     mend_rank: int = field(
         default=0, metadata=_help("Leave neurons: rank of what mends the MLPs that lost some; 0 for nothing.")
     )
+    margin: float = field(
+        default=1.0,
+        metadata=_help("Leave neurons, hold 1: inputs skip that would bear so many times the neurons left out."),
+    )
     head_rank: int = field(
         default=0,
         metadata=_help("With fits: the LM head has a gate too, closed for one that looks at so many numbers; 0: none."),
@@ -301,6 +305,14 @@ class LayerRouteRecipe:
         _require(not self.bridge_rank or self.fits > 0, "bridges are fitted with the routers: give fits too")
         _require(self.leave == "nothing" or self.fits > 0, f"leaving {self.leave} is of fitted routers: give fits too")
         _require(0 < self.neurons < 1, f"neurons must be a share above 0 and below 1, not {self.neurons}")
+        _require(
+            1 <= self.margin < 1 / self.neurons or self.margin == 1,
+            f"margin must be at least 1, and below {1 / self.neurons:.3g} for that many neurons, not {self.margin}",
+        )
+        _require(
+            self.margin == 1 or (self.leave == "neurons" and self.hold == 1),
+            "a margin is of neurons, fitted when the LoRA has learnt: give leave neurons and hold 1 too",
+        )
         _require(
             self.leave != "neurons" or not (self.start_closed or self.candidates),
             "neurons are chosen in all layers but those of keep: leave out start-closed and candidates",

@@ -39,7 +39,7 @@ from layerwise.training.features import decided_plans, kept_features, path_windo
 from layerwise.training.menu import effects, static_plans, train_menu
 from layerwise.training.plan_bridges import bridge_every_layer
 from layerwise.training.routers import choose, fit_layers, macro_f1
-from layerwise.training.trainer import RECORD
+from layerwise.training.runs import RECORD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -41,7 +41,8 @@ from layerwise.plan import Plan
 from layerwise.sources import load_tokenizer
 from layerwise.training.answers import write_answers
 from layerwise.training.config import FrozenConfig, computed_in
-from layerwise.training.trainer import RecipeTrainer, run_training, starting_point, training_arguments
+from layerwise.training.runs import run_training, starting_point, training_arguments
+from layerwise.training.trainer import RecipeTrainer
 
 ANSWERS = "answers.jsonl"
 FITTED = 64  # texts for the least squares

@@ -43,12 +43,17 @@ at least: what costs nobody much cannot be ranked.
 With `head_rank` the LM head has a gate, and closed it leaves a thin one (`model.thin_head`), fitted at the end to
 examples of all kinds (`head_fits`): those that bear it best are the easy ones, and the others need it more.
 
+What costs nobody much cannot tell inputs apart either: with few neurons left out, what an answer loses is chance, and
+half of the inputs that cannot do without lose nothing. So with a `margin` the gaps that routers are fitted to are
+those of leaving out so many times the neurons: an input skips what it would bear much more of.
+
 Means of gates are over rows and all layers. No objective knows of what kind an input is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -65,6 +70,7 @@ from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.model.frame import Frame
 from layerwise.model.packing import Packing, lengths_of_prompts
 from layerwise.model.runtime import EagerEngine, Runtime
+from layerwise.model.thin import ThinMlps
 from layerwise.plan import Plan, Route, Step, schedule
 from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.bridge_fit import fit_bridges
@@ -72,8 +78,8 @@ from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, comput
 from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, parting, row_losses
 from layerwise.training.head_fits import fit_thin_head
 from layerwise.training.layerroute_trainer import LayerRouteTrainer, drawn
-from layerwise.training.neuron_fits import choose_neurons
-from layerwise.training.trainer import frozen_base, read_examples, run_fits, run_training
+from layerwise.training.neuron_fits import moments, thin_mlps
+from layerwise.training.runs import frozen_base, read_examples, run_fits, run_training
 
 BRIDGED = 384  # examples, of which half fit the bridges
 THINNED = 256  # examples, of which half choose and mend thin MLPs
@@ -118,6 +124,7 @@ class LayerRoute(nn.Module):
         self.price = 0.0 if recipe.objective == "budget" else recipe.penalty
         # Numbers and not buffers: data parallel wrappers would overwrite them with those of the first process.
         self.seen, self.rows_seen = 0.0, 0.0  # what the dual variable is moved by, summed since it was
+        self.strained: ThinMlps | None = None
         self.weight: nn.Parameter | None = None
         self.bias: nn.Parameter | None = None
         if recipe.objective != "none":
@@ -162,7 +169,8 @@ class LayerRoute(nn.Module):
         Returns:
             the mean gap, nats a token, and the share of examples whose gap is bearable.
         """
-        gaps = lost(self.model, examples, self._short())
+        with self._strained():
+            gaps = lost(self.model, examples, self._short())
         bearable = self.recipe.tolerance
         if self.recipe.hold < 1 or (gaps < bearable).float().mean() < BORNE:
             # A few inputs that lose very much draw the parting up, to where those that lose much seem to lose little.
@@ -177,12 +185,25 @@ class LayerRoute(nn.Module):
 
     def choose_neurons(self, examples: Sequence[Tokens]) -> None:
         """Choose thin MLPs, first by some of these examples, then anew by the half of all that lose least by those."""
-        keep = layers_of(self.recipe.keep, self.model.depth)
-        choose_neurons(self.model, examples[:SCORED], max(PROBE, self.recipe.neurons), keep=keep)
-        self.may_thin()
-        bearing = self._bearing(examples)
-        choose_neurons(self.model, bearing, self.recipe.neurons, self.recipe.mend_rank, keep)
-        self.may_thin()
+        model, recipe = self.model, self.recipe
+        keep, strained = layers_of(recipe.keep, model.depth), recipe.neurons * recipe.margin
+        self.thin_by(thin_mlps(model, moments(model, examples[:SCORED]), max(PROBE, strained), keep=keep))
+        found = moments(model, self._bearing(examples))
+        if recipe.margin > 1:
+            self.strained = thin_mlps(model, found, strained, recipe.mend_rank, keep)
+        self.thin_by(thin_mlps(model, found, recipe.neurons, recipe.mend_rank, keep))
+
+    @contextmanager
+    def _strained(self) -> Iterator[None]:
+        """With the recipe's margin: the thin MLPs that leave out so many times more, in place of the model's own."""
+        own = self.model.thin
+        if self.strained is not None:
+            self.thin_by(self.strained)
+        try:
+            yield
+        finally:
+            if self.strained is not None:
+                self.thin_by(own)
 
     def _bearing(self, examples: Sequence[Tokens]) -> list[Tokens]:
         """The half of these examples that lose least by all skips but that of the head."""
@@ -216,12 +237,11 @@ class LayerRoute(nn.Module):
         """The plan of a prompt that skips all it may."""
         return self.model.policy.plan(self.model.policy.free)
 
-    def may_thin(self) -> None:
-        """Have gates close where there are thin MLPs, and nowhere else."""
-        assert self.model.thin is not None
-        thin = self.model.thin.numbers
-        kept = tuple(layer for layer in range(self.model.depth) if layer not in thin)
-        self.model.policy = replace(self.model.policy, keep=kept, thin=thin)
+    def thin_by(self, thin: ThinMlps) -> None:
+        """Have gates leave these where they are, and close nowhere else."""
+        self.model.thin_by(thin)
+        kept = tuple(layer for layer in range(self.model.depth) if layer not in thin.numbers)
+        self.model.policy = replace(self.model.policy, keep=kept, thin=thin.numbers)
 
     def _leave(self) -> None:
         """Leave of every layer that may be skipped what the recipe says; a new bridge adds nothing yet."""

@@ -73,8 +73,7 @@ class LayerRouteTrainer(RecipeTrainer):
             bridges = Bridges.load(folder, module.model.runtime.backbone)
             module.model.bridges.load_state_dict(bridges.state_dict())
         if (folder / THIN_FILE).is_file():
-            module.model.thin_by(ThinMlps.load(folder, module.model.runtime.backbone))
-            module.may_thin()
+            module.thin_by(ThinMlps.load(folder, module.model.runtime.backbone))
         if module.weight is not None:
             saved = GatedPolicy.load(module.model.policy.to_dict(), module.model.depth, folder)
             with torch.no_grad():

@@ -35,8 +35,9 @@ from layerwise.model.runtime import EagerEngine, Runtime
 from layerwise.plan import Slot, Step, Visit
 from layerwise.training.config import LayerSkipConfig, LayerSkipRecipe
 from layerwise.training.exit_loss import LOGITS_AT_ONCE, exit_losses, labelled
+from layerwise.training.runs import frozen_base, run_training
 from layerwise.training.schedules import drop_rates, exit_weights, gradual, rotational
-from layerwise.training.trainer import RecipeTrainer, frozen_base, run_training
+from layerwise.training.trainer import RecipeTrainer
 
 SAMPLE = 24  # examples to judge exits by
 AGREEMENT = 0.4  # below, drafting by an exit cannot pay

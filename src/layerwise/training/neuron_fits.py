@@ -177,19 +177,19 @@ def cheapest(ways: Iterable[Iterable[Thinned]], steps: int) -> list[Thinned | No
 
 
 @torch.no_grad()
-def choose_neurons(
-    model: LayerwiseForCausalLM, examples: Sequence[Tokens], share: float, rank: int = 0, keep: Collection[int] = ()
-) -> None:
-    """Give the model thin MLPs that leave out a share of all its neurons, those that cost these answers least.
+def thin_mlps(
+    model: LayerwiseForCausalLM, found: Sequence[Moments], share: float, rank: int = 0, keep: Collection[int] = ()
+) -> ThinMlps:
+    """Thin MLPs that leave out a share of all the model's neurons, those that cost least by these moments.
 
     Args:
+        found: of every layer, over the answers in question; see `moments`.
         rank: of what mends them; 0 for nothing.
         keep: layers that keep all their neurons.
 
     Raises:
         ValueError: the other layers have not so many to leave out, each of which keeps a part.
     """
-    found = moments(model, examples)
     maps = [gated(layer.mlp)[2] for layer in model.runtime.backbone.layers]
     free, wanted = [layer for layer in range(model.depth) if layer not in keep], round(share * len(maps) * SIZES)
     if wanted > len(free) * (SIZES - 1):
@@ -198,9 +198,9 @@ def choose_neurons(
         )
     ways = (eliminated(maps[layer].weight.detach().float(), found[layer]) for layer in free)
     chosen = {layer: one for layer, one in zip(free, cheapest(ways, wanted), strict=True) if one is not None}
-    model.thin_by(ThinMlps(model.runtime.backbone, {layer: one.kept for layer, one in chosen.items()}, rank))
+    thin = ThinMlps(model.runtime.backbone, {layer: one.kept for layer, one in chosen.items()}, rank)
     for layer, one in chosen.items() if rank else ():
-        mend, says = model.thin.mends[str(layer)], found[layer].says
+        mend, says = thin.mends[str(layer)], found[layer].says
         stay = torch.cat([one.kept, torch.tensor([len(says) - 1])])
         change = one.weight - maps[layer].weight.detach().float().cpu()[:, one.kept]
         into, out = low_rank(change, Moments(says[stay][:, stay], found[layer].matters), rank)
@@ -208,6 +208,7 @@ def choose_neurons(
         mend.into.weight.copy_(into)
         mend.out.weight.copy_(out)
         mend.out.bias.copy_(one.bias + (change - out @ into) @ mean)
+    return thin
 
 
 def low_rank(change: Tensor, of: Moments, rank: int) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import importlib.util
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import figures
 import pytest
 import tiny
 import torch
@@ -195,15 +195,11 @@ def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_tool_draws_what_has_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("figures", Path(__file__).parents[1] / "tools" / "figures.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
     for folder in ("results", "docs"):
         (tmp_path / folder).mkdir()
     result = {"variants": {"plain": {"acceptance": {"4": 0.2, "8": 0.5}, "last_layer": {}}}}
     (tmp_path / "results" / "layerskip_ablation.json").write_text(json.dumps(result))
-    tool.main(tmp_path)
+    figures.main(tmp_path)
     assert [one.name for one in (tmp_path / "docs").iterdir()] == ["ablation.png"]
     assert "no results/layerskip_quality.json" in capsys.readouterr().out
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import runpy
 import signal
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tables import routed_text_table
 from test_routed_attention import CLOSE, Counter
 from tiny import one_line
 from torch import Tensor
@@ -28,7 +28,6 @@ from layerwise.training.curriculum import RoutedTextConfig
 from layerwise.training.routed_fit import States, fit_layer, fit_taps, metric
 from layerwise.training.routed_text import TextRun, convert, cut
 
-TABLES = Path(__file__).resolve().parents[1] / "tools" / "tables.py"
 KINDS = ["llama", "qwen2", "mistral"]
 
 
@@ -309,7 +308,7 @@ def test_a_fit_holds_the_usage_aimed_at_and_reports_controls(tmp_path: Path) -> 
     low, high = result["interval"]
     assert low <= result["ratio"] <= high and result["generate"][0]["routed_step_seconds"] > 0
     assert all(layer.mixing == "routed" for layer in training.routed)  # controls have left nothing behind
-    table = runpy.run_path(str(TABLES))["routed_text_table"](result)
+    table = routed_text_table(result)
     assert f"{result['perplexity']:.2f}" in table and table.count("| routed, another") == len(CURVE)
     routed_text_figure(result, tmp_path / "routed_text.png")
     assert (tmp_path / "routed_text.png").stat().st_size > 5000

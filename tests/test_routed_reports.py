@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import routed_attention_runs as tool
 from test_recall import config
 from tiny import one_line
 from typer.testing import CliRunner
@@ -18,7 +18,6 @@ from layerwise.report.attention_figures import recall_figure, routed_speed_figur
 from layerwise.training.curriculum import RoutedAttentionConfig
 from layerwise.training.routed_attention import train
 
-TOOL = Path(__file__).resolve().parents[1] / "tools" / "routed_attention_runs.py"
 SMALL = [
     "--steps",
     "2",
@@ -66,14 +65,13 @@ def test_bench_from_the_command_line(tmp_path: Path) -> None:
 
 
 def test_runs_are_kept_in_order_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    tool = runpy.run_path(str(TOOL))
-    for run in tool["planned"]():  # every run is a configuration that fits
+    for run in tool.planned():  # every run is a configuration that fits
         RoutedAttentionConfig(out=str(tmp_path / "none"), **run.options()).rules()
-    monkeypatch.setitem(tool["kept"].__globals__, "RESULT", tmp_path / "runs.json")
+    monkeypatch.setattr(tool, "RESULT", tmp_path / "runs.json")
     for seed in (1, 0):
         changes = {"task": "mqar", "distance": 256, "pairs": 8, "seed": seed, "steps": 2}
-        tool["add"](train(config(tmp_path / str(seed), **changes)))
-    runs = tool["kept"]()
+        tool.add(train(config(tmp_path / str(seed), **changes)))
+    runs = tool.kept()
     assert [run["seed"] for run in runs] == [0, 1] and runs[0]["pairs"] == 8 and "config" not in runs[0]
     recall_figure(runs, tmp_path / "recall.png")
     routing_figure(runs[0]["example"], runs[0]["pairs"], tmp_path / "routing.png")

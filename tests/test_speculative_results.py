@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from tables import speculative_table
 from typer.testing import CliRunner
 
 from layerwise import attach
@@ -19,8 +19,6 @@ from layerwise.benchmarks.speculative import _compared, static_drafts
 from layerwise.cli import app
 from layerwise.cli.bench import _keep, _kept, _print_speculative
 from layerwise.trace import Source, Trace
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def ran(tokens: list[int], seconds: float, drafted: int = 0, accepted: int = 0) -> Any:
@@ -177,13 +175,10 @@ def test_a_file_of_something_else_is_not_overwritten(text: str, tmp_path: Path) 
 
 
 def test_the_table_says_how_many_rows_are_identical() -> None:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "tools" / "tables.py")
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
     runs = [{"label": "mine", "tasks": [result("tools", 1.5), result("chat", 1.25)]}]
-    text = tables.speculative_table({"runs": runs})
+    text = speculative_table({"runs": runs})
     assert "| tools | mine | **1.50x** | 1.20x | 100 | 50% | 2.00 | 4.0x | 9.0x |" in text
     assert "identical to plain decoding's in 1 of 2 rows" in text and "fixed draft" not in text
     runs[0]["tasks"][0] |= {"auto_vs_best_static": 0.9, "hopeless": 0.97}
-    text = tables.speculative_table({"runs": runs})
+    text = speculative_table({"runs": runs})
     assert "0.90 times as fast as the best fixed draft" in text and "1 rows were swept" in text

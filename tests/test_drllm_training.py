@@ -21,8 +21,8 @@ from layerwise.cli.train import app
 from layerwise.policies.router import WINDOWS, MenuPolicy, PerLayerPolicy, Routers, classes_of, plan_of, windows
 from layerwise.search.evaluator import PathEvaluator
 from layerwise.training import drllm, features
-from layerwise.training.config import DrLLMConfig, RouterRecipe
 from layerwise.training.features import decided_plans, kept_features, menu_reads, path_windows
+from layerwise.training.recipes import DrLLMConfig, RouterRecipe
 from layerwise.training.routers import (
     choose,
     class_weights,

@@ -14,8 +14,8 @@ from tiny import one_line
 from layerwise import Plan
 from layerwise.search.tree import Edit, Kind
 from layerwise.training import menu
-from layerwise.training.config import RouterRecipe
 from layerwise.training.menu import Tried, best_edits, drawn_to_mean, effects, finalists, joined, served, static_plans
+from layerwise.training.recipes import RouterRecipe
 
 SKIP = [Edit(Kind.SKIP, layer) for layer in range(LAYERS)]
 REPEAT = [Edit(Kind.REPEAT, layer) for layer in range(LAYERS)]

@@ -25,9 +25,10 @@ from layerwise.cli.train import app
 from layerwise.hub import save_adapter
 from layerwise.model import causal_lm
 from layerwise.training import frozen, layerskip
-from layerwise.training.config import FrozenConfig, TrainingConfig
+from layerwise.training.config import TrainingConfig
 from layerwise.training.global_batches import GlobalBatches
 from layerwise.training.layerskip import LayerSkipConfig, train
+from layerwise.training.recipes import FrozenConfig
 
 LAYERS = tiny.LAYERS
 

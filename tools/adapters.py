@@ -25,8 +25,8 @@ from layerwise.sources import load_tokenizer
 from layerwise.training import drllm, frozen, layerskip
 from layerwise.training import routed_text as text_training
 from layerwise.training.answers import write_answers
-from layerwise.training.config import DrLLMConfig, FrozenConfig, LayerSkipConfig
 from layerwise.training.curriculum import RoutedTextConfig
+from layerwise.training.recipes import DrLLMConfig, FrozenConfig, LayerSkipConfig
 from layerwise.training.runs import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -12,6 +12,9 @@ import argparse
 import json
 import os
 import sys
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +25,12 @@ from layerwise.evaluation.routed_answers import answer_quality, timed
 from layerwise.evaluation.routing import held_out, routing_suite
 from layerwise.sources import load_tokenizer
 from layerwise.training import layerroute
-from layerwise.training.config import LayerRouteConfig
+from layerwise.training.recipes import LayerRouteConfig
 from layerwise.training.runs import RECORD, last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "layerroute.json"
+PROCESSES = 5  # that decoding is timed in
 MOST_TOKENS = 384  # of a held-out example, as in training
 BUDGET: dict[str, Any] = {  # the same for every objective
     "steps": 480,
@@ -152,10 +156,18 @@ def answered(run: dict[str, Any], work: Path, answers: int) -> dict[str, Any]:
 
 
 def clocked(run: dict[str, Any], work: Path, prompts: int) -> dict[str, Any]:
-    """A run's entry with times; for a machine on which nothing else runs."""
+    """A run's entry with times, those of the median of PROCESSES; for a machine on which nothing else runs.
+
+    Where a process finds its memory moves all its times, the more prompts the surer: so several of them, in turn.
+    """
     asked = held_out(load_tokenizer(), run["samples"], MOST_TOKENS, run["sample_seed"])
-    options.note(f"{run['adapter']}: times")
-    time = timed(work / run["adapter"], None, asked, prompts) | {"environment": environment()}
+    times: list[dict[str, Any]] = []
+    with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as one_by_one:
+        for number in range(1, PROCESSES + 1):
+            options.note(f"{run['adapter']}: times, process {number} of {PROCESSES}")
+            times.append(one_by_one.submit(timed, work / run["adapter"], None, asked, prompts).result())
+    times.sort(key=itemgetter("time_saved"))
+    time = times[PROCESSES // 2] | {"processes": [one["realised"] for one in times], "environment": environment()}
     return kept(run | {"time": time, "time_realised": time["realised"]}, work)
 
 

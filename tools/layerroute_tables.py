@@ -80,10 +80,16 @@ def _route_answers(runs: list[dict[str, Any]]) -> list[str]:
         right = {name: round(one["right"] * one["n"]) for name, one in calls.items()}
         lines.append(
             f"| {_route_name(run)} | {right['routed']} of {calls['routed']['n']} | {right['full_depth']} "
-            f"| {right['reference']} | {_beside(calls['routed'])} | {time['time_saved']:.1f}% | {time['realised']:.0%} "
+            f"| {right['reference']} | {_beside(calls['routed'])} | {time['time_saved']:.1f}% | {_realised(time)} "
             f"| {time['router_overhead']:.1%} | {time['environment']['commit']} |"
         )
     return lines
+
+
+def _realised(time: dict[str, Any]) -> str:
+    """The share of the FLOPs saved that came back as time, and from where to where processes put it."""
+    found = time.get("processes", [])
+    return f"{time['realised']:.0%}" + (f" ({found[0]:.0%} to {found[-1]:.0%})" if found else "")
 
 
 def _beside(routed: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.sources import load_tokenizer
 from layerwise.training import layerskip
 from layerwise.training.answers import greedy_answers
-from layerwise.training.config import LayerSkipConfig
+from layerwise.training.recipes import LayerSkipConfig
 from layerwise.training.runs import last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,8 +11,8 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from layerwise.cli import options
-from layerwise.training.config import DrLLMConfig, FrozenConfig, FrozenRecipe, LayerRouteConfig, LayerSkipConfig
 from layerwise.training.curriculum import RoutedAttentionConfig, RoutedTextConfig
+from layerwise.training.recipes import DrLLMConfig, FrozenConfig, FrozenRecipe, LayerRouteConfig, LayerSkipConfig
 
 app = typer.Typer(help="Train a model to spend its layers well.", no_args_is_help=True, rich_markup_mode=None)
 

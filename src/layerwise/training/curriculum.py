@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from layerwise.training.config import Precision, Resumable, _choice, _help, _require, layers_of
+from layerwise.training.config import Precision, Resumable, about, choice, layers_of, require
 
 TaskName = Literal["recall", "mqar"]
 Mode = Literal["curriculum", "joint", "attention", "convolution"]
@@ -155,39 +155,39 @@ class CurriculumConfig(Resumable):
     name = "routed-attention"  # of the command
     free_to_change = ("out", "steps", "save_every")
 
-    out: str = field(metadata=_help("Folder for what is trained, its result and a checkpoint."))
-    seed: int = field(default=0, metadata=_help("Seed of weights, data and the router's sampling."))
-    steps: int = field(default=20_000, metadata=_help("Most steps; training ends before if the curriculum does."))
-    learning_rate: float = field(default=2e-3, metadata=_help("Learning rate of AdamW, after the warm-up."))
-    warmup: int = field(default=30, metadata=_help("Steps over which the learning rate rises."))
-    penalty: float = field(default=64.0, metadata=_help("Highest weight of the penalty on usage."))
-    rises: int = field(default=10, metadata=_help("Evaluations over which the penalty doubles up to its highest."))
+    out: str = field(metadata=about("Folder for what is trained, its result and a checkpoint."))
+    seed: int = field(default=0, metadata=about("Seed of weights, data and the router's sampling."))
+    steps: int = field(default=20_000, metadata=about("Most steps; training ends before if the curriculum does."))
+    learning_rate: float = field(default=2e-3, metadata=about("Learning rate of AdamW, after the warm-up."))
+    warmup: int = field(default=30, metadata=about("Steps over which the learning rate rises."))
+    penalty: float = field(default=64.0, metadata=about("Highest weight of the penalty on usage."))
+    rises: int = field(default=10, metadata=about("Evaluations over which the penalty doubles up to its highest."))
     penalty_on: PenaltyOn = field(
-        default="logits", metadata=_help("Punish the router's logits, which never saturates, or its sampled gate.")
+        default="logits", metadata=about("Punish the router's logits, which never saturates, or its sampled gate.")
     )
     usage_target: float | None = field(
         default=None,
-        metadata=_help("Raise the penalty until this share of slots attends; default: 1.25 times what the task needs."),
+        metadata=about("Raise the penalty until this share of slots attends; default: 1.25 times what the task needs."),
     )
-    solved: float = field(default=0.99, metadata=_help("Accuracy at which a stage is learnt."))
-    floor: float = field(default=0.9, metadata=_help("Accuracy below which the penalty is halved."))
-    settle: int = field(default=6, metadata=_help("Evaluations after the end of the curriculum."))
-    eval_every: int = field(default=25, metadata=_help("Steps between evaluations, at which the curriculum moves."))
-    eval_rows: int = field(default=256, metadata=_help("Sequences of an evaluation."))
-    save_every: int = field(default=500, metadata=_help("Steps between checkpoints."))
+    solved: float = field(default=0.99, metadata=about("Accuracy at which a stage is learnt."))
+    floor: float = field(default=0.9, metadata=about("Accuracy below which the penalty is halved."))
+    settle: int = field(default=6, metadata=about("Evaluations after the end of the curriculum."))
+    eval_every: int = field(default=25, metadata=about("Steps between evaluations, at which the curriculum moves."))
+    eval_rows: int = field(default=256, metadata=about("Sequences of an evaluation."))
+    save_every: int = field(default=500, metadata=about("Steps between checkpoints."))
 
     def __post_init__(self) -> None:
-        _choice("penalty-on", self.penalty_on, PenaltyOn)
+        choice("penalty-on", self.penalty_on, PenaltyOn)
         kept = ("seed", "settle", "warmup", "rank")
         for one in fields(self):
             value = getattr(self, one.name)
             if isinstance(value, (int, float)) and not isinstance(value, bool) and one.name not in kept:
-                _require(value > 0, f"{one.name.replace('_', '-')} must be above 0, not {value}")
+                require(value > 0, f"{one.name.replace('_', '-')} must be above 0, not {value}")
         for name in kept:
-            _require(0 <= getattr(self, name, 0) < 2**24, f"{name} must be 0 or more, and below 2^24")
-        _require(self.floor <= self.solved <= 1, "floor must be at most solved, and solved at most 1")
-        _require(self.usage_target is None or self.usage_target < 1, "usage-target is a share: give one below 1")
-        _require(not Path(self.out).is_file(), f"'{self.out}' is a file: give a folder to write to")
+            require(0 <= getattr(self, name, 0) < 2**24, f"{name} must be 0 or more, and below 2^24")
+        require(self.floor <= self.solved <= 1, "floor must be at most solved, and solved at most 1")
+        require(self.usage_target is None or self.usage_target < 1, "usage-target is a share: give one below 1")
+        require(not Path(self.out).is_file(), f"'{self.out}' is a file: give a folder to write to")
 
     def command(self) -> str:
         """What to type for the same training."""
@@ -210,34 +210,34 @@ class RoutedAttentionConfig(CurriculumConfig):
         ValueError: a value is out of range.
     """
 
-    task: TaskName = field(default="recall", metadata=_help("One pair at a distance, or several pairs and queries."))
-    distance: int = field(default=126, metadata=_help("recall: tokens from key to key; mqar: length of a sequence."))
+    task: TaskName = field(default="recall", metadata=about("One pair at a distance, or several pairs and queries."))
+    distance: int = field(default=126, metadata=about("recall: tokens from key to key; mqar: length of a sequence."))
     mode: Mode = field(
         default="curriculum",
-        metadata=_help("curriculum: penalty once solved; joint: from the start; or one mixing everywhere."),
+        metadata=about("curriculum: penalty once solved; joint: from the start; or one mixing everywhere."),
     )
-    pairs: int = field(default=8, metadata=_help("mqar: pairs of key and value."))
-    queries: int | None = field(default=None, metadata=_help("mqar: keys asked for; each once if not given."))
-    tokens_per_batch: int = field(default=2048, metadata=_help("Tokens of a batch, as far as least-rows allows."))
-    least_rows: int = field(default=8, metadata=_help("Fewest sequences of a batch: each asks a question or a few."))
+    pairs: int = field(default=8, metadata=about("mqar: pairs of key and value."))
+    queries: int | None = field(default=None, metadata=about("mqar: keys asked for; each once if not given."))
+    tokens_per_batch: int = field(default=2048, metadata=about("Tokens of a batch, as far as least-rows allows."))
+    least_rows: int = field(default=8, metadata=about("Fewest sequences of a batch: each asks a question or a few."))
     start_length: int = field(
-        default=64, metadata=_help("Length of the first stage, or more if convolutions reach so far; lengths double.")
+        default=64, metadata=about("Length of the first stage, or more if convolutions reach so far; lengths double.")
     )
-    order: Order = field(default="spare-first", metadata=_help("Learn to spare before, or after, lengthening."))
+    order: Order = field(default="spare-first", metadata=about("Learn to spare before, or after, lengthening."))
     blend: bool = field(
-        default=True, metadata=_help("Compute both mixings everywhere in training, until few positions attend.")
+        default=True, metadata=about("Compute both mixings everywhere in training, until few positions attend.")
     )
-    test_rows: int = field(default=1000, metadata=_help("Sequences of the test at the end."))
-    layers: int = field(default=4, metadata=_help("Layers of the model."))
-    hidden_size: int = field(default=64, metadata=_help("Hidden size of the model."))
-    heads: int = field(default=2, metadata=_help("Heads of attention and convolution."))
-    kernel_size: int = field(default=16, metadata=_help("Taps of the convolution."))
+    test_rows: int = field(default=1000, metadata=about("Sequences of the test at the end."))
+    layers: int = field(default=4, metadata=about("Layers of the model."))
+    hidden_size: int = field(default=64, metadata=about("Hidden size of the model."))
+    heads: int = field(default=2, metadata=about("Heads of attention and convolution."))
+    kernel_size: int = field(default=16, metadata=about("Taps of the convolution."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice("task", self.task, TaskName)
-        _choice("mode", self.mode, Mode)
-        _choice("order", self.order, Order)
+        choice("task", self.task, TaskName)
+        choice("mode", self.mode, Mode)
+        choice("order", self.order, Order)
 
     @property
     def length(self) -> int:
@@ -283,46 +283,46 @@ class RoutedTextConfig(CurriculumConfig):
     name = "routed-text"
 
     model: str | None = field(
-        default=None, metadata=_help("A name from 'layerwise models', a folder, or a Hugging Face id.")
+        default=None, metadata=about("A name from 'layerwise models', a folder, or a Hugging Face id.")
     )
     convert: str = field(
-        default="", metadata=_help('Layers to convert, such as "4-29"; default: all. The first layers cost most.')
+        default="", metadata=about('Layers to convert, such as "4-29"; default: all. The first layers cost most.')
     )
     method: Method = field(
         default="fit",
-        metadata=_help("fit: least squares first, then steps at the usage aimed at; curriculum: penalty once solved."),
+        metadata=about("fit: least squares first, then steps at the usage aimed at; curriculum: penalty once solved."),
     )
-    fit_texts: int = field(default=64, metadata=_help("fit: texts of the least squares."))
-    rank: int = field(default=32, metadata=_help("Rank of the correction beside the convolution; 0: none."))
-    taps: int = field(default=16, metadata=_help("Taps of the convolution."))
-    router_width: int = field(default=64, metadata=_help("Inner width of a router."))
-    text_length: int = field(default=512, metadata=_help("Tokens of a text."))
-    rows: int = field(default=1, metadata=_help("Texts of a batch."))
+    fit_texts: int = field(default=64, metadata=about("fit: texts of the least squares."))
+    rank: int = field(default=32, metadata=about("Rank of the correction beside the convolution; 0: none."))
+    taps: int = field(default=16, metadata=about("Taps of the convolution."))
+    router_width: int = field(default=64, metadata=about("Inner width of a router."))
+    text_length: int = field(default=512, metadata=about("Tokens of a text."))
+    rows: int = field(default=1, metadata=about("Texts of a batch."))
     precision: Precision = field(
         default="auto",
-        metadata=_help("Numbers of the base; auto: bfloat16 where the processor has it. What is trained is float32."),
+        metadata=about("Numbers of the base; auto: bfloat16 where the processor has it. What is trained is float32."),
     )
-    learning_rate: float = field(default=2e-4, metadata=_help("Learning rate of AdamW, after the warm-up."))
-    warmup: int = field(default=10, metadata=_help("Steps over which the learning rate rises."))
-    steps: int = field(default=60, metadata=_help("Most steps; a curriculum may end before."))
-    penalty: float = field(default=4.0, metadata=_help("curriculum: highest weight of the penalty on usage."))
-    rises: int = field(default=8, metadata=_help("curriculum: evaluations over which the penalty doubles."))
+    learning_rate: float = field(default=2e-4, metadata=about("Learning rate of AdamW, after the warm-up."))
+    warmup: int = field(default=10, metadata=about("Steps over which the learning rate rises."))
+    steps: int = field(default=60, metadata=about("Most steps; a curriculum may end before."))
+    penalty: float = field(default=4.0, metadata=about("curriculum: highest weight of the penalty on usage."))
+    rises: int = field(default=8, metadata=about("curriculum: evaluations over which the penalty doubles."))
     usage_target: float = field(
-        default=0.49, metadata=_help("Share of the slots of the converted layers that shall attend.")
+        default=0.49, metadata=about("Share of the slots of the converted layers that shall attend.")
     )
     solved: float = field(
-        default=0.97, metadata=_help("Quality (base's perplexity / perplexity) at which the penalty rises.")
+        default=0.97, metadata=about("Quality (base's perplexity / perplexity) at which the penalty rises.")
     )
-    floor: float = field(default=0.95, metadata=_help("Quality below which the penalty is halved."))
-    eval_every: int = field(default=20, metadata=_help("Steps between evaluations, at which the curriculum moves."))
-    eval_rows: int = field(default=8, metadata=_help("Texts of an evaluation."))
-    test_rows: int = field(default=24, metadata=_help("Texts of the test at the end."))
-    save_every: int = field(default=20, metadata=_help("Steps between checkpoints."))
+    floor: float = field(default=0.95, metadata=about("Quality below which the penalty is halved."))
+    eval_every: int = field(default=20, metadata=about("Steps between evaluations, at which the curriculum moves."))
+    eval_rows: int = field(default=8, metadata=about("Texts of an evaluation."))
+    test_rows: int = field(default=24, metadata=about("Texts of the test at the end."))
+    save_every: int = field(default=20, metadata=about("Steps between checkpoints."))
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice("precision", self.precision, Precision)
-        _choice("method", self.method, Method)
+        choice("precision", self.precision, Precision)
+        choice("method", self.method, Method)
         layers_of(self.convert)
 
     def rules(self) -> Rules:

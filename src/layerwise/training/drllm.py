@@ -34,10 +34,11 @@ from layerwise.model.causal_lm import LayerwiseForCausalLM, attach
 from layerwise.plan import Plan
 from layerwise.policies.router import EXECUTE, PerLayerPolicy, classes_of
 from layerwise.search.labels import Record, read_labels
-from layerwise.training.config import DrLLMConfig, computed_in
+from layerwise.training.config import computed_in
 from layerwise.training.features import decided_plans, kept_features, path_windows
 from layerwise.training.menu import effects, static_plans, train_menu
 from layerwise.training.plan_bridges import bridge_every_layer
+from layerwise.training.recipes import DrLLMConfig
 from layerwise.training.routers import choose, fit_layers, macro_f1
 from layerwise.training.runs import RECORD
 

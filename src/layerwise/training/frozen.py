@@ -40,7 +40,8 @@ from layerwise.model.runtime import EagerEngine
 from layerwise.plan import Plan
 from layerwise.sources import load_tokenizer
 from layerwise.training.answers import write_answers
-from layerwise.training.config import FrozenConfig, computed_in
+from layerwise.training.config import computed_in
+from layerwise.training.recipes import FrozenConfig
 from layerwise.training.runs import run_training, starting_point, training_arguments
 from layerwise.training.trainer import RecipeTrainer
 

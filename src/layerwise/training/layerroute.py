@@ -74,11 +74,12 @@ from layerwise.model.thin import ThinMlps
 from layerwise.plan import Plan, Route, Step, schedule
 from layerwise.policies.gates import GatedPolicy, Gates
 from layerwise.training.bridge_fit import fit_bridges
-from layerwise.training.config import LayerRouteConfig, LayerRouteRecipe, computed_in, layers_of
+from layerwise.training.config import computed_in, layers_of
 from layerwise.training.gate_fits import DIRECTIONS, choose_basis, layer_costs, lost, parting, row_losses
 from layerwise.training.head_fits import fit_thin_head
 from layerwise.training.layerroute_trainer import LayerRouteTrainer, drawn
 from layerwise.training.neuron_fits import moments, thin_mlps
+from layerwise.training.recipes import LayerRouteConfig, LayerRouteRecipe
 from layerwise.training.runs import frozen_base, read_examples, run_fits, run_training
 
 BRIDGED = 384  # examples, of which half fit the bridges

@@ -33,8 +33,8 @@ from layerwise.model.frame import Frame
 from layerwise.model.packing import Packing
 from layerwise.model.runtime import EagerEngine, Runtime
 from layerwise.plan import Slot, Step, Visit
-from layerwise.training.config import LayerSkipConfig, LayerSkipRecipe
 from layerwise.training.exit_loss import LOGITS_AT_ONCE, exit_losses, labelled
+from layerwise.training.recipes import LayerSkipConfig, LayerSkipRecipe
 from layerwise.training.runs import frozen_base, run_training
 from layerwise.training.schedules import drop_rates, exit_weights, gradual, rotational
 from layerwise.training.trainer import RecipeTrainer

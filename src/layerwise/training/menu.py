@@ -39,9 +39,9 @@ from layerwise.plan import Part, Plan, Visit
 from layerwise.policies.router import MenuPolicy, classes_of, shared_visits
 from layerwise.search.labels import Record
 from layerwise.search.tree import Edit, Kind
-from layerwise.training.config import DrLLMConfig
 from layerwise.training.features import kept_features, menu_reads
 from layerwise.training.plan_bridges import PlanBridges
+from layerwise.training.recipes import DrLLMConfig
 from layerwise.training.routers import fit_menu
 
 if TYPE_CHECKING:

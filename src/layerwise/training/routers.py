@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, gelu, log_softmax
 
 from layerwise.policies.router import CLASSES, Routers
-from layerwise.training.config import RouterRecipe
+from layerwise.training.recipes import RouterRecipe
 
 SMALLEST = 1e-3  # standard deviation below which an input counts as constant
 

@@ -18,7 +18,7 @@ import math
 from collections.abc import Sequence
 from typing import get_args
 
-from layerwise.training.config import Dropout
+from layerwise.training.recipes import Dropout
 
 
 def drop_rates(layers: int, p_max: float, step: int, steps: int, form: Dropout = "constant") -> tuple[float, ...]:

@@ -16,7 +16,8 @@ import torch
 from safetensors import safe_open
 from test_bridges import _base
 from test_cost import counted, embedded
-from test_layerroute_training import answered, config, module
+from test_layerroute_runs import config
+from test_layerroute_training import answered, module
 from test_training_runs import files  # noqa: F401 (a fixture)
 from tiny import ARCHITECTURES, LAYERS, one_line, random_plan
 from torch.nn.functional import cross_entropy

@@ -13,7 +13,8 @@ import torch
 from test_bridges import _base
 from test_compiled import stepwise_logits
 from test_cost import counted, embedded
-from test_layerroute_training import answered, config, module
+from test_layerroute_runs import config
+from test_layerroute_training import answered, module
 from test_token_layers import wide
 from test_training_runs import files  # noqa: F401 (a fixture)
 from tiny import ARCHITECTURES, LAYERS, VOCABULARY, one_line, random_plan

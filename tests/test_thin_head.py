@@ -25,7 +25,7 @@ from layerwise.evaluation import routing as suite
 from layerwise.model.causal_lm import LayerwiseForCausalLM
 from layerwise.model.compiled import compiler_available
 from layerwise.model.runtime import Runtime
-from layerwise.model.thin_head import ThinHead
+from layerwise.model.thin_head import FEW, ThinHead
 from layerwise.policies.gates import GatedPolicy
 from layerwise.training.head_fits import final_states, fit_thin_head
 from layerwise.training.layerroute import train
@@ -66,6 +66,8 @@ def test_candidates_have_their_logits_and_the_others_the_preview() -> None:
     backbone, head = model.runtime.backbone, model.thin_head
     hidden = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(1))
     found, exact = backbone.logits(hidden, thin=True), backbone.logits(hidden)
+    alone = torch.stack([backbone.logits(one[None], thin=True)[0] for one in hidden])  # no more than FEW at once
+    torch.testing.assert_close(alone, found, **CLOSE)
     for row, column in ((0, 0), (2, 3)):
         state = backbone.norm(hidden[row, column])
         z, sketch = head.down @ (state - head.center), backbone.head.weight @ head.up
@@ -90,9 +92,9 @@ def test_cached_equals_uncached_and_batches_equal_rows(name: str) -> None:
 @torch.no_grad()
 def test_cost_is_what_is_counted() -> None:
     backbone = thin().runtime.backbone
-    plan, inputs = Plan.parse("0 2-3 ht"), embedded(backbone, 1, 7)
+    plan, inputs = Plan.parse("0 2-3 ht"), embedded(backbone, 1, FEW)
     found = counted(lambda: backbone.logits(Runtime(backbone).forward(inputs, [plan]), thin=True))
-    assert found == pass_cost(backbone.shape, plan, 7).flops < pass_cost(backbone.shape, Plan(plan.visits), 7).flops
+    assert found == pass_cost(backbone.shape, plan, FEW).flops < pass_cost(backbone.shape, Plan(plan.visits), FEW).flops
     weights = RANK * 32 + VOCABULARY * RANK + CANDIDATES * 32
     assert head_run(backbone.shape, plan) == weights / (VOCABULARY * 32) and head_run(backbone.shape, Plan.full(6)) == 1
 

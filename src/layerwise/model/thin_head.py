@@ -12,7 +12,8 @@ so the most likely tokens have the logits they always had, and the others still 
 `up` are of the states that answers end in (`training.head_fits`); an adapter brings these. W up, the sketch, is made at
 load and kept in 8 bits a number, with a scale for each token: it is most of what a thin head reads, and only likens.
 
-Named at the end of plans (`0-29 ht`). It costs (rank + candidates) / hidden size and / vocabulary of the head's matrix.
+Named at the end of plans (`0-29 ht`). It costs (rank + candidates) / hidden size and / vocabulary of the head's matrix,
+where a few tokens are decoded; of many at once (a loss) all logits are computed and the candidates' taken, which is faster.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from layerwise.tensor_files import read_tensors
 
 FILE = "thin_head.safetensors"
 MOST = 127  # of a sketch's numbers
-AT_ONCE = 64  # positions whose candidates' rows of the head are gathered at once
+AT_ONCE = 64  # positions whose logits are made at once
+FEW = 4  # positions for which rows of the head are gathered; for more, all of it is read faster than a part for each
 
 
 class ThinHead(nn.Module):
@@ -82,19 +84,27 @@ class ThinHead(nn.Module):
 
     def preview(self, normed: Tensor) -> Tensor:
         """(..., hidden size) after the final norm, to float32 (..., vocabulary)."""
+        return self._preview(normed, self.sketch.float())
+
+    def _preview(self, normed: Tensor, sketch: Tensor) -> Tensor:
         z = linear(normed - self.center, self.down)
-        return linear(z.float(), self.sketch.float()) * self.scale + self.offset
+        return linear(z.float(), sketch) * self.scale + self.offset
 
     def forward(self, normed: Tensor, head: nn.Linear) -> Tensor:
         """Logits (..., vocabulary) of states (..., hidden size) after the final norm, in their dtype."""
-        found = []
+        found, sketch = [], self.sketch.float()
         for states in normed.reshape(-1, normed.shape[-1]).split(AT_ONCE):
-            preview = self.preview(states)
+            preview = self._preview(states, sketch)
             best = preview.topk(self.candidates, -1).indices
-            exact = (head.weight[best] @ states[..., None])[..., 0]
-            exact = exact if head.bias is None else exact + head.bias[best]
-            found.append(preview.scatter(-1, best, exact.float()).to(normed.dtype))
+            found.append(preview.scatter(-1, best, self._exact(states, best, head).float()).to(normed.dtype))
         return torch.cat(found).reshape(*normed.shape[:-1], -1)
+
+    def _exact(self, states: Tensor, best: Tensor, head: nn.Linear) -> Tensor:
+        """The head's logits (positions, candidates) of these tokens."""
+        if len(states) > FEW:
+            return head(states).gather(-1, best)
+        exact = (head.weight[best] @ states[..., None])[..., 0]
+        return exact if head.bias is None else exact + head.bias[best]
 
     # -- saving ------------------------------------------------------------------------------------------
 

@@ -72,7 +72,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "head": BY_FITS
     | {
         "leave": "neurons",
-        "neurons": 0.08,
+        "neurons": 0.04,
+        "margin": 2.0,
         "keep": "0-3",
         "mend_rank": 96,
         "head_rank": 128,

@@ -13,7 +13,7 @@ so the most likely tokens have the logits they always had, and the others still 
 load and kept in 8 bits a number, with a scale for each token: it is most of what a thin head reads, and only likens.
 
 Named at the end of plans (`0-29 ht`). It costs (rank + candidates) / hidden size and / vocabulary of the head's matrix,
-where a few tokens are decoded; of many at once (a loss) all logits are computed and the candidates' taken, which is faster.
+where a few tokens are decoded; of many at once, all logits are computed and the candidates' taken, which is faster.
 """
 
 from __future__ import annotations

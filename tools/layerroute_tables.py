@@ -40,7 +40,7 @@ def layerroute_table(result: dict[str, Any]) -> str:
         "",
         "What comes of it when text is generated: tool calls that are exactly right, of so many; the time of a token "
         f"saved, and of the share of FLOPs skipped on these prompts; the time of the routers. {threads}. Again: "
-        "`python tools/layerroute_runs.py --recipes head --samples 120 --answers 120 --timed 16`, of the others "
+        "`python tools/layerroute_runs.py --recipes head --samples 100 --answers 159 --timed 4`, of the others "
         "`python tools/layerroute_runs.py --recipes neurons,quality,bridges,paper`.",
     ]
     return "\n".join(lines)

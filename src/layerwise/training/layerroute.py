@@ -420,7 +420,8 @@ def train(config: LayerRouteConfig, notify: Callable[[str], None] = lambda line:
         if config.fits:  # once more to the finished LoRA
             notify("fitting routers to what examples lose")
             gap, bearing = made[0].fit_gates(drawn(examples, config.seed, LAST_FITTED), PRUDENCE)
-            notify(f"routers fitted: {bearing:.0%} of the examples bear every skip, which costs {gap:.3f} on average")
+            every = "every skip" + (f" of {config.margin:g} times the neurons" if config.margin > 1 else "")
+            notify(f"routers fitted: {bearing:.0%} of the examples bear {every}, which costs {gap:.3f} on average")
         if isinstance(model.policy, GatedPolicy):
             model.policy = model.policy.rounded()
 

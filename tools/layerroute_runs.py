@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from operator import itemgetter
@@ -30,7 +31,7 @@ from layerwise.training.runs import RECORD, last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "layerroute.json"
-PROCESSES = 5  # that decoding is timed in
+PROCESSES = 7  # that decoding is timed in
 MOST_TOKENS = 384  # of a held-out example, as in training
 BUDGET: dict[str, Any] = {  # the same for every objective
     "steps": 480,
@@ -156,20 +157,27 @@ def answered(run: dict[str, Any], work: Path, answers: int) -> dict[str, Any]:
     return kept(run | {"generated": answer_quality(layers, None, adapter, reference, tokenizer, asked, answers)}, work)
 
 
-def clocked(run: dict[str, Any], work: Path, prompts: int) -> dict[str, Any]:
-    """A run's entry with times, those of the median of PROCESSES; for a machine on which nothing else runs.
+def clocked(runs: Sequence[dict[str, Any]], work: Path, prompts: int) -> list[dict[str, Any]]:
+    """Entries of runs with times, for each those of the median of PROCESSES; for a machine on which nothing else runs.
 
-    Where a process finds its memory moves all its times, the more prompts the surer: so several of them, in turn.
+    Where a process finds its memory moves all its times, however many prompts it answers; and machines have better and
+    worse minutes. So there are several processes for each run, and runs take turns.
     """
-    asked = held_out(load_tokenizer(), run["samples"], MOST_TOKENS, run["sample_seed"])
-    times: list[dict[str, Any]] = []
+    times: list[list[dict[str, Any]]] = [[] for _ in runs]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as one_by_one:
-        for number in range(1, PROCESSES + 1):
-            options.note(f"{run['adapter']}: times, process {number} of {PROCESSES}")
-            times.append(one_by_one.submit(timed, work / run["adapter"], None, asked, prompts).result())
-    times.sort(key=itemgetter("time_saved"))
-    time = times[PROCESSES // 2] | {"processes": [one["realised"] for one in times], "environment": environment()}
-    return kept(run | {"time": time, "time_realised": time["realised"]}, work)
+        for turn in range(1, PROCESSES + 1):
+            for run, found in zip(runs, times, strict=True):
+                options.note(f"{run['adapter']}: times, process {turn} of {PROCESSES}")
+                asked = held_out(load_tokenizer(), run["samples"], MOST_TOKENS, run["sample_seed"])
+                found.append(one_by_one.submit(timed, work / run["adapter"], None, asked, prompts).result())
+    for found in times:
+        found.sort(key=itemgetter("time_saved"))
+    realised = [[one["realised"] for one in found] for found in times]
+    middle = [found[PROCESSES // 2] | {"environment": environment()} for found in times]
+    return [
+        kept(run | {"time": time | {"processes": each}, "time_realised": time["realised"]}, work)
+        for run, time, each in zip(runs, middle, realised, strict=True)
+    ]
 
 
 def recipe(run: dict[str, Any]) -> tuple[Any, ...]:
@@ -208,8 +216,9 @@ def main() -> int:
     for at, run in enumerate(runs):
         if run["adapter"] in names and chosen.answers and not run.get("generated"):
             runs[at] = run = answered(run, chosen.work, chosen.answers)
-        if run["adapter"] in names and chosen.timed and not run["time_realised"]:
-            runs[at] = clocked(run, chosen.work, chosen.timed)
+    if chosen.timed:
+        untimed = [run for run in runs if run["adapter"] in names and not run["time_realised"]]
+        runs = [run for run in runs if run not in untimed] + clocked(untimed, chosen.work, chosen.timed)
     if runs:
         before = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.is_file() else []
         runs = sorted(runs + [run for run in before if recipe(run) not in map(recipe, runs)], key=recipe)

@@ -17,6 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from operator import itemgetter
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from layerwise.benchmarks.environment import environment
@@ -31,7 +32,7 @@ from layerwise.training.runs import RECORD, last_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "layerroute.json"
-PROCESSES = 7  # that decoding is timed in
+PROCESSES = 12  # that decoding is timed in
 MOST_TOKENS = 384  # of a held-out example, as in training
 BUDGET: dict[str, Any] = {  # the same for every objective
     "steps": 480,
@@ -158,7 +159,8 @@ def answered(run: dict[str, Any], work: Path, answers: int) -> dict[str, Any]:
 
 
 def clocked(runs: Sequence[dict[str, Any]], work: Path, prompts: int) -> list[dict[str, Any]]:
-    """Entries of runs with times, for each those of the median of PROCESSES; for a machine on which nothing else runs.
+    """Entries of runs with times, by the median of PROCESSES and of those that the entry has already; for a machine on
+    which nothing else runs.
 
     Where a process finds its memory moves all its times, however many prompts it answers; and machines have better and
     worse minutes. So there are several processes for each run, and runs take turns.
@@ -170,14 +172,16 @@ def clocked(runs: Sequence[dict[str, Any]], work: Path, prompts: int) -> list[di
                 options.note(f"{run['adapter']}: times, process {turn} of {PROCESSES}")
                 asked = held_out(load_tokenizer(), run["samples"], MOST_TOKENS, run["sample_seed"])
                 found.append(one_by_one.submit(timed, work / run["adapter"], None, asked, prompts).result())
-    for found in times:
-        found.sort(key=itemgetter("time_saved"))
-    realised = [[one["realised"] for one in found] for found in times]
-    middle = [found[PROCESSES // 2] | {"environment": environment()} for found in times]
-    return [
-        kept(run | {"time": time | {"processes": each}, "time_realised": time["realised"]}, work)
-        for run, time, each in zip(runs, middle, realised, strict=True)
-    ]
+    return [kept(_with_times(run, found), work) for run, found in zip(runs, times, strict=True)]
+
+
+def _with_times(run: dict[str, Any], found: list[dict[str, Any]]) -> dict[str, Any]:
+    """An entry with the times of these processes added; what is no share of the FLOPs is of the middle one of them."""
+    middle = sorted(found, key=itemgetter("realised"))[len(found) // 2]
+    processes = sorted([*(run.get("time") or {}).get("processes", []), *map(itemgetter("realised"), found)])
+    realised = median(processes)
+    shares = {"processes": processes, "realised": realised, "time_saved": realised * middle["flop_skip"]}
+    return run | {"time": middle | shares | {"environment": environment()}, "time_realised": realised}
 
 
 def recipe(run: dict[str, Any]) -> tuple[Any, ...]:
@@ -198,7 +202,7 @@ def main() -> int:
     parser.add_argument("--recipes", default="head,neurons,quality,bridges,paper", help=f"of {', '.join(RECIPES)}")
     parser.add_argument("--samples", type=int, default=60, help="held-out examples of each kind")
     parser.add_argument("--answers", type=int, default=0, help="also answer so many tool calls")
-    parser.add_argument("--timed", type=int, default=0, help="also time decoding on so many prompts, with no other run")
+    parser.add_argument("--timed", type=int, default=0, help="also time decoding, on so many prompts a process")
     chosen = parser.parse_args()
     options.quiet()
     chosen.work.mkdir(parents=True, exist_ok=True)
@@ -217,8 +221,8 @@ def main() -> int:
         if run["adapter"] in names and chosen.answers and not run.get("generated"):
             runs[at] = run = answered(run, chosen.work, chosen.answers)
     if chosen.timed:
-        untimed = [run for run in runs if run["adapter"] in names and not run["time_realised"]]
-        runs = [run for run in runs if run not in untimed] + clocked(untimed, chosen.work, chosen.timed)
+        asked_for = [run for run in runs if run["adapter"] in names]
+        runs = [run for run in runs if run not in asked_for] + clocked(asked_for, chosen.work, chosen.timed)
     if runs:
         before = json.loads(RESULTS.read_text(encoding="utf-8"))["runs"] if RESULTS.is_file() else []
         runs = sorted(runs + [run for run in before if recipe(run) not in map(recipe, runs)], key=recipe)

@@ -39,7 +39,8 @@ def layerroute_table(result: dict[str, Any]) -> str:
         *_route_answers(answered),
         "",
         "What comes of it when text is generated: tool calls that are exactly right, of so many; the time of a token "
-        f"saved, and of the share of FLOPs skipped on these prompts; the time of the routers. {threads}. Again: "
+        "saved, and of the share of FLOPs skipped on these prompts (medians of whole processes, where several were "
+        f"timed, which differ from the least to the most in brackets); the time of the routers. {threads}. Again: "
         "`python tools/layerroute_runs.py --recipes head --samples 100 --answers 159 --timed 4`, of the others "
         "`python tools/layerroute_runs.py --recipes neurons,quality,bridges,paper`.",
     ]

@@ -74,9 +74,9 @@ def test_no_plan_in_the_readme_is_wrong() -> None:
     from layerwise import Plan
     from layerwise.decoding.drafts import Draft
 
-    drafts, plans = (re.findall(r"^\| `([^`]+)` \| [^|]+ \|$", part, re.MULTILINE) for part in README.split("## Plans"))
-    header, *drafts = drafts
-    assert header == "--draft" and len(drafts) == 8 and len(plans) == 8
+    tables = (README.split("| `--draft` |")[1].split("\n\n")[0], README.split("## Plans")[1])
+    drafts, plans = (re.findall(r"^\| `([^`]+)` \| [^|]+ \|$", table, re.MULTILINE) for table in tables)
+    assert len(drafts) == 8 and len(plans) == 8
     for text in plans:
         Plan.parse(text, 30)
     for text in drafts:

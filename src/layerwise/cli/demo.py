@@ -130,7 +130,7 @@ def _routed(
     from layerwise.paths import bundled_adapter
 
     console.print(
-        f"\nWith the routers of adapters/{ROUTES}, which read the prompt and decide; lossy, a first adapter:\n"
+        f"\nWith the routers of adapters/{ROUTES}, which read the prompt and decide; lossy:\n"
     )
     loaded, tokenizer = options.load(None, str(bundled_adapter(ROUTES)), None, engine, dtype)
     prompts = (

@@ -129,9 +129,7 @@ def _routed(
     from layerwise.decoding.text import answer
     from layerwise.paths import bundled_adapter
 
-    console.print(
-        f"\nWith the routers of adapters/{ROUTES}, which read the prompt and decide; lossy:\n"
-    )
+    console.print(f"\nWith the routers of adapters/{ROUTES}, which read the prompt and decide; lossy:\n")
     loaded, tokenizer = options.load(None, str(bundled_adapter(ROUTES)), None, engine, dtype)
     prompts = (
         ("tool call, routed", SYSTEM + FUNCTION, PROMPTS[0][2]),

@@ -165,13 +165,13 @@ def clocked(runs: Sequence[dict[str, Any]], work: Path, prompts: int) -> list[di
     Where a process finds its memory moves all its times, however many prompts it answers; and machines have better and
     worse minutes. So there are several processes for each run, and runs take turns.
     """
-    times: list[list[dict[str, Any]]] = [[] for _ in runs]
+    tokenizer, times = load_tokenizer(), [[] for _ in runs]
+    asked = [held_out(tokenizer, run["samples"], MOST_TOKENS, run["sample_seed"]) for run in runs]
     with ProcessPoolExecutor(1, get_context("spawn"), max_tasks_per_child=1) as one_by_one:
         for turn in range(1, PROCESSES + 1):
-            for run, found in zip(runs, times, strict=True):
+            for run, those, found in zip(runs, asked, times, strict=True):
                 options.note(f"{run['adapter']}: times, process {turn} of {PROCESSES}")
-                asked = held_out(load_tokenizer(), run["samples"], MOST_TOKENS, run["sample_seed"])
-                found.append(one_by_one.submit(timed, work / run["adapter"], None, asked, prompts).result())
+                found.append(one_by_one.submit(timed, work / run["adapter"], None, those, prompts).result())
     return [kept(_with_times(run, found), work) for run, found in zip(runs, times, strict=True)]
 
 

@@ -82,19 +82,16 @@ class ThinHead(nn.Module):
         """What an operator is given of it; scale and offset in float32."""
         return [self.center, self.down, self.sketch, self.scale.float(), self.offset.float()]
 
-    def preview(self, normed: Tensor) -> Tensor:
-        """(..., hidden size) after the final norm, to float32 (..., vocabulary)."""
-        return self._preview(normed, self.sketch.float())
-
-    def _preview(self, normed: Tensor, sketch: Tensor) -> Tensor:
+    def preview(self, normed: Tensor, sketch: Tensor | None = None) -> Tensor:
+        """(..., hidden size) after the final norm, to float32 (..., vocabulary); `sketch`: in float32, if at hand."""
         z = linear(normed - self.center, self.down)
-        return linear(z.float(), sketch) * self.scale + self.offset
+        return linear(z.float(), self.sketch.float() if sketch is None else sketch) * self.scale + self.offset
 
     def forward(self, normed: Tensor, head: nn.Linear) -> Tensor:
         """Logits (..., vocabulary) of states (..., hidden size) after the final norm, in their dtype."""
         found, sketch = [], self.sketch.float()
         for states in normed.reshape(-1, normed.shape[-1]).split(AT_ONCE):
-            preview = self._preview(states, sketch)
+            preview = self.preview(states, sketch)
             best = preview.topk(self.candidates, -1).indices
             found.append(preview.scatter(-1, best, self._exact(states, best, head).float()).to(normed.dtype))
         return torch.cat(found).reshape(*normed.shape[:-1], -1)

@@ -52,8 +52,7 @@ Means of gates are over rows and all layers. No objective knows of what kind an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
@@ -110,6 +109,7 @@ class LayerRoute(nn.Module):
         ValueError: a pass would run no layer at all, or there is no step in which routers learn.
 
     Attributes:
+        strained: with a margin, thin MLPs that leave out so many times more, by which gaps are measured; else None.
         weight, bias: the routers (see `GatedPolicy`), the model's policy shares them; None without routing.
         price: of a layer run, in nats a token; a dual variable in the objectives budget and quality.
     """
@@ -170,8 +170,12 @@ class LayerRoute(nn.Module):
         Returns:
             the mean gap, nats a token, and the share of examples whose gap is bearable.
         """
-        with self._strained():
-            gaps = lost(self.model, examples, self._short())
+        own = self.model.thin
+        if self.strained is not None:
+            self.thin_by(self.strained)
+        gaps = lost(self.model, examples, self._short())
+        if self.strained is not None:
+            self.thin_by(own)
         bearable = self.recipe.tolerance
         if self.recipe.hold < 1 or (gaps < bearable).float().mean() < BORNE:
             # A few inputs that lose very much draw the parting up, to where those that lose much seem to lose little.
@@ -193,18 +197,6 @@ class LayerRoute(nn.Module):
         if recipe.margin > 1:
             self.strained = thin_mlps(model, found, strained, recipe.mend_rank, keep)
         self.thin_by(thin_mlps(model, found, recipe.neurons, recipe.mend_rank, keep))
-
-    @contextmanager
-    def _strained(self) -> Iterator[None]:
-        """With the recipe's margin: the thin MLPs that leave out so many times more, in place of the model's own."""
-        own = self.model.thin
-        if self.strained is not None:
-            self.thin_by(self.strained)
-        try:
-            yield
-        finally:
-            if self.strained is not None:
-                self.thin_by(own)
 
     def _bearing(self, examples: Sequence[Tokens]) -> list[Tokens]:
         """The half of these examples that lose least by all skips but that of the head."""
